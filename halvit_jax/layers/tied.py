@@ -1,0 +1,40 @@
+"""The tied kernel: one matrix W used as `x @ W` and as `h @ W.T`.
+
+HaLViT halves a layer pair by letting both directions read the same array. The array is declared once, by `TiedDense`,
+so parameters, gradients, optimizer moments, averages, checkpoints and shardings hold it once. Whoever wants to share it
+further (a ResNet stage among its blocks) hands the submodule on; nobody declares it twice and ties it afterwards.
+
+Shapes: `d` width, `f` hidden.
+"""
+
+import jax
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from halvit_jax.layers.init import Dtype, Initializer, normal_02
+
+
+class TiedDense(nn.Module):
+    """One kernel W of shape (d, f), applied forwards and backwards.
+
+    Channels-last makes a 1x1 convolution the same product, so the feed-forward layer of a ViT and the bottlenecks of a
+    HaLViT-ResNet use this one class.
+    """
+
+    in_features: int  # d
+    features: int  # f
+    kernel_init: Initializer = normal_02
+    dtype: Dtype = None
+
+    def setup(self) -> None:
+        self.kernel = self.param("kernel", self.kernel_init, (self.in_features, self.features))
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """x @ W: [..., d] -> [..., f]."""
+        x, kernel = promote_dtype(x, self.kernel, dtype=self.dtype)
+        return x @ kernel
+
+    def project_back(self, h: jax.Array) -> jax.Array:
+        """h @ W.T: [..., f] -> [..., d]."""
+        h, kernel = promote_dtype(h, self.kernel, dtype=self.dtype)
+        return h @ kernel.T
