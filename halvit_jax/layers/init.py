@@ -9,8 +9,8 @@ from flax import linen as nn
 Dtype = jnp.dtype | type | str | None  # the type a layer computes in; None: the type of what it is given
 Initializer = Callable[..., jax.Array]
 
-# Linear layers, tokens and positions of the ViT family. The references say "truncated normal, 0.02" and cut at +-2, which
-# is a hundred standard deviations: a plain normal distribution.
+# Linear layers, tokens and positions of the ViT family. The references say "truncated normal, 0.02" and cut at +-2,
+# which is a hundred standard deviations: a plain normal distribution.
 normal_02: Initializer = nn.initializers.normal(stddev=0.02)
 
 # PyTorch's default for convolutions and linear layers: uniform with bound 1 / sqrt(fan_in).

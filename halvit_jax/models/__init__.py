@@ -1,0 +1,53 @@
+"""All models by name: `MODELS` says which class with which fields, `create_model` builds one."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from flax import linen as nn
+
+from halvit_jax.models import resnet, vit
+
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    **{name: (vit.VisionTransformer, size) for name, size in vit.SIZES.items()},
+    **{name: (resnet.ResNet, size) for name, size in resnet.SIZES.items()},
+}
+
+
+def list_models() -> list[str]:
+    """The names `create_model` knows, in alphabetical order."""
+    return sorted(MODELS)
+
+
+def create_model(name: str, **overrides: Any) -> nn.Module:
+    """The model `name`, with any of its fields overridden, e.g. `create_model("deit_tiny", num_classes=10)`.
+
+    An override of None means what the table of sizes says, so a config may list fields without setting them.
+
+    Raises:
+        ValueError: an unknown name (the nearest one is offered), a field the model does not have, or fields that do
+            not fit each other.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"model.name={name!r} is unknown; did you mean {near!r}? All: {', '.join(list_models())}")
+    family, size = MODELS[name]
+    given = {field: value for field, value in overrides.items() if value is not None}
+    allowed = fields_of(family)
+    for field, value in given.items():
+        if field not in allowed:
+            raise ValueError(f"model.{field}={value!r}: {name} has no such field; it has {', '.join(allowed)}")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
+            raise ValueError(f"model.{field}={value} must not be negative")
+    return family(**(size | given))
+
+
+def partition_rules(model: nn.Module) -> Rules:
+    """(regex of a parameter path, mesh axis of each dimension) for every parameter of the model; first match wins."""
+    return {vit.VisionTransformer: vit.PARTITION_RULES, resnet.ResNet: resnet.PARTITION_RULES}[type(model)]
+
+
+def fields_of(family: type[nn.Module]) -> list[str]:
+    """The names of a model class's own fields."""
+    return [f.name for f in dataclasses.fields(family) if f.name not in ("parent", "name")]

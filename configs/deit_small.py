@@ -1,0 +1,16 @@
+"""DeiT-S on ImageNet-1k, 300 epochs: the untied twin of halvit_tiny.
+
+python -m halvit_jax.main --config=configs/deit_small.py --workdir=runs/deit_small
+
+Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 24 GB and more. Expected time: not measured.
+Published top-1: 79.9 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of DeiT-S."""
+    return recipes.deit("deit_small", epochs=int(epochs))

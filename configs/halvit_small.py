@@ -1,0 +1,17 @@
+"""HaLViT-M ("Small") on ImageNet-1k with the recipe of DeiT, 300 epochs.
+
+python -m halvit_jax.main --config=configs/halvit_small.py --workdir=runs/halvit_small
+
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured;
+the arithmetic is that of DeiT-B.
+Published top-1: 81.3 (the paper's recipe is not public). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of HaLViT-M."""
+    return recipes.deit("halvit_small", epochs=int(epochs))

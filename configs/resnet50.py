@@ -1,0 +1,16 @@
+"""ResNet-50 on ImageNet-1k with torchvision's V1 recipe, 90 epochs.
+
+python -m halvit_jax.main --config=configs/resnet50.py --workdir=runs/resnet50
+
+Hardware: one TPU v5e-4 or 4 GPUs of 16 GB and more. Expected time: not measured.
+Published top-1: 76.13. Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config() -> ConfigDict:
+    """The ImageNet run of ResNet-50."""
+    return recipes.torchvision_v1("resnet50")

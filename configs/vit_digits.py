@@ -1,0 +1,13 @@
+"""The plain twin of halvit_digits: the same shape and recipe with untied kernels.
+
+python -m halvit_jax.main --config=configs/vit_digits.py --workdir=runs/vit_digits
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config() -> ConfigDict:
+    """The digits run of the untied model."""
+    return recipes.digits("deit_small")

@@ -1,0 +1,139 @@
+"""How fast models run on this machine, and what they weigh.
+
+python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
+
+The models take turns within every round, so that drift of a shared machine hits all of them alike; figures are medians
+over the rounds. A training step is the whole of it: forward, backward, AdamW update.
+"""
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from halvit_jax import door
+from halvit_jax.config import default_config
+
+MODELS = flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
+BATCH = flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
+REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
+JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
+
+
+class Subject:
+    """One model, compiled for inference and for training steps on one batch of noise."""
+
+    def __init__(self, name: str, *, batch: int, dtype: str) -> None:
+        from halvit_jax.models import create_model
+        from halvit_jax.tasks.classify import Classification
+        from halvit_jax.training.optim import make_optimizer
+        from halvit_jax.training.sharding import bytes_of, make_mesh
+        from halvit_jax.training.state import abstract_state, init_state
+        from halvit_jax.training.step import make_train_step
+
+        config = default_config()
+        task = Classification(create_model(name, dtype=dtype), **config.task)
+        optimizer = make_optimizer(**config.optim, batch_size=batch, steps_per_epoch=1000, total_steps=300_000)
+        size = task.model.image_size
+        rng = np.random.default_rng(0)
+        self.name, self._task = name, task
+        self._batch = {
+            "image": jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), np.uint8)),
+            "label": jnp.asarray(rng.integers(0, task.model.num_classes, batch, np.int32)),
+            "mask": jnp.ones(batch, bool),
+        }
+        abstract = abstract_state(task, optimizer, mesh=make_mesh(), use_ema=False)
+        self._state = init_state(task, optimizer, abstract, seed=0, use_ema=False)
+        self.state_bytes = bytes_of(self._state.params) + bytes_of(self._state.opt_state)
+
+        started = time.perf_counter()
+        step = make_train_step(task, optimizer, seed=0, ema_decay=0.0).lower(self._state, {}, self._batch).compile()
+        self.compile_s = time.perf_counter() - started
+        self._step = step
+        self._infer = jax.jit(task.predict).lower(self._state.params, self._state.model_state, self._batch).compile()
+        self.peak_bytes = _peak_bytes(step)
+
+    def infer(self) -> None:
+        """One batch of inference, to the end."""
+        jax.block_until_ready(self._infer(self._state.params, self._state.model_state, self._batch))
+
+    def train(self) -> None:
+        """One training step, to the end."""
+        self._state, sums = self._step(self._state, {}, self._batch)
+        jax.block_until_ready((self._state, sums))
+
+
+def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
+    """One row of figures for each model, in the order given."""
+    subjects = [Subject(name, batch=batch, dtype=dtype) for name in names]
+    times: dict[tuple[str, str], list[float]] = {}
+    for round_number in range(repeats + 1):
+        for subject in subjects:
+            for what, run in (("infer", subject.infer), ("train", subject.train)):
+                seconds = _seconds(run)
+                if round_number:  # the first round only warms up
+                    times.setdefault((subject.name, what), []).append(seconds)
+    device = jax.devices()[0].device_kind
+    return [
+        {
+            "model": subject.name,
+            "device": device,
+            "batch": batch,
+            "dtype": dtype,
+            "compile_s": round(subject.compile_s, 2),
+            "infer_images_per_s": round(batch / statistics.median(times[subject.name, "infer"]), 2),
+            "train_images_per_s": round(batch / statistics.median(times[subject.name, "train"]), 2),
+            "train_peak_bytes": subject.peak_bytes,
+            "params_and_optimizer_bytes": subject.state_bytes,
+        }
+        for subject in subjects
+    ]
+
+
+def main(argv: list[str]) -> None:
+    """Measure and print."""
+    with door.bad_input():
+        if argv[1:]:
+            raise ValueError(f"unexpected arguments {argv[1:]}; name models with --models=a,b")
+        from halvit_jax.models import create_model
+
+        for name in MODELS.value:
+            create_model(name)
+    rows = measure(MODELS.value, batch=BATCH.value, dtype=DTYPE.value, repeats=REPEATS.value)
+    if JSON.value:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    print(f"{rows[0]['device']}, batch {BATCH.value}, {DTYPE.value}, medians of {REPEATS.value} rounds")
+    columns = "{:<26} {:>10} {:>16} {:>16} {:>14} {:>22}"
+    print(columns.format("model", "compile s", "infer images/s", "train images/s", "peak MiB", "params+optimizer MiB"))
+    for row in rows:
+        mebibytes = [f"{row[key] / 2**20:,.1f}" for key in ("train_peak_bytes", "params_and_optimizer_bytes")]
+        speeds = row["infer_images_per_s"], row["train_images_per_s"]
+        print(columns.format(row["model"], row["compile_s"], *speeds, *mebibytes))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    gc.collect()
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _peak_bytes(compiled: Any) -> int:
+    """Memory the compiled step needs on a device: its arguments, outputs and temporaries, donated ones once."""
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(total - memory.alias_size_in_bytes)
+
+
+if __name__ == "__main__":
+    door.run(main)

@@ -1,0 +1,166 @@
+"""Every field the library reads, with its default and one line each, and the checks between fields.
+
+A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` of
+Classification, `optim` of make_optimizer, `mesh` of make_mesh. Each constructor checks its own values; what concerns
+several sub-trees is checked here. The tree is locked: a name that is not below is refused.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def default_config() -> ConfigDict:
+    """A locked config with every field; a file of `configs/` starts from it and sets what its run is about."""
+    config = ConfigDict(
+        {
+            "seed": 0,  # of initial values, order, augmentation and stochastic depth
+            "batch_size": 128,  # examples of a step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
+            "total_steps": 0,  # length of the run in steps; this or num_epochs
+            "num_epochs": 0,  # length of the run in epochs; this or total_steps
+            "log_every": 50,  # steps between two points of the training curves
+            "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
+            "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
+            "keep_checkpoints": 2,  # how many of the newest checkpoints to keep
+            "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
+            "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
+            "model": _model(),
+            "data": _data(),
+            "task": _task(),
+            "optim": _optim(),
+            "mesh": _mesh(),
+        }
+    )
+    return config.lock()
+
+
+def _model() -> dict[str, Any]:
+    """Name and fields of the model; a field left at None has the value of the model's table of sizes."""
+    optional = config_dict.placeholder
+    return {
+        "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
+        "num_classes": 1000,  # size of the classifier
+        "image_size": optional(int),  # height and width of the images, for the model and the data
+        "drop_path": 0.0,  # stochastic depth of the last block
+        "remat": False,  # recompute blocks in the backward pass to save memory
+        "patch_size": optional(int),  # ViT: pixels of a patch's side
+        "width": optional(int),  # ViT: width of the tokens
+        "depth": optional(int),  # ViT: number of blocks
+        "num_heads": optional(int),  # ViT: attention heads; divides width
+        "ffn_ratio": optional(float),  # ViT: hidden width / width of the feed-forward layer
+        "attention": optional(str),  # ViT: full or tied
+        "ffn": optional(str),  # ViT: dense or tied
+        "attention_bias": optional(bool),  # ViT: biases of queries, keys, values and output
+        "pool": optional(str),  # ViT: token or mean
+        "position": optional(str),  # ViT: learned, sincos or none
+    }
+
+
+def _data() -> dict[str, Any]:
+    return {
+        "name": "imagenet2012",  # a TFDS data set with the features image and label
+        "data_dir": "",  # where TFDS keeps prepared data; "" is its own default, ~/tensorflow_datasets
+        "train_split": "train",  # in TFDS's notation, e.g. train[:90%]
+        "eval_split": "validation",
+        "crop": "random_resized",  # in training: random_resized, or whole (the whole image, resized)
+        "min_crop_area": 0.08,  # smallest share of the image that a random crop takes
+        "flip": True,  # mirror at random
+        "shift": 0,  # move by up to so many pixels at random
+        "rand_augment": "",  # e.g. rand-m9-mstd0.5-inc1, in timm's notation; "" is off
+        "interpolation": "bicubic",  # bilinear or bicubic
+        "antialias": False,  # of the training crop's resize; halves the loader's speed. Evaluation always has it
+        "eval_crop": 0.875,  # evaluation cuts this share out of the resized image
+        "repeats": 1,  # repeated augmentation: copies of an example in a row, of which an epoch has as many fewer
+        "readers": 64,  # parts of the training split, each filling a fixed part of a batch; hosts must divide them
+        "shuffle_buffer": 16384,  # records in memory to draw from, over all readers
+    }
+
+
+def _task() -> dict[str, Any]:
+    return {
+        "mean": IMAGENET_MEAN,  # of the colours, on the scale of 0 to 1
+        "std": IMAGENET_STD,
+        "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
+        "label_smoothing": 0.0,  # share of a target spread over all classes
+        "mixup": 0.0,  # alpha of Mixup; 0 is off
+        "cutmix": 0.0,  # alpha of CutMix; 0 is off
+        "mix_switch": 0.5,  # probability of CutMix where both are on
+        "erase": 0.0,  # probability of random erasing
+    }
+
+
+def _optim() -> dict[str, Any]:
+    return {
+        "name": "adamw",  # adamw, lamb or sgd
+        "learning_rate": 5e-4,  # peak, at base_batch_size
+        "base_batch_size": 512,  # the learning rate is multiplied by batch_size / this; 0 leaves it as it is
+        "weight_decay": 0.05,
+        "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"class_token$"),  # paths spared from weight decay
+        "beta1": 0.9,  # adamw, lamb
+        "beta2": 0.999,  # adamw, lamb
+        "epsilon": 1e-8,  # adamw, lamb
+        "momentum": 0.9,  # sgd
+        "clip_norm": 0.0,  # largest norm of the whole gradient; 0 is no limit
+        "schedule": "cosine",  # cosine, step or constant, after a linear warm-up
+        "warmup_epochs": 5.0,
+        "warmup_start": 1e-6,  # learning rate of the first step; not scaled with the batch
+        "floor": 1e-5,  # learning rate that cosine ends at; not scaled with the batch
+        "step_epochs": 30.0,  # step: epochs between two reductions
+        "step_factor": 0.1,  # step: factor of a reduction
+    }
+
+
+def _mesh() -> dict[str, int]:
+    return {
+        "data": -1,  # copies of the parameters; -1: what the other axes leave of the devices
+        "fsdp": 1,  # parts that parameters and batch are cut into
+        "tensor": 1,  # parts that parameters alone are cut into
+    }
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse values that no constructor sees alone.
+
+    Raises:
+        ValueError: what was given, what is allowed and which field to change.
+    """
+    if bool(config.total_steps) == bool(config.num_epochs):
+        raise ValueError(
+            f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
+            "the other at 0"
+        )
+    for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+        if config[name] < 1:
+            raise ValueError(f"{name}={config[name]} must be at least 1")
+    for name in ("total_steps", "num_epochs", "seed"):
+        if config[name] < 0:
+            raise ValueError(f"{name}={config[name]} must not be negative")
+    if not 0.0 <= config.ema_decay < 1.0:
+        raise ValueError(f"ema_decay={config.ema_decay} must lie in [0, 1)")
+    if config.compute_dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"compute_dtype={config.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+    if config.model.num_classes < 1:
+        raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config of `to_json`'s text: data, never run. Fields the text does not have keep their default.
+
+    Raises:
+        ValueError: the text holds a field that the library does not read.
+    """
+    config = default_config()
+    try:
+        config.update(json.loads(text))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a config of this library: {error}") from error
+    return config

@@ -1,0 +1,73 @@
+"""What all doors (`python -m halvit_jax.<door>`) share: parsing flags, and answering bad input with one line.
+
+Exit codes: 0 done, 1 done in part, 2 bad input.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from halvit_jax.config import default_config
+
+BAD_INPUT = 2
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parse the command line and call `main`; a wrong flag or config field ends the program with one line."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: none of its greetings,
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its warning that results may vary
+    logging.set_verbosity(logging.WARNING)
+    app.run(main, flags_parser=_parse)
+
+
+@contextlib.contextmanager
+def bad_input() -> Iterator[None]:
+    """Errors inside are the user's to mend: say what they say, without a traceback, and exit with 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with this message and the code for bad input."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+def check_overrides(arguments: list[str], config: ConfigDict) -> None:
+    """Refuse `--config.some.field` where the config has no such field.
+
+    Raises:
+        ValueError: with the nearest name there is.
+    """
+    known = field_names(config)
+    for argument in arguments:
+        if argument.startswith("--config."):
+            name = argument.removeprefix("--config.").split("=")[0]
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ValueError(f"{name} is no field of the config; did you mean --config.{near}?")
+
+
+def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all fields, e.g. model.width."""
+    names: list[str] = []
+    for name, value in config.items():
+        names += field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return names
+
+
+def _parse(arguments: list[str]) -> list[str]:
+    with bad_input():
+        check_overrides(arguments, default_config())
+        try:
+            return flags.FLAGS(arguments)
+        except flags.Error as error:
+            raise ValueError(f"{str(error).splitlines()[0]}; --help lists the flags") from error

@@ -1,0 +1,69 @@
+"""Self-attention of a transformer block: full and tied.
+
+Shapes: `b` batch, `n` tokens, `d` width, `h` heads, `k` width of a head (d = h k). Every class maps [b, n, d] ->
+[b, n, d] and takes the same fields, so that a block chooses one by name.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.tied import TiedDense
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with its own matrices for queries, keys, values (one product) and for the output."""
+
+    width: int  # d
+    num_heads: int  # h
+    bias: bool = True
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
+        query, key, value = jnp.split(nn.Dense(3 * self.width, **dense, name="qkv")(x), 3, axis=-1)
+        out = attend(query, key, value, num_heads=self.num_heads)
+        return nn.Dense(self.width, **dense, name="output")(out)
+
+
+class TiedAttention(nn.Module):
+    """Q = x Wq, K = x Wkv, V = x Wkv^T, output = o Wq^T: two square matrices instead of four (HaLViT)."""
+
+    width: int  # d
+    num_heads: int  # h
+    bias: bool = False
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        query_output = TiedDense(self.width, self.width, dtype=self.dtype, name="query_output")
+        key_value = TiedDense(self.width, self.width, dtype=self.dtype, name="key_value")
+        query, key, value = query_output.project(x), key_value.project(x), key_value.project_back(x)
+        if self.bias:
+            query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
+        out = query_output.project_back(attend(query, key, value, num_heads=self.num_heads))
+        return self._shift("output", out) if self.bias else out
+
+    def _shift(self, name: str, x: jax.Array) -> jax.Array:
+        return x + self.param(f"{name}_bias", nn.initializers.zeros, (self.width,)).astype(x.dtype)
+
+
+ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAttention}
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, num_heads: int) -> jax.Array:
+    """softmax(Q K^T / sqrt(k)) V, head by head; all of shape [b, n, d].
+
+    The softmax is computed in float32 whatever the type of the input.
+    """
+    query, key, value = (_split_heads(x, num_heads) for x in (query, key, value))
+    logits = jnp.einsum("bqhk,bnhk->bhqn", query, key) * query.shape[-1] ** -0.5  # [b, h, n, n]
+    weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(value.dtype)
+    out = jnp.einsum("bhqn,bnhk->bqhk", weights, value)  # [b, n, h, k]
+    return out.reshape(*out.shape[:2], -1)  # [b, n, d]
+
+
+def _split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], num_heads, -1)  # [b, n, h, k]

@@ -1,0 +1,43 @@
+"""Multiply-accumulates of a function, counted from its jaxpr: what all products and convolutions in it cost."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def count_macs(function: Callable, *args: Any) -> int:
+    """Multiply-accumulates of `function(*args)`; arrays may be given as shapes (jax.ShapeDtypeStruct).
+
+    Counts dot_general and conv_general_dilated, which is what published figures count; additions, norms and
+    activations are left out. Of a conditional the dearest branch counts, of a loop its length times its body.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        left = equation.invars[0].aval.shape
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
+    inner = [_of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    if name == "cond":
+        return max(inner)
+    return sum(inner) * (params["length"] if name == "scan" else 1)
+
+
+def _jaxprs(value: Any) -> list[Any]:
+    if isinstance(value, tuple | list):
+        return [jaxpr for item in value for jaxpr in _jaxprs(item)]
+    value = getattr(value, "jaxpr", value)
+    return [value] if hasattr(value, "eqns") else []

@@ -1,0 +1,183 @@
+"""Vision transformers of one width: DeiT (Touvron et al., 2021) and HaLViT.
+
+    x = patches + position;  x += attention(norm(x));  x += ffn(norm(x));  ...;  logits = head(norm(x) pooled)
+
+Shapes: `b` batch, `h w` space, `n` tokens, `d` width.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.attention import ATTENTION
+from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
+from halvit_jax.layers.ffn import FFN
+from halvit_jax.layers.init import Dtype, normal_02
+
+EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
+POOLS = ("token", "mean")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, [b, n, d] -> [b, n, d]; which attention and which FFN are named by fields."""
+
+    width: int
+    num_heads: int
+    hidden: int
+    attention: str  # a key of ATTENTION
+    ffn: str  # a key of FFN
+    attention_bias: bool
+    drop_path: float
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        attention = ATTENTION[self.attention](
+            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
+        )
+        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
+        drop = DropPath(self.drop_path, name="drop_path")
+        x = x + drop(attention(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x)), train=train)
+        return x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+
+
+class VisionTransformer(nn.Module):
+    """A plain ViT whose blocks are dense (DeiT) or tied (HaLViT).
+
+    `halvit_tiny` and `halvit_small` are our reading of the paper's T and M. Neither its text nor its code states the
+    width, depth, heads, biases, positions or recipe of the ViT. We take the shapes of DeiT-S and DeiT-B with class
+    token, learned positions, both FFN biases and no attention bias, since the formulas show none. That gives
+    11,030,400 and 43,294,464 parameters without the classifier, where the paper reports 11.1M and 43.0M: 0.6 % below
+    and 0.7 % above. No shape of this kind hits both figures at once; both equal half of the published sizes of the
+    untied models (22.1M and 86M), which is the likeliest origin of the reported ones.
+
+    Args:
+        num_classes: size of the head; 0 leaves it out and returns the pooled features.
+        image_size: height and width of the (square) images; a multiple of `patch_size`.
+        pool: what the head sees: the class "token", or the "mean" over the image's tokens (then there is no such token).
+        position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
+        drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+        dtype: the type to compute in. Parameters, softmax and logits are float32 whatever it is.
+    """
+
+    num_classes: int = 1000
+    image_size: int = 224
+    patch_size: int = 16
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    ffn_ratio: float = 4.0
+    attention: str = "full"
+    ffn: str = "dense"
+    attention_bias: bool = True
+    pool: str = "token"
+    position: str = "learned"
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        _check_choice("attention", self.attention, ATTENTION)
+        _check_choice("ffn", self.ffn, FFN)
+        _check_choice("pool", self.pool, POOLS)
+        _check_choice("position", self.position, POSITIONS)
+        if self.depth < 1:
+            raise ValueError(f"model.depth={self.depth} must be at least 1")
+        _check_divides("num_heads", self.num_heads, "width", self.width)
+        _check_divides("patch_size", self.patch_size, "image_size", self.image_size)
+        if self.position == "sincos" and self.width % 4:
+            raise ValueError(f"model.width={self.width} must be a multiple of 4 when model.position='sincos'")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
+        if self.pool == "token":
+            self.class_token = self.param("class_token", normal_02, (self.width,))
+        self.add_position = Position(self.position, self._grid, name="position")
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        self.blocks = [
+            block(
+                width=self.width,
+                num_heads=self.num_heads,
+                hidden=round(self.width * self.ffn_ratio),
+                attention=self.attention,
+                ffn=self.ffn,
+                attention_bias=self.attention_bias,
+                drop_path=rate,
+                dtype=self.dtype,
+                name=f"block{i}",
+            )
+            for i, rate in enumerate(linear_rates(self.drop_path, self.depth))
+        ]
+        self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
+        x = self._tokens(images, train)
+        x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
+        if self.num_classes:
+            x = self.head(x)
+        return x.astype(jnp.float32)
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
+        """Normalised images [b, h, w, 3] -> {patch_size: [b, h / patch_size, w / patch_size, d]}."""
+        x = self._tokens(images, train)
+        x = x[:, 1:] if self.pool == "token" else x
+        return {self.patch_size: x.reshape(x.shape[0], *self._grid, -1)}
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        return (self.image_size // self.patch_size,) * 2
+
+    def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} for a model built for {self.image_size}x"
+                f"{self.image_size}; set model.image_size"
+            )
+        x = self.embed(images)  # [b, n, d]
+        if self.pool == "token":
+            token = jnp.broadcast_to(self.class_token.astype(x.dtype), (x.shape[0], 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
+        x = self.add_position(x)
+        for block in self.blocks:
+            x = block(x, train)
+        return self.norm(x)
+
+
+TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
+TINY = {"width": 192, "num_heads": 3}
+SMALL = {"width": 384, "num_heads": 6}
+BASE = {"width": 768, "num_heads": 12}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "halvit_tiny": SMALL | TIED,  # the paper's T has the shape of DeiT-S
+    "halvit_small": BASE | TIED,
+    "deit_tiny": TINY,
+    "deit_small": SMALL,
+    "deit_base": BASE,
+}
+
+# A tied kernel has one rule for both of its uses: split on f, its second dimension.
+PARTITION_RULES = (
+    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", ("fsdp", "tensor")),
+    (r"(output|reduce)/kernel$", ("tensor", "fsdp")),
+    (r"embed/kernel$", (None, None, None, "fsdp")),
+    (r"(bias|scale|class_token|embedding)$", ()),
+)
+
+
+def _check_choice(field: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise ValueError(f"model.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
+    if value < 1 or whole < 1 or whole % value:
+        raise ValueError(f"model.{field}={value} does not divide model.{whole_field}={whole}; change one of them")

@@ -1,0 +1,96 @@
+"""Training recipes: each makes a config with its values, for the files of `configs/` to start from."""
+
+from ml_collections import ConfigDict
+
+from halvit_jax.config import default_config
+
+
+def deit(model: str, *, epochs: int = 300) -> ConfigDict:
+    """DeiT (Touvron et al., 2021): the recipe of every model shaped like a ViT.
+
+    Colour jitter is left out: timm switches it off where RandAugment is on. The released accuracies are of the raw
+    weights; the averages are evaluated beside them.
+    """
+    config = default_config()
+    config.num_epochs = epochs
+    config.batch_size = 1024
+    config.ema_decay = 0.99996
+    config.model.name = model
+    config.model.drop_path = 0.1
+    config.data.rand_augment = "rand-m9-mstd0.5-inc1"
+    config.data.antialias = True
+    config.data.repeats = 3
+    config.task.label_smoothing = 0.1
+    config.task.mixup = 0.8
+    config.task.cutmix = 1.0
+    config.task.erase = 0.25
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 5e-4
+    config.optim.base_batch_size = 512
+    config.optim.weight_decay = 0.05
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_start = 1e-6
+    config.optim.floor = 1e-5
+    return config
+
+
+def torchvision_v1(model: str) -> ConfigDict:
+    """The 90 epochs of torchvision's V1 weights, whose 76.13 (ResNet-50) is what HaLViT's ResNets are compared with.
+
+    Everything is decayed, norms and biases too.
+    """
+    config = default_config()
+    config.num_epochs = 90
+    config.batch_size = 256
+    config.model.name = model
+    config.data.interpolation = "bilinear"
+    config.data.antialias = True
+    config.optim.name = "sgd"
+    config.optim.learning_rate = 0.1
+    config.optim.base_batch_size = 256
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 1e-4
+    config.optim.no_decay = ()
+    config.optim.schedule = "step"
+    config.optim.warmup_epochs = 0.0
+    config.optim.step_epochs = 30.0
+    config.optim.step_factor = 0.1
+    return config
+
+
+def digits(model: str) -> ConfigDict:
+    """The embedded digits in about two minutes on two cores: a ViT of width 96 and depth 4 on patches of 2x2 pixels."""
+    config = default_config()
+    config.batch_size = 128
+    config.total_steps = 2200
+    config.log_every = 100
+    config.eval_every = 550
+    config.checkpoint_every = 550
+    config.ema_decay = 0.99
+    config.compute_dtype = "float32"
+
+    config.model.name = model
+    config.model.num_classes = 10
+    config.model.image_size = 8
+    config.model.patch_size = 2
+    config.model.width = 96
+    config.model.depth = 4
+    config.model.num_heads = 3
+
+    config.data.name = "digits"
+    config.data.eval_split = "test"
+    config.data.crop = "whole"
+    config.data.flip = False
+    config.data.shift = 1
+    config.data.interpolation = "bilinear"
+    config.data.eval_crop = 1.0
+    config.data.readers = 16
+
+    config.task.mean = (0.5, 0.5, 0.5)
+    config.task.std = (0.5, 0.5, 0.5)
+
+    config.optim.learning_rate = 2e-3
+    config.optim.base_batch_size = 0
+    config.optim.warmup_epochs = 20.0
+    return config

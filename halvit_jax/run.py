@@ -1,0 +1,173 @@
+"""A run: from its config to its parts, and back from its workdir.
+
+The one place where a ConfigDict is taken apart; each sub-tree becomes the keywords of one constructor.
+"""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from halvit_jax import config as config_lib
+from halvit_jax.models import create_model
+from halvit_jax.protocols import Loader, PyTree
+from halvit_jax.tasks.classify import Classification
+from halvit_jax.training.checkpoint import Checkpointer
+from halvit_jax.training.optim import Optimizer, make_optimizer
+from halvit_jax.training.sharding import check_batch_size, make_mesh
+from halvit_jax.training.state import TrainState, abstract_state
+
+CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
+
+
+class Run(NamedTuple):
+    """The parts of a run, built and checked, before anything is compiled."""
+
+    task: Classification
+    optimizer: Optimizer
+    mesh: Mesh
+    train_loader: Loader
+    eval_loader: Loader
+    class_names: list[str]
+    total_steps: int
+
+
+def build_task(config: ConfigDict) -> Classification:
+    """The model of `config.model` under the task of `config.task`.
+
+    Raises:
+        ValueError: fields that are not allowed or do not fit each other.
+    """
+    config_lib.validate(config)
+    model = create_model(**config.model, dtype=compute_dtype(config.compute_dtype))
+    return Classification(model, **config.task)
+
+
+def build(config: ConfigDict) -> Run:
+    """All parts of a run. Cheap checks come first, so a wrong field is answered before TensorFlow is imported.
+
+    Raises:
+        ValueError: what was given, what is allowed and which field of the config to change.
+    """
+    task = build_task(config)
+    mesh = make_mesh(**config.mesh)
+    check_batch_size(config.batch_size, mesh)
+
+    from halvit_jax import data
+
+    data.hide_accelerators()
+    loaders = data.make_loaders(
+        **config.data,
+        batch_size=config.batch_size,
+        image_size=task.model.image_size,
+        seed=config.seed,
+        host=data.Host(jax.process_index(), jax.process_count()),
+    )
+    classes = len(loaders.class_names)
+    if classes != task.model.num_classes:
+        raise ValueError(
+            f"model.num_classes={task.model.num_classes}, but data.name={config.data.name!r} has {classes} classes; "
+            f"set model.num_classes={classes}"
+        )
+    total_steps = config.total_steps or config.num_epochs * loaders.train.steps_per_epoch
+    optimizer = make_optimizer(
+        **config.optim,
+        batch_size=config.batch_size,
+        steps_per_epoch=loaders.train.steps_per_epoch,
+        total_steps=total_steps,
+    )
+    return Run(task, optimizer, mesh, loaders.train, loaders.eval, loaders.class_names, total_steps)
+
+
+def compute_dtype(name: str) -> str:
+    """`auto` is bfloat16 on accelerators and float32 on a CPU, where bfloat16 is slow."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def create_workdir(workdir: pathlib.Path) -> None:
+    """Make the workdir if it is missing, and try whether it can be written to.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    probe = workdir / f".probe_{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--workdir={workdir} cannot be written to ({error.strerror}); name another one") from error
+
+
+def write_description(workdir: pathlib.Path, config: ConfigDict, class_names: list[str]) -> None:
+    """What `load_trained` needs beside the checkpoint: the config and the class names, as JSON in the workdir."""
+    if jax.process_index():
+        return
+    (workdir / CONFIG_FILE).write_text(config_lib.to_json(config) + "\n")
+    (workdir / CLASSES_FILE).write_text(json.dumps(class_names) + "\n")
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+    """The config a workdir was trained with.
+
+    Raises:
+        ValueError: there is none, so no run has begun here.
+    """
+    path = workdir / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}")
+    return config_lib.from_json(path.read_text())
+
+
+class Trained(NamedTuple):
+    """A trained model: its task, its variables (the averages where the run kept them) and what it was trained for."""
+
+    task: Classification
+    variables: tuple[PyTree, PyTree]  # params, model_state
+    config: ConfigDict
+    class_names: list[str]
+
+
+def load_trained(workdir: str | pathlib.Path) -> Trained:
+    """The newest checkpoint of a run, to compute in float32.
+
+    Raises:
+        ValueError: no run or no checkpoint here, or one that does not fit its own config.
+    """
+    workdir = pathlib.Path(workdir)
+    config = read_config(workdir)
+    config.compute_dtype = "float32"
+    task = build_task(config)
+    state = restore_newest(task, config, workdir)
+    variables = state.ema or state.raw
+    class_names = json.loads((workdir / CLASSES_FILE).read_text())
+    return Trained(task, (variables["params"], variables["model_state"]), config, class_names)
+
+
+def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Path) -> TrainState:
+    """The state of the newest checkpoint in `workdir`, whole on the first device of this host.
+
+    Raises:
+        ValueError: there is no checkpoint, or it does not fit.
+    """
+    any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
+    optimizer = make_optimizer(**config.optim, **any_length)
+    mesh = make_mesh(data=-1)
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0)
+    checkpointer = Checkpointer(workdir)
+    try:
+        return checkpointer.restore(abstract)
+    finally:
+        checkpointer.close()
+
+
+def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+    """The result of a finished run, as JSON in the workdir."""
+    if jax.process_index():
+        return
+    (workdir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,74 @@
+"""Every model in one table: parameters, multiply-accumulates, image size, and what was published.
+
+python -m halvit_jax.summary [--json] [NAME...]
+"""
+
+import json
+from typing import Any
+
+import jax
+from absl import flags
+
+from halvit_jax import door
+from halvit_jax.macs import count_macs
+from halvit_jax.models import create_model, list_models
+
+JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
+
+# Top-1 on ImageNet-1k and how it was trained, by the papers or torchvision; None of these was measured here.
+# `params` where the paper's own figure differs from ours, as it was printed.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "halvit_tiny": {"params": "11.1M", "top1": 77.3, "source": "HaLViT, T, 300 epochs"},
+    "halvit_small": {"params": "43.0M", "top1": 81.3, "source": "HaLViT, M, 300 epochs"},
+    "halvit_resnet50": {"params": "13.4M", "top1": 75.1, "source": "HaLViT; counted without the classifier"},
+    "deit_tiny": {"top1": 72.2, "source": "DeiT, 300 epochs"},
+    "deit_small": {"top1": 79.9, "source": "DeiT, 300 epochs"},
+    "deit_base": {"top1": 81.8, "source": "DeiT, 300 epochs"},
+    "resnet18": {"top1": 69.76, "source": "torchvision V1, 90 epochs"},
+    "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
+    "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},
+}
+
+
+def summarise(name: str) -> dict[str, Any]:
+    """Exact counts of one model at its own image size, nothing computed: {"model", "params", "gmacs", ...}."""
+    model = create_model(name)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    head = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["head"]))
+    macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return {
+        "model": name,
+        "params": params,
+        "params_without_head": params - head,
+        "gmacs": round(macs / 1e9, 3),
+        "image_size": model.image_size,
+        "published": PUBLISHED.get(name),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Print the table of the named models, or of all."""
+    with door.bad_input():
+        rows = [summarise(name) for name in argv[1:] or list_models()]
+    if JSON.value:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    columns = "{:<26} {:>12} {:>13} {:>8} {:>6}  {}"
+    print(columns.format("model", "parameters", "without head", "GMACs", "image", "published (not measured here)"))
+    for row in rows:
+        counts = f"{row['params']:,}", f"{row['params_without_head']:,}", f"{row['gmacs']:.3f}", row["image_size"]
+        print(columns.format(row["model"], *counts, _published(row["published"])))
+
+
+def _published(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return ""
+    params = f"{figures['params']}, " if "params" in figures else ""
+    return f"{params}top-1 {figures['top1']} ({figures['source']})"
+
+
+if __name__ == "__main__":
+    door.run(main)

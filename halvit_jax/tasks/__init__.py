@@ -1,0 +1,1 @@
+"""Tasks: what is learned. Batch in, loss and predictions out."""

@@ -1,0 +1,107 @@
+"""Image classification: uint8 images and labels in, cross-entropy out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.models import partition_rules
+from halvit_jax.protocols import Batch, Loss, PyTree
+from halvit_jax.tasks import mix
+from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.metrics import classification_sums
+
+
+class Classification:
+    """Train `model` to name the class of an image.
+
+    Training: normalise, erase, smooth the labels, mix, apply, average the loss over the real rows. The order is timm's:
+    erasing before mixing, smoothing inside the mixed target. Evaluation scores plain cross-entropy, top-1 and top-5.
+
+    Args:
+        model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
+        mean, std: of the three colours on the scale of 0 to 255, taken off before the model sees an image.
+        loss: a key of LOSSES, for training.
+        label_smoothing: share of a target spread over all classes.
+        mixup, cutmix: the alphas of their Beta distributions; 0 is off.
+        mix_switch: probability of CutMix where both are on.
+        erase: probability of random erasing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        loss: str = "cross_entropy",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_switch: float = 0.5,
+        erase: float = 0.0,
+    ) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"task.loss={loss!r} is not one of {', '.join(LOSSES)}")
+        for name, value in {"label_smoothing": label_smoothing, "mix_switch": mix_switch, "erase": erase}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"task.{name}={value} must lie between 0 and 1")
+        for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
+            if value < 0.0:
+                raise ValueError(f"task.{name}={value} must not be negative")
+        self.model = model
+        self.frozen: PyTree = {}
+        self.partition_rules = partition_rules(model)
+        self._mean, self._std = tuple(mean), tuple(std)
+        self._loss = LOSSES[loss]
+        self._label_smoothing = label_smoothing
+        self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
+        self._erase = erase
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params, model_state); model_state holds BatchNorm's running statistics, if the model has any."""
+        size = self.model.image_size
+        variables = self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
+        """The mean training loss over the rows where mask is True, and the sums of the plain scores."""
+        del frozen
+        drop_key, augment_key = jax.random.split(key)
+        images, targets = self._training_inputs(batch, augment_key)
+        logits, new_state = self.model.apply(
+            {"params": params, **model_state},
+            images,
+            train=True,
+            mutable=list(model_state),
+            rngs={"drop_path": drop_key},
+        )
+        loss = self._loss(logits, targets)
+        sums = classification_sums(loss, logits, batch["label"], batch["mask"])
+        return Loss(sums["loss"] / jnp.maximum(sums["examples"], 1.0), dict(new_state), sums)
+
+    def predict(self, params: PyTree, model_state: PyTree, batch: Batch) -> jax.Array:
+        """Logits [b, num_classes] in inference."""
+        return self.model.apply({"params": params, **model_state}, self._normalise(batch["image"]), train=False)
+
+    def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
+        targets = smooth_one_hot(batch["label"], outputs.shape[-1], 0.0)
+        return classification_sums(cross_entropy(outputs, targets), outputs, batch["label"], batch["mask"])
+
+    def summary_images(self, batch: Batch) -> dict[str, Any]:
+        """The first 64 images as the model gets them in training."""
+        images, _ = self._training_inputs(batch, jax.random.key(0))
+        pixels = images[:64] * jnp.array(self._std) + jnp.array(self._mean)
+        return {"train_images": jnp.clip(pixels / 255.0, 0.0, 1.0)}
+
+    def _normalise(self, images: jax.Array) -> jax.Array:
+        return (images.astype(jnp.float32) - jnp.array(self._mean)) / jnp.array(self._std)
+
+    def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        erase_key, mix_key = jax.random.split(key)
+        images = mix.random_erase(erase_key, self._normalise(batch["image"]), probability=self._erase)
+        targets = smooth_one_hot(batch["label"], self.model.num_classes, self._label_smoothing)
+        return mix.mixup_or_cutmix(mix_key, images, targets, **self._mixing)

@@ -1,0 +1,23 @@
+"""Losses over class scores. Shapes: `b` batch, `c` classes."""
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-sum_c targets log softmax(logits), for targets [b, c] that sum to 1 -> [b]."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """One yes-or-no question a class, averaged over the classes, for targets [b, c] in [0, 1] -> [b] (ResNet A1-A3)."""
+    per_class = -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
+    return per_class.mean(axis=-1)
+
+
+LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+
+
+def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """Labels [b] as targets [b, c]: `1 - smoothing` on the class plus `smoothing / c` on every class."""
+    return jax.nn.one_hot(labels, num_classes) * (1.0 - smoothing) + smoothing / num_classes

@@ -1,0 +1,1 @@
+"""Training: how a task is learned. Knows `Task`, not models."""

@@ -1,0 +1,157 @@
+"""What a run says: TensorBoard curves, the progress line, the table of parameters.
+
+Only the first host speaks. Scalars wait on the device until a report is due.
+"""
+
+import contextlib
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from clu import metric_writers, parameter_overview
+
+from halvit_jax.protocols import PyTree
+
+GRID = 8  # images along a side of the grid that TensorBoard shows
+
+
+class Report:
+    """Writes the curves of a run to TensorBoard files in the workdir, and one live or several plain lines to stdout."""
+
+    def __init__(self, workdir: pathlib.Path, *, total_steps: int, batch_size: int) -> None:
+        self._speaks = jax.process_index() == 0
+        self._writer = (
+            metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
+            if self._speaks
+            else metric_writers.MultiWriter([])
+        )
+        self._live = self._speaks and sys.stdout.isatty()
+        self._total_steps, self._batch_size = total_steps, batch_size
+        self._speeds: list[float] = []
+        self._line = ""
+        self._clock = time.perf_counter()  # since when the present stretch of training runs, moved on by every pause
+        self._waited = 0.0  # seconds of it spent waiting for data
+        self._uncounted = 0  # steps reported with this stretch that ran before it
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._speaks:
+            print(("\r\033[K" if self._live and self._line else "") + text, flush=True)
+            self._line = ""
+
+    def parameters(self, params: PyTree) -> None:
+        """CLU's table of all parameters, as a text in TensorBoard and a file's worth of lines at the start."""
+        if self._speaks:
+            table = parameter_overview.get_parameter_overview(params, include_stats=False)
+            self._writer.write_texts(0, {"parameters": f"```\n{table}\n```"})
+
+    def hyperparameters(self, config: Mapping[str, Any]) -> None:
+        """The fields of the config, as TensorBoard's hyper-parameters."""
+        self._writer.write_hparams(_flat_fields(config))
+
+    def images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Each stack of images [n, h, w, 3] in [0, 1] as one grid."""
+        self._writer.write_images(step, {name: grid(np.asarray(stack))[None] for name, stack in images.items()})
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time spent inside counts as waiting for data."""
+        entered = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - entered
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Time spent inside (evaluating, saving) does not count as training."""
+        entered = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - entered
+
+    def first_step_done(self) -> None:
+        """The step function is compiled; from here on the clock measures training."""
+        self.say(f"first step done after {time.perf_counter() - self._clock:.1f} s, most of it compiling")
+        self._clock, self._waited, self._uncounted = time.perf_counter(), 0.0, 1
+
+    def training(self, step: int, scalars: Mapping[str, float], *, steps: int) -> None:
+        """The averages over the `steps` since the last call, with speed and the share of time waiting for data."""
+        now = time.perf_counter()
+        counted, seconds = steps - self._uncounted, max(now - self._clock, 1e-9)
+        if counted > 0:
+            speed = counted * self._batch_size / seconds
+            self._speeds.append(speed)
+            scalars = {**scalars, "images_per_s": speed, "waiting_for_data": self._waited / seconds}
+        self._writer.write_scalars(step, {f"train/{name}": value for name, value in scalars.items()})
+        self._progress(step, scalars)
+        self._clock, self._waited, self._uncounted = now, 0.0, 0
+
+    def evaluation(self, step: int, name: str, scalars: Mapping[str, float]) -> None:
+        """The averages of one evaluation, as `name`/..., in the curves and as a line that stays."""
+        self._writer.write_scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+        self.say(f"step {step}  {name}  " + "  ".join(_pretty(key, value) for key, value in scalars.items()))
+
+    @property
+    def images_per_s(self) -> float | None:
+        """The median training speed of this process, or None before the first report."""
+        return float(np.median(self._speeds)) if self._speeds else None
+
+    def result(self, result: Mapping[str, Any], workdir: pathlib.Path) -> None:
+        """The end of a run as a short table, and what to type next."""
+        scores = {"raw weights": result["eval"], "averaged weights": result.get("ema_eval", {})}
+        rows = [(name, "  ".join(_pretty(*item) for item in score.items())) for name, score in scores.items() if score]
+        rows += [("parameters", f"{result['params']:,}"), ("steps", f"{result['step']:,}")]
+        if result["images_per_s"]:
+            rows.append(("training speed", f"{result['images_per_s']:,.0f} images/s"))
+        rows.append(("run", str(workdir)))
+        python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
+        rows.append(("curves", f"{python} -m tensorboard.main --logdir={workdir}"))
+        rows.append(("use it", f"{python} -m halvit_jax.predict --workdir={workdir} IMAGE..."))
+        self.say("\n" + "\n".join(f"  {name:<18}{value}" for name, value in rows))
+
+    def close(self) -> None:
+        """Write what waits."""
+        self._writer.flush()
+        self._writer.close()
+
+    def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
+        if not self._speaks:
+            return
+        shown = [_pretty(name, scalars[name]) for name in ("loss", "top1") if name in scalars]
+        if "images_per_s" in scalars:
+            left = (self._total_steps - step) * self._batch_size / scalars["images_per_s"]
+            shown += [f"{scalars['images_per_s']:,.0f} images/s", f"data {scalars['waiting_for_data']:.0%}"]
+            shown += [f"ETA {int(left) // 3600}:{int(left) % 3600 // 60:02}:{int(left) % 60:02}"]
+        share = step / self._total_steps
+        self._line = f"step {step}/{self._total_steps}  {share:4.0%}  " + "  ".join(shown)
+        if self._live:
+            bar = "#" * round(20 * share) + "-" * (20 - round(20 * share))
+            print(f"\r\033[K[{bar}] {self._line}", end="", flush=True)
+        else:
+            print(self._line, flush=True)
+
+
+def grid(images: np.ndarray) -> np.ndarray:
+    """The first images of [n, h, w, c] side by side: [rows * h, GRID * w, c]."""
+    images = images[: GRID * GRID]
+    missing = -len(images) % GRID
+    images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
+    rows = images.reshape(-1, GRID, *images.shape[1:])  # [rows, GRID, h, w, c]
+    return rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, rows.shape[-1])
+
+
+def _pretty(name: str, value: float) -> str:
+    return f"{name} {value:.2%}" if name.startswith("top") else f"{name} {value:.4f}"
+
+
+def _flat_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            fields |= _flat_fields(value, f"{prefix}{name}.")
+        else:
+            fields[prefix + name] = value if isinstance(value, bool | int | float | str) else str(value)
+    return fields

@@ -1,0 +1,44 @@
+"""What all tests share. The environment is set here because it counts only until jax and TensorFlow are imported."""
+
+import importlib.util
+import os
+import pathlib
+import types
+
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+    os.environ.setdefault(threads, "2")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A `data_dir` for TFDS in which the embedded digits are prepared."""
+    from halvit_jax.data import open_source
+
+    folder = tmp_path_factory.mktemp("tfds")
+    open_source("digits", str(folder), "train")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden() -> pathlib.Path:
+    """The folder of reference outputs."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def reference_weights() -> types.ModuleType:
+    """The file that derives the weights and images of every reference output from names and shapes."""
+    spec = importlib.util.spec_from_file_location("reference_weights", GOLDEN / "reference_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,148 @@
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halvit_jax.layers.attention import ATTENTION, SelfAttention, TiedAttention, attend
+
+B, N, D, H = 2, 5, 12, 3
+
+
+def _normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape)
+
+
+def _attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """One head after the other, one query after the other."""
+    k = D // H
+    out = np.zeros_like(value)
+    for head in range(H):
+        part = slice(head * k, (head + 1) * k)
+        for b in range(B):
+            for i in range(N):
+                logits = key[b, :, part] @ query[b, i, part] / np.sqrt(k)
+                weights = np.exp(logits - logits.max())
+                out[b, i, part] = weights / weights.sum() @ value[b, :, part]
+    return out
+
+
+def _tied_params(*, bias: bool) -> dict[str, Any]:
+    params: dict[str, Any] = {
+        name: {"kernel": 0.3 * _normal(D, D, seed=seed)} for seed, name in enumerate(("query_output", "key_value"))
+    }
+    if bias:
+        names = ("query_bias", "key_bias", "value_bias", "output_bias")
+        params |= {name: _normal(D, seed=seed) for seed, name in enumerate(names)}
+    return params
+
+
+def _untied(params: dict[str, Any]) -> dict[str, Any]:
+    """The matrices of full attention that compute the same as tied ones."""
+    wq, wkv = params["query_output"]["kernel"], params["key_value"]["kernel"]
+    zero = np.zeros(D)
+    bias = [params.get(f"{name}_bias", zero) for name in ("query", "key", "value")]
+    return {
+        "qkv": {"kernel": np.concatenate([wq, wkv, wkv.T], axis=1), "bias": np.concatenate(bias)},
+        "output": {"kernel": wq.T, "bias": params.get("output_bias", zero)},
+    }
+
+
+# The softmax is float32 whatever the rest is, hence 1e-6 where all else would allow 1e-12.
+def test_attend_is_softmax_attention_head_by_head() -> None:
+    query, key, value = (_normal(B, N, D, seed=seed) for seed in range(3))
+    with jax.enable_x64(True):
+        result = attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), num_heads=H)
+    np.testing.assert_allclose(result, _attend(query, key, value), rtol=1e-6, atol=1e-6)
+
+
+def test_full_attention_is_its_formula() -> None:
+    x = _normal(B, N, D)
+    params = {
+        "qkv": {"kernel": 0.3 * _normal(D, 3 * D), "bias": _normal(3 * D)},
+        "output": {"kernel": _normal(D, D), "bias": _normal(D)},
+    }
+    with jax.enable_x64(True):
+        result = SelfAttention(D, H).apply({"params": params}, jnp.asarray(x))
+    projected = x @ params["qkv"]["kernel"] + params["qkv"]["bias"]
+    attended = _attend(projected[..., :D], projected[..., D : 2 * D], projected[..., 2 * D :])
+    expected = attended @ params["output"]["kernel"] + params["output"]["bias"]
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tied_attention_is_its_formula(bias: bool) -> None:
+    x, params = _normal(B, N, D), _tied_params(bias=bias)
+    with jax.enable_x64(True):
+        result = TiedAttention(D, H, bias=bias).apply({"params": params}, jnp.asarray(x))
+    wq, wkv = params["query_output"]["kernel"], params["key_value"]["kernel"]
+    query, key, value = (
+        y + params.get(f"{name}_bias", 0.0)
+        for name, y in (("query", x @ wq), ("key", x @ wkv), ("value", np.einsum("bnf,df->bnd", x, wkv)))
+    )
+    expected = np.einsum("bnf,df->bnd", _attend(query, key, value), wq) + params.get("output_bias", 0.0)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_each_tied_kernel_is_the_sum_of_both_uses(bias: bool) -> None:
+    x, weights, params = _normal(B, N, D), _normal(B, N, D, seed=1), _tied_params(bias=bias)
+    with jax.enable_x64(True):
+        tied = jax.grad(lambda p: jnp.sum(weights * TiedAttention(D, H, bias=bias).apply({"params": p}, x)))(params)
+        untied = jax.grad(lambda p: jnp.sum(weights * SelfAttention(D, H).apply({"params": p}, x)))(_untied(params))
+    query, key, value = np.split(untied["qkv"]["kernel"], 3, axis=1)
+    expected = {"query_output": query + untied["output"]["kernel"].T, "key_value": key + value.T}
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(tied[name]["kernel"], gradient, rtol=1e-6, atol=1e-6 * np.abs(gradient).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "bias", "shapes"),
+    [
+        ("full", False, {"qkv": {"kernel": (D, 3 * D)}, "output": {"kernel": (D, D)}}),
+        ("full", True, {"qkv": {"kernel": (D, 3 * D), "bias": (3 * D,)}, "output": {"kernel": (D, D), "bias": (D,)}}),
+        ("tied", False, {"query_output": {"kernel": (D, D)}, "key_value": {"kernel": (D, D)}}),
+        (
+            "tied",
+            True,
+            {"query_output": {"kernel": (D, D)}, "key_value": {"kernel": (D, D)}}
+            | dict.fromkeys(("query_bias", "key_bias", "value_bias", "output_bias"), (D,)),
+        ),
+    ],
+)
+def test_parameters_of_each_kind(name: str, bias: bool, shapes: dict[str, Any]) -> None:
+    variables = ATTENTION[name](D, H, bias=bias).init(jax.random.key(0), jnp.ones((1, N, D)))
+    assert jax.tree.map(jnp.shape, variables["params"]) == shapes
+
+
+def _primitives(jaxpr: Any) -> list[tuple[str, set[str]]]:
+    """(name, types of the inputs) of every operation, those of inner functions too."""
+    found = []
+    for equation in jaxpr.eqns:
+        types = {str(v.aval.dtype) for v in equation.invars if hasattr(v, "aval") and hasattr(v.aval, "dtype")}
+        found.append((equation.primitive.name, types))
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += _primitives(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_in_bfloat16_products_are_bfloat16_and_the_softmax_and_parameters_float32(name: str) -> None:
+    layer = ATTENTION[name](D, H, bias=True, dtype=jnp.bfloat16)
+    x = jnp.asarray(_normal(B, N, D), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    assert layer.apply(variables, x).dtype == jnp.bfloat16
+    primitives = _primitives(jax.make_jaxpr(layer.apply)(variables, x).jaxpr)
+    assert {frozenset(types) for kind, types in primitives if kind == "dot_general"} == {frozenset({"bfloat16"})}
+    assert {frozenset(types) for kind, types in primitives if kind == "exp"} == {frozenset({"float32"})}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_tokens_in_another_order_give_the_outputs_in_that_order(name: str) -> None:
+    layer, x = ATTENTION[name](D, H), jnp.asarray(_normal(B, N, D), jnp.float32)
+    variables = layer.init(jax.random.key(0), x)
+    order = np.array([3, 0, 4, 1, 2])
+    np.testing.assert_allclose(layer.apply(variables, x[:, order]), layer.apply(variables, x)[:, order], atol=1e-6)
