@@ -2,8 +2,8 @@
 
 python -m halvit_jax.predict --workdir=DIR IMAGE...
 
-One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]}, or {"image": path, "error": why}
-for a file that is no image; then the exit code is 1.
+One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]}, or, for a file that is no
+image, {"image": path, "error": why}; then the exit code is 1.
 """
 
 import json

@@ -170,7 +170,7 @@ class TrainLoader:
     def _order(self, read: Reader, part: int, epoch: tf.Tensor, skip: tf.Tensor) -> tf.data.Dataset:
         """One reader's records of an epoch in batches of its share, from batch `skip` on."""
         seed = ops.fold_in(tf.stack([epoch, tf.constant(self._seed, tf.int64)]), part)
-        records = read(seed[0]).shuffle(self._buffer, seed=seed[1])
+        records = read(seed[0]).shuffle(self._buffer, seed=seed[0])
         if self._repeats > 1:
             records = records.flat_map(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
         return records.take(self.steps_per_epoch * self._share).batch(self._share, drop_remainder=True).skip(skip)
@@ -238,7 +238,7 @@ def train_transform(
         if shift:
             image = ops.random_shift(image, ops.fold_in(seed, 2), pixels=shift)
         if policy is not None:
-            image = augment.rand_augment(image, ops.fold_in(seed, 3), **policy)
+            image = augment.rand_augment(image, ops.fold_in(seed, 3), interpolation=method, **policy)
         return image
 
     return transform

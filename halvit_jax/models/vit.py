@@ -57,7 +57,7 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         image_size: height and width of the (square) images; a multiple of `patch_size`.
-        pool: what the head sees: the class "token", or the "mean" over the image's tokens (then there is no such token).
+        pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.

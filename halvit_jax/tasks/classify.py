@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from halvit_jax.models import partition_rules
@@ -22,7 +23,7 @@ class Classification:
 
     Args:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
-        mean, std: of the three colours on the scale of 0 to 255, taken off before the model sees an image.
+        mean, std: of the three colours, black being 0 and white 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
         label_smoothing: share of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
@@ -54,7 +55,7 @@ class Classification:
         self.model = model
         self.frozen: PyTree = {}
         self.partition_rules = partition_rules(model)
-        self._mean, self._std = tuple(mean), tuple(std)
+        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
@@ -94,11 +95,10 @@ class Classification:
     def summary_images(self, batch: Batch) -> dict[str, Any]:
         """The first 64 images as the model gets them in training."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
-        pixels = images[:64] * jnp.array(self._std) + jnp.array(self._mean)
-        return {"train_images": jnp.clip(pixels / 255.0, 0.0, 1.0)}
+        return {"train_images": jnp.clip(images[:64] * self._std + self._mean, 0.0, 1.0)}
 
     def _normalise(self, images: jax.Array) -> jax.Array:
-        return (images.astype(jnp.float32) - jnp.array(self._mean)) / jnp.array(self._std)
+        return (images.astype(jnp.float32) / 255.0 - self._mean) / self._std
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)

@@ -21,7 +21,8 @@ class Checkpointer:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        self._manager = ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options)
+        folder = (workdir / FOLDER).absolute()
+        self._manager = ocp.CheckpointManager(folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
         self._saved = self._manager.latest_step()
 
     @property

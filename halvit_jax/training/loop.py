@@ -79,7 +79,7 @@ def train(
         if step == 0:
             report.images(0, jax.jit(task.summary_images)(batch))
 
-        # A step is only dispatched, so that the next batch is fetched while the device works; two are under way at most.
+        # A step is only dispatched: the next batch is fetched while the device works. At most two are under way.
         state, sums = train_step(state, task.frozen, batch)
         jax.block_until_ready(unreported[-1:])
         unreported.append(sums)

@@ -1,7 +1,7 @@
 """Where arrays live: the mesh of devices, rules for parameters, batches from host to devices.
 
-The mesh has three axes: `data` (copies of the parameters, split batch), `fsdp` (split parameters and batch) and `tensor`
-(split parameters, whole batch). XLA derives the communication from where the arrays live.
+The mesh has three axes: `data` (copies of the parameters, split batch), `fsdp` (split parameters, split batch) and
+`tensor` (split parameters, whole batch). XLA derives the communication from where the arrays live.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,8 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
         below = batch_size // shares * shares
         fitting = " or ".join(str(size) for size in (below, below + shares) if size)
         raise ValueError(
-            f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {shares} devices; set it to {fitting}"
+            f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {shares} devices; set it to "
+            f"{fitting}"
         )
 
 
@@ -64,7 +65,8 @@ def partition(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 
     def place(path: str, leaf: Array) -> NamedSharding:
         axes = first_match(path, rules) if leaf.ndim else ()
-        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
+        pairs = zip(axes, leaf.shape, strict=False)  # a rule may be shorter: the rest is whole
+        fits = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in pairs]
         return NamedSharding(mesh, PartitionSpec(*fits))
 
     return map_paths(place, tree)

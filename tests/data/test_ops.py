@@ -107,7 +107,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: object) -> None:
     path = f"{tmp_path}/page.jpg"
     tf.io.write_file(path, "<html>")
     transform = eval_transform(8, share=1.0, method="bilinear")
-    with pytest.raises(ValueError, match="page.jpg is no image"):
+    with pytest.raises(ValueError, match=r"page.jpg is no image"):
         read_image(path, transform)
-    with pytest.raises(ValueError, match="nowhere.jpg is no image"):
+    with pytest.raises(ValueError, match=r"nowhere.jpg is no image"):
         read_image(f"{tmp_path}/nowhere.jpg", transform)

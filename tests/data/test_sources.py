@@ -38,7 +38,7 @@ def test_an_unprepared_set_is_refused_with_the_command_that_prepares_it(tmp_path
 
 
 def test_an_unknown_set_is_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match="data.name='no_such_set' is no data set"):
+    with pytest.raises(ValueError, match=r"data.name='no_such_set' is no data set"):
         open_source("no_such_set", str(tmp_path), "train")
 
 

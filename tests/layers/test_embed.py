@@ -30,7 +30,9 @@ def test_patch_embedding_computes_in_bfloat16_on_float32_parameters() -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     result = layer.apply(variables, images)
     assert result.dtype == jnp.bfloat16
-    narrow = PatchEmbed(D, 4).apply(jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables), images.astype("bfloat16"))
+    narrow = PatchEmbed(D, 4).apply(
+        jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables), images.astype("bfloat16")
+    )
     np.testing.assert_array_equal(np.asarray(result, np.float32), np.asarray(narrow, np.float32))
 
 

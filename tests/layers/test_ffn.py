@@ -87,8 +87,8 @@ def test_every_kind_computes_in_bfloat16_on_float32_parameters(name: str) -> Non
     np.testing.assert_array_equal(np.asarray(result, np.float32), np.asarray(narrow, np.float32))
 
 
-@pytest.mark.parametrize("name", FFN)
-def test_kernels_start_at_a_deviation_of_0_02_and_biases_at_zero(name: str) -> None:
+@pytest.mark.parametrize(("name", "deviation"), [("dense", 0.02), ("tied", (2 / (64 + 256)) ** 0.5)])
+def test_initial_values_of_each_kind(name: str, deviation: float) -> None:
     params = FFN[name](64, 256).init(jax.random.key(0), jnp.ones((1, 1, 64)))["params"]
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        assert float(leaf.std()) == pytest.approx(0.02 if leaf.ndim == 2 else 0.0, rel=0.05), path
+        assert float(leaf.std()) == pytest.approx(deviation if leaf.ndim == 2 else 0.0, rel=0.05), path

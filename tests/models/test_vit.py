@@ -1,0 +1,238 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halvit_jax.config import default_config
+from halvit_jax.models import create_model, list_models
+from halvit_jax.models.vit import VisionTransformer
+from halvit_jax.tasks.classify import Classification
+from halvit_jax.training.optim import make_optimizer
+from halvit_jax.training.paths import flat
+from halvit_jax.training.sharding import make_mesh
+from halvit_jax.training.state import abstract_state
+
+D, F, DEPTH, SIZE, CLASSES = 32, 128, 2, 16, 5
+SMALL = {"width": D, "depth": DEPTH, "num_heads": 2, "image_size": SIZE, "patch_size": 8, "num_classes": CLASSES}
+
+
+def _images(b: int = 2, size: int = SIZE) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).standard_normal((b, size, size, 3)), jnp.float32)
+
+
+def _params(model: VisionTransformer, dtype: type = np.float32) -> dict[str, Any]:
+    """Random values everywhere, so that no bias hides behind a zero."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda shape: (0.2 * rng.standard_normal(shape.shape)).astype(dtype), shapes)
+
+
+def _apply(model: VisionTransformer, params: dict[str, Any], images: jax.Array, **keywords: Any) -> Any:
+    return jax.jit(lambda p, x: model.apply({"params": p}, x, **({"train": False} | keywords)))(params, images)
+
+
+def _untied(params: dict[str, Any]) -> dict[str, Any]:
+    """The DeiT that computes the same: W and its transpose as two matrices, attention biases of zero."""
+    twin = dict(params)
+    for i in range(DEPTH):
+        block = params[f"block{i}"]
+        wq, wkv = (block["attention"][name]["kernel"] for name in ("query_output", "key_value"))
+        w, ffn = block["ffn"]["tied"]["kernel"], block["ffn"]
+        twin[f"block{i}"] = block | {
+            "attention": {
+                "qkv": {"kernel": np.concatenate([wq, wkv, wkv.T], axis=1), "bias": np.zeros(3 * D, wq.dtype)},
+                "output": {"kernel": wq.T, "bias": np.zeros(D, wq.dtype)},
+            },
+            "ffn": {
+                "expand": {"kernel": w, "bias": ffn["hidden_bias"]},
+                "reduce": {"kernel": w.T, "bias": ffn["bias"]},
+            },
+        }
+    return twin
+
+
+def _added_up(grads: dict[str, Any]) -> dict[str, Any]:
+    """Gradients of the DeiT -> of the HaLViT: what a matrix got in its first and in its second use, summed."""
+    tied = dict(grads)
+    for i in range(DEPTH):
+        block = grads[f"block{i}"]
+        attention, ffn = block["attention"], block["ffn"]
+        query, key, value = jnp.split(attention["qkv"]["kernel"], 3, axis=1)
+        tied[f"block{i}"] = block | {
+            "attention": {
+                "query_output": {"kernel": query + attention["output"]["kernel"].T},
+                "key_value": {"kernel": key + value.T},
+            },
+            "ffn": {
+                "tied": {"kernel": ffn["expand"]["kernel"] + ffn["reduce"]["kernel"].T},
+                "hidden_bias": ffn["expand"]["bias"],
+                "bias": ffn["reduce"]["bias"],
+            },
+        }
+    return tied
+
+
+def test_a_halvit_is_a_deit_whose_matrices_are_w_and_w_transposed() -> None:
+    tied, untied = create_model("halvit_tiny", **SMALL), create_model("deit_small", **SMALL)
+    params = _params(tied)
+    ours, twin = _apply(tied, params, _images(8)), _apply(untied, _untied(params), _images(8))
+    assert float(jnp.abs(ours - twin).max() / twin.std()) <= 1e-5
+
+
+def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
+    with jax.enable_x64(True):
+        tied, untied = (create_model(name, **SMALL, dtype="float64") for name in ("halvit_tiny", "deit_small"))
+        params, images = _params(tied, np.float64), _images().astype(jnp.float64)
+        weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, CLASSES)))
+
+        def loss(model: VisionTransformer, params: dict[str, Any]) -> jax.Array:
+            return jnp.sum(weights * model.apply({"params": params}, images, train=True))
+
+        ours = flat(jax.jit(jax.grad(lambda p: loss(tied, p)))(params))
+        expected = flat(_added_up(jax.jit(jax.grad(lambda p: loss(untied, p)))(_untied(params))))
+    assert {leaf.dtype for leaf in ours.values()} == {jnp.dtype(jnp.float64)}
+    assert ours.keys() == expected.keys()
+    for path, gradient in ours.items():
+        difference = np.linalg.norm(np.asarray(gradient) - np.asarray(expected[path]))
+        assert difference <= 1e-6 * np.linalg.norm(expected[path]), path
+
+
+def test_a_tied_kernel_is_held_once_in_parameters_moments_and_averages() -> None:
+    task = Classification(create_model("halvit_tiny", **SMALL), **default_config().task)
+    optimizer = make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
+    state = flat(abstract_state(task, optimizer, mesh=make_mesh(), use_ema=True))
+    for kernel in ("ffn/tied", "attention/query_output", "attention/key_value"):
+        holders = [path.removesuffix(f"/block1/{kernel}/kernel") for path in state if f"block1/{kernel}" in path]
+        assert holders == ["ema/params", "opt_state/1/mu", "opt_state/1/nu", "params"]
+    assert sum(sorted(leaf.shape) == sorted((D, F)) for leaf in state.values()) == 4 * DEPTH
+    assert sum(leaf.shape == (D, D) for leaf in state.values()) == 4 * 2 * DEPTH
+
+
+def test_the_matrices_of_a_halvits_blocks_are_half_of_a_deits() -> None:
+    def matrices(name: str) -> int:
+        params = flat(_params(create_model(name, **SMALL)))
+        return sum(leaf.size for path, leaf in params.items() if path.startswith("block") and leaf.ndim == 2)
+
+    assert 2 * matrices("halvit_tiny") == matrices("deit_small") == 12 * D * D * DEPTH
+
+
+@pytest.mark.parametrize("pool", ["token", "mean"])
+def test_features_are_a_map_of_the_image_without_the_class_token(pool: str) -> None:
+    model = create_model("halvit_tiny", **SMALL | {"num_classes": 0}, pool=pool)
+    params = _params(model)
+    assert ("class_token" in params) == (pool == "token")
+    features = _apply(model, params, _images(), method="features")
+    assert {stride: maps.shape for stride, maps in features.items()} == {8: (2, 2, 2, D)}
+    pooled = _apply(model, params, _images())
+    means = features[8].mean((1, 2))
+    assert np.allclose(pooled, means, atol=1e-6) == (pool == "mean")
+
+
+def test_the_maps_rows_and_columns_are_the_images() -> None:
+    model = create_model("deit_tiny", **SMALL, position="none")
+    params, images = _params(model), _images()
+    features = _apply(model, params, images, method="features")[8]
+    turned = images.reshape(2, 2, 8, 2, 8, 3).transpose(0, 3, 2, 1, 4, 5).reshape(2, 16, 16, 3)  # patches transposed
+    np.testing.assert_allclose(
+        _apply(model, params, turned, method="features")[8], features.transpose(0, 2, 1, 3), atol=1e-5
+    )
+
+
+def test_each_kind_of_position_gives_other_logits_and_only_learned_ones_are_parameters() -> None:
+    logits = {}
+    for kind in ("learned", "sincos", "none"):
+        model = create_model("deit_tiny", **SMALL, position=kind)
+        params = _params(create_model("deit_tiny", **SMALL))
+        position = params.pop("position") if kind != "learned" else params["position"]
+        assert ("position" in _params(model)) == (kind == "learned")
+        assert position["embedding"].shape == (5, D)
+        logits[kind] = np.asarray(_apply(model, params, _images()))
+    assert np.abs(logits["learned"] - logits["none"]).max() > 1e-3
+    assert np.abs(logits["sincos"] - logits["none"]).max() > 1e-3
+
+
+def test_attention_bias_adds_biases_to_tied_attention_and_takes_them_from_full() -> None:
+    with_bias = flat(_params(create_model("halvit_tiny", **SMALL, attention_bias=True)))
+    added = {path for path in with_bias if path.startswith("block0/attention/") and path.endswith("bias")}
+    assert added == {f"block0/attention/{name}_bias" for name in ("query", "key", "value", "output")}
+    without = flat(_params(create_model("deit_tiny", **SMALL, attention_bias=False)))
+    assert not {path for path in without if path.startswith("block0/attention/") and path.endswith("bias")}
+
+
+def test_remat_changes_neither_outputs_nor_gradients() -> None:
+    results = []
+    for remat in (False, True):
+        model = create_model("halvit_tiny", **SMALL, drop_path=0.5, remat=remat)
+
+        def loss(params: dict[str, Any], model: VisionTransformer = model) -> jax.Array:
+            rngs = {"drop_path": jax.random.key(3)}
+            return jnp.sum(jnp.sin(model.apply({"params": params}, _images(), train=True, rngs=rngs)))
+
+        traced = jax.jit(jax.value_and_grad(loss)).trace(_params(model))
+        assert ("remat" in str(traced.jaxpr)) == remat
+        results.append(flat(traced.lower().compile()(_params(model))))
+    plain, recomputed = results
+    assert plain.keys() == recomputed.keys()
+    for path, value in plain.items():
+        np.testing.assert_allclose(recomputed[path], value, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+def test_drop_path_acts_in_training_only() -> None:
+    model, never = (create_model("halvit_tiny", **SMALL, drop_path=rate) for rate in (0.5, 0.0))
+    params, images = _params(model), _images(8)
+
+    @jax.jit
+    def train(params: dict[str, Any], key: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, images, train=True, rngs={"drop_path": key})
+
+    first, again, other = (np.asarray(train(params, jax.random.key(seed))) for seed in (0, 0, 1))
+    plain = _apply(never, params, images, train=True)
+    np.testing.assert_array_equal(_apply(model, params, images), plain)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (first != plain).any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"attention": "half"}, "model.attention='half' is not one of full, tied"),
+        ({"ffn": "half"}, "model.ffn='half' is not one of dense, tied"),
+        ({"pool": "max"}, "model.pool='max' is not one of token, mean"),
+        ({"position": "rotary"}, "model.position='rotary' is not one of learned, sincos, none"),
+        ({"depth": 0}, "model.depth=0 must be at least 1"),
+        ({"num_heads": 5}, "model.num_heads=5 does not divide model.width=384"),
+        ({"num_heads": 0}, "model.num_heads=0 does not divide model.width=384"),
+        ({"width": 0}, "model.num_heads=6 does not divide model.width=0"),
+        ({"patch_size": 15}, "model.patch_size=15 does not divide model.image_size=224"),
+        ({"width": 18, "position": "sincos"}, "model.width=18 must be a multiple of 4 when model.position='sincos'"),
+        ({"num_classes": -1}, "model.num_classes=-1 must not be negative"),
+        ({"drop_path": -0.1}, "model.drop_path=-0.1 must not be negative"),
+        ({"groups": 32}, "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, patch_size,"),
+    ],
+)
+def test_impossible_fields_are_refused_by_name(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_model("halvit_tiny", **overrides)
+
+
+def test_an_unknown_model_is_refused_with_the_nearest_name_and_all_names() -> None:
+    with pytest.raises(ValueError, match=r"model\.name='halvit_tiney' is unknown; did you mean 'halvit_tiny'") as error:
+        create_model("halvit_tiney")
+    assert all(name in str(error.value) for name in list_models())
+
+
+def test_images_of_another_size_are_refused() -> None:
+    model = create_model("deit_tiny", **SMALL)
+    message = "images of 24x16 for a model built for 16x16; set model.image_size"
+    with pytest.raises(ValueError, match=message):
+        model.apply({"params": _params(model)}, jnp.zeros((1, 24, 16, 3)), train=False)
+
+
+def test_an_override_of_none_is_what_the_table_of_sizes_says() -> None:
+    assert create_model("halvit_tiny", width=None, attention=None) == create_model("halvit_tiny")
+    assert create_model("halvit_tiny", num_classes=0).num_classes == 0

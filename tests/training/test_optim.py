@@ -1,0 +1,176 @@
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from halvit_jax import recipes
+from halvit_jax.config import default_config
+from halvit_jax.training.optim import Optimizer, make_optimizer, path_mask
+from halvit_jax.training.paths import flat
+
+DEIT = recipes.deit("halvit_tiny").optim.to_dict()
+STEPS_PER_EPOCH = 1251
+PLAIN = {"base_batch_size": 0, "schedule": "constant", "warmup_epochs": 0.0}
+
+
+def _optimizer(
+    fields: Mapping[str, Any] = DEIT, epochs: int = 300, batch_size: int = 1024, **changes: Any
+) -> Optimizer:
+    total_steps = epochs * STEPS_PER_EPOCH
+    run = {"batch_size": batch_size, "steps_per_epoch": STEPS_PER_EPOCH, "total_steps": total_steps}
+    return make_optimizer(**dict(fields) | run | changes)
+
+
+def _rates(optimizer: Optimizer, epochs: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.vmap(optimizer.schedule)(jnp.asarray(np.round(epochs * STEPS_PER_EPOCH), jnp.int32)))
+
+
+# Schedules.
+
+
+def test_deits_learning_rate_is_the_published_curve_at_every_epoch() -> None:
+    epochs = np.arange(301)
+    warming = 1e-6 + (1e-3 - 1e-6) * epochs / 5
+    cosine = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + np.cos(np.pi * epochs / 300))
+    np.testing.assert_allclose(_rates(_optimizer(), epochs), np.where(epochs < 5, warming, cosine), rtol=1e-4)
+
+
+def test_warm_up_rises_in_equal_steps_and_the_end_stays_at_the_floor() -> None:
+    schedule = jax.vmap(_optimizer().schedule)
+    rising = np.asarray(schedule(jnp.arange(5 * STEPS_PER_EPOCH)))
+    np.testing.assert_allclose(np.diff(rising), (1e-3 - 1e-6) / (5 * STEPS_PER_EPOCH), rtol=0.02)
+    last = 300 * STEPS_PER_EPOCH
+    np.testing.assert_allclose(schedule(jnp.array([last, last + 1, 2 * last])), 1e-5, rtol=1e-4)
+
+
+def test_the_batch_scales_the_peak_and_neither_start_nor_floor() -> None:
+    places = np.array([0, 5, 300])
+    peak = 1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + np.cos(np.pi * 5 / 300))
+    np.testing.assert_allclose(_rates(_optimizer(batch_size=2048), places), [1e-6, peak, 1e-5], rtol=1e-4)
+    unscaled = 1e-5 + 0.5 * (5e-4 - 1e-5) * (1 + np.cos(np.pi * 5 / 300))
+    np.testing.assert_allclose(_rates(_optimizer(base_batch_size=0), places), [1e-6, unscaled, 1e-5], rtol=1e-4)
+
+
+def test_the_step_schedule_is_torchvisions() -> None:
+    optimizer = _optimizer(recipes.torchvision_v1("resnet50").optim.to_dict(), epochs=90, batch_size=256)
+    epochs = np.array([0, 15, 29.99, 30, 59.99, 60, 89.99])
+    np.testing.assert_allclose(_rates(optimizer, epochs), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+
+
+def test_the_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
+    optimizer = _optimizer(schedule="constant")
+    np.testing.assert_allclose(_rates(optimizer, np.array([0, 5, 100, 300])), [1e-6, 1e-3, 1e-3, 1e-3], rtol=1e-5)
+
+
+# Optimizers, against a few steps by hand.
+
+RNG = np.random.default_rng(0)
+PARAMS = {"block": {"kernel": RNG.standard_normal((3, 2)), "bias": RNG.standard_normal(2)}}
+GRADS = [{"block": {"kernel": RNG.standard_normal((3, 2)), "bias": RNG.standard_normal(2)}} for _ in range(3)]
+
+
+def _train(optimizer: Optimizer) -> dict[str, np.ndarray]:
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, PARAMS)
+        state = optimizer.init(params)
+        for grads in GRADS:
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return {name: np.asarray(leaf) for name, leaf in params["block"].items()}
+
+
+def _by_hand(name: str, step: Any) -> np.ndarray:
+    """`step(parameter, gradient, memory, number)` over all gradients."""
+    value, memory = PARAMS["block"][name].copy(), {}
+    for number, grads in enumerate(GRADS, start=1):
+        value = value - step(value, grads["block"][name], memory, number)
+    return value
+
+
+def _adam(grad: np.ndarray, memory: dict[str, Any], number: int) -> np.ndarray:
+    memory["mu"] = 0.9 * memory.get("mu", 0.0) + 0.1 * grad
+    memory["nu"] = 0.999 * memory.get("nu", 0.0) + 0.001 * grad**2
+    return memory["mu"] / (1 - 0.9**number) / (np.sqrt(memory["nu"] / (1 - 0.999**number)) + 1e-8)
+
+
+def test_sgd_adds_the_decay_to_the_gradient_and_the_rate_after_the_momentum() -> None:
+    fields = {"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.02, "momentum": 0.9, "warmup_start": 0.01}
+    schedule = {"base_batch_size": 0, "schedule": "constant", "warmup_epochs": 2 / STEPS_PER_EPOCH}
+    result = _train(_optimizer(**fields, **schedule))
+    for name, decay in (("kernel", 0.02), ("bias", 0.0)):
+
+        def step(value: Any, grad: Any, memory: dict[str, Any], number: int, decay: float = decay) -> np.ndarray:
+            memory["v"] = 0.9 * memory.get("v", 0.0) + grad + decay * value
+            return (0.01, 0.055, 0.1)[number - 1] * memory["v"]
+
+        np.testing.assert_allclose(result[name], _by_hand(name, step), rtol=1e-5)
+
+
+def test_adamw_decays_the_weights_themselves_and_spares_the_bias() -> None:
+    result = _train(_optimizer(**PLAIN, learning_rate=0.1, weight_decay=0.5))
+    for name, decay in (("kernel", 0.5), ("bias", 0.0)):
+        expected = _by_hand(name, lambda p, g, memory, n, decay=decay: 0.1 * (_adam(g, memory, n) + decay * p))
+        np.testing.assert_allclose(result[name], expected, rtol=1e-5)
+
+
+def test_lamb_scales_an_update_to_its_weights_and_leaves_undecayed_parameters_unadapted() -> None:
+    result = _train(_optimizer(**PLAIN, name="lamb", learning_rate=0.1, weight_decay=0.5))
+
+    def adapted(value: np.ndarray, grad: np.ndarray, memory: dict[str, Any], number: int) -> np.ndarray:
+        update = _adam(grad, memory, number) + 0.5 * value
+        return 0.1 * np.linalg.norm(value) / np.linalg.norm(update) * update
+
+    np.testing.assert_allclose(result["kernel"], _by_hand("kernel", adapted), rtol=1e-5)
+    plain = _by_hand("bias", lambda p, g, memory, n: 0.1 * _adam(g, memory, n))
+    np.testing.assert_allclose(result["bias"], plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "factor"), [(0.0, 1.0), (100.0, 1.0), (0.5, None)])
+def test_clipping_limits_the_norm_of_the_whole_gradient(limit: float, factor: float | None) -> None:
+    fields = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0, "clip_norm": limit}
+    with jax.enable_x64(True):
+        optimizer = _optimizer(**PLAIN, **fields)
+        updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(GRADS[0])))
+    for name, grad in GRADS[0]["block"].items():
+        np.testing.assert_allclose(updates["block"][name], -grad * (factor or limit / norm), rtol=1e-6)
+
+
+# What is decayed.
+
+
+def test_path_mask_is_false_where_a_pattern_is_found() -> None:
+    tree = {"a": {"bias": 1, "kernel": 2}, "bias_free": 3}
+    assert path_mask(tree, ["bias$", "^c"]) == {"a": {"bias": False, "kernel": True}, "bias_free": True}
+    assert path_mask(tree, []) == {"a": {"bias": True, "kernel": True}, "bias_free": True}
+
+
+def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(parameter_shapes: dict[str, Any]) -> None:
+    for name, shapes in parameter_shapes.items():
+        mask = flat(path_mask(shapes, default_config().optim.no_decay))
+        expected = {path: leaf.ndim > 1 and path != "position/embedding" for path, leaf in flat(shapes).items()}
+        assert mask == expected, name
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "adam"}, "optim.name='adam' is not one of adamw, lamb, sgd"),
+        ({"schedule": "linear"}, "optim.schedule='linear' is not one of cosine, step, constant"),
+        (
+            {"warmup_epochs": 300.0},
+            "optim.warmup_epochs=300.0 are 375300 steps of 375300 in all; lower optim.warmup_epochs or train longer",
+        ),
+    ],
+)
+def test_impossible_fields_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _optimizer(**changes)

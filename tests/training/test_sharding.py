@@ -1,0 +1,193 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from halvit_jax.config import default_config
+from halvit_jax.models import create_model, list_models
+from halvit_jax.tasks.classify import Classification
+from halvit_jax.training.optim import Optimizer, make_optimizer
+from halvit_jax.training.paths import flat
+from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
+from halvit_jax.training.state import abstract_state, init_state
+
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
+RULES = (
+    ("special/kernel$", ("tensor",)),
+    ("kernel$", ("fsdp", "tensor")),
+    ("conv", (None, None, None, "fsdp")),
+    ("bias$", ()),
+)
+
+
+def _optimizer() -> Optimizer:
+    return make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
+
+
+def _spec(path: str, *shape: int) -> P:
+    return partition({path: jax.ShapeDtypeStruct(shape, jnp.float32)}, RULES, make_mesh(**CUBE))[path].spec
+
+
+# The mesh.
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (8, 1, 1)),
+        ({"fsdp": 4}, (2, 4, 1)),
+        (CUBE, (2, 2, 2)),
+        ({"data": 1, "fsdp": -1, "tensor": 2}, (1, 4, 2)),
+        ({"data": 1, "tensor": -1}, (1, 1, 8)),
+    ],
+)
+def test_the_mesh_holds_all_devices(sizes: dict[str, int], shape: tuple[int, ...]) -> None:
+    mesh = make_mesh(**sizes)
+    assert mesh.axis_names == ("data", "fsdp", "tensor")
+    assert mesh.devices.shape == shape
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "given"),
+    [
+        ({"data": 3}, "mesh.data=3 mesh.fsdp=1 mesh.tensor=1"),
+        ({"data": 16}, "mesh.data=16 mesh.fsdp=1 mesh.tensor=1"),
+        ({"data": -1, "fsdp": 3}, "mesh.data=-1 mesh.fsdp=3 mesh.tensor=1"),
+        ({"data": -1, "fsdp": -1}, "mesh.data=-1 mesh.fsdp=-1 mesh.tensor=1"),
+        ({"data": 0, "fsdp": -1}, "mesh.data=0 mesh.fsdp=-1 mesh.tensor=1"),
+        ({"data": -2, "fsdp": -4}, "mesh.data=-2 mesh.fsdp=-4 mesh.tensor=1"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_devices_are_refused(sizes: dict[str, int], given: str) -> None:
+    message = f"{given} must be positive, multiply to the 8 devices, and hold at most one -1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes", "message"),
+    [
+        (12, {}, "batch_size=12 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 8 or 16"),
+        (5, {}, "batch_size=5 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 8"),
+        (6, CUBE, "batch_size=6 does not divide over mesh.data x mesh.fsdp = 4 devices; set it to 4 or 8"),
+    ],
+)
+def test_a_batch_that_does_not_divide_is_refused(batch_size: int, sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check_batch_size(batch_size, make_mesh(**sizes))
+    check_batch_size(make_mesh(**sizes).shape["data"] * make_mesh(**sizes).shape["fsdp"] * 3, make_mesh(**sizes))
+
+
+# Rules.
+
+
+def test_the_first_rule_that_fits_names_the_axis_of_each_dimension() -> None:
+    assert _spec("ffn/kernel", 4, 8) == P("fsdp", "tensor")
+    assert _spec("special/kernel", 4, 8) == P("tensor")
+    assert _spec("conv", 3, 3, 4, 8) == P(None, None, None, "fsdp")
+    assert _spec("ffn/bias", 8) == P()
+
+
+def test_a_dimension_that_its_axis_does_not_divide_stays_whole() -> None:
+    assert _spec("ffn/kernel", 3, 8) == P(None, "tensor")
+    assert _spec("ffn/kernel", 4, 9) == P("fsdp", None)
+
+
+def test_a_scalar_is_whole_and_needs_no_rule() -> None:
+    assert _spec("step") == P()
+
+
+def test_an_array_that_no_rule_names_is_refused() -> None:
+    with pytest.raises(ValueError, match="no rule for the parameter head/weight; the rules are"):
+        _spec("head/weight", 4, 4)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(
+    name: str, parameter_shapes: dict[str, Any]
+) -> None:
+    mesh = make_mesh(**CUBE)
+    state = abstract_state(
+        Classification(create_model(name), **default_config().task), _optimizer(), mesh=mesh, use_ema=True
+    )
+    params = flat(state.params)
+    assert {path: leaf.shape for path, leaf in params.items()} == {
+        p: s.shape for p, s in flat(parameter_shapes[name]).items()
+    }
+    followers = flat(state)
+    for path, leaf in params.items():
+        for holder in ("params", "opt_state/1/mu", "opt_state/1/nu", "ema/params"):
+            assert followers[f"{holder}/{path}"].sharding == leaf.sharding, path
+    own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in params.values())
+    assert own <= 0.6 * sum(leaf.size for leaf in params.values())
+
+
+# Arrays in their places.
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Classification:
+    model = create_model("halvit_tiny", width=16, depth=1, num_heads=2, image_size=8, patch_size=4, num_classes=4)
+    return Classification(model, **default_config().task)
+
+
+def test_a_fresh_state_is_born_in_its_shardings_with_averages_of_its_own(tiny: Classification) -> None:
+    abstract = abstract_state(tiny, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
+    state = init_state(tiny, _optimizer(), abstract, seed=0, use_ema=True)
+    wanted, leaves = flat(abstract), flat(state)
+    assert {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in leaves.items()} == {
+        path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in wanted.items()
+    }
+    assert int(state.step) == 0
+    kernel = state.params["block0"]["ffn"]["tied"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 32)}
+    for path, leaf in flat(state.params).items():
+        average = leaves[f"ema/params/{path}"]
+        np.testing.assert_array_equal(average, leaf)
+        assert average.unsafe_buffer_pointer != leaf.unsafe_buffer_pointer
+    state.params["head"]["kernel"].delete()
+    assert np.isfinite(np.asarray(state.ema["params"]["head"]["kernel"])).all()
+
+
+def test_the_seed_decides_the_fresh_values_whatever_the_mesh(tiny: Classification) -> None:
+    def kernel(seed: int, **sizes: int) -> np.ndarray:
+        abstract = abstract_state(tiny, _optimizer(), mesh=make_mesh(**sizes), use_ema=False)
+        state = init_state(tiny, _optimizer(), abstract, seed=seed, use_ema=False)
+        assert state.ema == {}
+        return np.asarray(state.params["head"]["kernel"])
+
+    np.testing.assert_array_equal(kernel(0), kernel(0, **CUBE))
+    assert (kernel(0) != kernel(1)).any()
+
+
+@pytest.mark.parametrize("sizes", [{}, CUBE, {"data": 2, "fsdp": 4}])
+def test_a_batch_is_split_by_rows_over_data_and_fsdp_and_copied_over_tensor(sizes: dict[str, int]) -> None:
+    mesh = make_mesh(**sizes)
+    rows = {"image": np.arange(16 * 3.0).reshape(16, 3), "mask": np.arange(16) % 3 == 0}
+    batch = to_devices(rows, mesh)
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    for name, array in batch.items():
+        np.testing.assert_array_equal(array, rows[name])
+        for shard in array.addressable_shards:
+            position = np.argwhere(mesh.devices == shard.device)[0]
+            share = position[0] * mesh.shape["fsdp"] + position[1]
+            expected = rows[name].reshape(shares, 16 // shares, *rows[name].shape[1:])[share]
+            np.testing.assert_array_equal(shard.data, expected)
+
+
+def test_to_host_gives_whole_numpy_arrays() -> None:
+    rows = {"a": np.arange(16.0, dtype=np.float32)}
+    back = to_host(to_devices(rows, make_mesh(**CUBE)))
+    assert type(back["a"]) is np.ndarray
+    np.testing.assert_array_equal(back["a"], rows["a"])
+
+
+def test_bytes_count_each_array_once_whatever_its_copies() -> None:
+    tree = {"a": np.zeros((8, 3), np.float32), "b": np.zeros(8, np.int8)}
+    assert bytes_of(tree) == bytes_of(to_devices(tree, make_mesh(**CUBE))) == 8 * 3 * 4 + 8
+    assert bytes_of(jax.eval_shape(lambda: tree)) == 104

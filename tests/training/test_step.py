@@ -1,0 +1,166 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from halvit_jax.config import default_config
+from halvit_jax.models import create_model
+from halvit_jax.protocols import Batch, Loss
+from halvit_jax.tasks.classify import Classification
+from halvit_jax.training.optim import Optimizer, make_optimizer
+from halvit_jax.training.sharding import AXES, make_mesh, to_devices
+from halvit_jax.training.state import TrainState, abstract_state, init_state
+from halvit_jax.training.step import make_eval_step, make_train_step
+
+BATCH = 16
+
+
+def _optimizer(**changes: Any) -> Optimizer:
+    fields = {"schedule": "constant", "warmup_epochs": 0.0, "base_batch_size": 0, "learning_rate": 0.01}
+    run = {"batch_size": BATCH, "steps_per_epoch": 10, "total_steps": 100}
+    return make_optimizer(**default_config().optim.to_dict() | fields | changes | run)
+
+
+def _begin(task: Any, mesh: Mesh, *, use_ema: bool = False, **changes: Any) -> tuple[TrainState, Optimizer]:
+    optimizer = _optimizer(**changes)
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=use_ema)
+    return init_state(task, optimizer, abstract, seed=0, use_ema=use_ema), optimizer
+
+
+class Draws:
+    """A task small enough to follow by hand: loss = frozen * w^2 / 2; its state counts, its key is reported."""
+
+    frozen = jnp.asarray(3.0)
+    partition_rules = (("", ()),)
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        del key
+        return {"w": jnp.array([2.0])}, {"seen": jnp.zeros(1)}
+
+    def loss(self, params: Any, model_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+        sums = {"draw": jax.random.uniform(key), "examples": batch["mask"].sum()}
+        return Loss(jnp.sum(frozen * params["w"] ** 2 / 2), {"seen": model_state["seen"] + 1}, sums)
+
+    def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
+        return params["w"] * batch["image"] + model_state["seen"]
+
+    def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        return {"score": jnp.sum(outputs * batch["mask"])}
+
+
+MASK = {"mask": np.ones(BATCH, bool)}
+SGD = {"name": "sgd", "momentum": 0.0, "weight_decay": 0.0, "learning_rate": 0.1}
+
+
+def _run(steps: int, *, seed: int = 0, ema_decay: float = 0.0) -> tuple[list[TrainState], list[float]]:
+    """Host copies of the states from step 0 on, and what the loss drew in each step."""
+    task = Draws()
+    state, optimizer = _begin(task, make_mesh(), use_ema=ema_decay > 0, **SGD)
+    step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay)
+    states, draws = [jax.device_get(state)], []
+    for _ in range(steps):
+        state, sums = step(state, task.frozen, MASK)
+        states.append(jax.device_get(state))
+        draws.append(float(sums["draw"]))
+    return states, draws
+
+
+def test_a_step_counts_updates_parameters_by_the_gradient_and_keeps_the_new_model_state() -> None:
+    states, _ = _run(3)
+    assert [int(state.step) for state in states] == [0, 1, 2, 3]
+    assert states[-1].step.dtype == np.int32
+    np.testing.assert_allclose([state.params["w"][0] for state in states], 2.0 * 0.7 ** np.arange(4), rtol=1e-6)
+    assert [float(state.model_state["seen"][0]) for state in states] == [0, 1, 2, 3]
+    assert all(state.ema == {} for state in states)
+
+
+def test_averages_follow_parameters_and_model_state_by_their_formula() -> None:
+    states, _ = _run(4, ema_decay=0.9)
+    w, seen = 2.0, 0.0
+    for state in states[1:]:
+        w = 0.9 * w + 0.1 * float(state.params["w"][0])
+        seen = 0.9 * seen + 0.1 * float(state.model_state["seen"][0])
+        np.testing.assert_allclose(state.ema["params"]["w"], [w], rtol=1e-5)
+        np.testing.assert_allclose(state.ema["model_state"]["seen"], [seen], rtol=1e-5)
+
+
+def test_randomness_differs_by_step_and_by_seed_and_is_equal_for_an_equal_seed() -> None:
+    first, again, other = (_run(4, seed=seed)[1] for seed in (0, 0, 1))
+    assert first == again
+    assert len(set(first + other)) == 8
+
+
+def test_a_resumed_step_draws_what_the_step_drew_before() -> None:
+    states, draws = _run(3)
+    task = Draws()
+    state, optimizer = _begin(task, make_mesh(), **SGD)
+    state = state.replace(step=jax.device_put(states[2].step, state.step.sharding))
+    _, sums = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.frozen, MASK)
+    assert float(sums["draw"]) == draws[2]
+
+
+def test_the_old_state_is_donated() -> None:
+    task = Draws()
+    state, optimizer = _begin(task, make_mesh(), use_ema=True, **SGD)
+    make_train_step(task, optimizer, seed=0, ema_decay=0.5)(state, task.frozen, MASK)
+    assert state.params["w"].is_deleted()
+    assert state.ema["params"]["w"].is_deleted()
+
+
+def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_task() -> None:
+    task = Draws()
+    step = make_eval_step(task)
+    batch = {"image": jnp.arange(4.0), "mask": jnp.array([True, True, True, False])}
+    sums = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
+    assert float(sums["score"]) == 2.0 * (0 + 1 + 2) + 3 * 10.0
+    assert make_eval_step(task) is step
+    assert make_eval_step(Draws()) is not step
+
+
+# One step on eight devices against one.
+
+
+def _one_device() -> Mesh:
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+
+def _losses(mesh: Mesh) -> tuple[list[float], dict[str, Any]]:
+    """Losses of three steps of a tiny ViT with every kind of randomness on, and where the tied kernel ended up."""
+    size = {"width": 16, "depth": 2, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 4}
+    augment = {"label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0, "erase": 0.5}
+    model = create_model("halvit_tiny", **size, drop_path=0.3)
+    task = Classification(model, **default_config().task.to_dict() | augment)
+    state, optimizer = _begin(task, mesh, use_ema=True)
+    step = make_train_step(task, optimizer, seed=0, ema_decay=0.9)
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(3):
+        images, labels = rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8), rng.integers(0, 4, BATCH, np.int32)
+        state, sums = step(state, {}, to_devices({"image": images, "label": labels, **MASK}, mesh))
+        losses.append(float(sums["loss"]) / BATCH)
+    return losses, {"kernel": state.params["block0"]["ffn"]["tied"]["kernel"].sharding.spec}
+
+
+@pytest.fixture(scope="module")
+def on_one_device() -> list[float]:
+    return _losses(_one_device())[0]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes"),
+    [
+        (make_mesh, (None, None)),
+        (lambda: make_mesh(data=2, fsdp=2, tensor=2), ("fsdp", "tensor")),
+    ],
+    ids=["data=8", "data=2,fsdp=2,tensor=2"],
+)
+def test_eight_devices_learn_what_one_does(
+    mesh: Callable[[], Mesh], axes: tuple[str | None, ...], on_one_device: list[float]
+) -> None:
+    losses, specs = _losses(mesh())
+    np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
+    split = tuple(axis if mesh().shape[axis] > 1 else None for axis in specs["kernel"])
+    assert split == axes
