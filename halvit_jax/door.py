@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
+from halvit_jax.memory import keep_freed_memory
 
 BAD_INPUT = 2
 
@@ -22,6 +23,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Parse the command line and call `main`; a wrong flag or config field ends the program with one line."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: none of its greetings,
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its warning that results may vary
+    keep_freed_memory()
     logging.set_verbosity(logging.WARNING)
     app.run(main, flags_parser=_parse)
 

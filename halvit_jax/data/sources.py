@@ -48,7 +48,7 @@ class Source:
         def shuffled(seed: tf.Tensor | None = None) -> tf.data.Dataset:
             if seed is None:
                 return in_order()
-            mixed = files.shuffle(max(len(names), 1), seed=seed).interleave(open_file, OPEN_FILES, deterministic=True)
+            mixed = files.shuffle(max(len(names), 1), seed=seed).interleave(open_file, OPEN_FILES)
             return mixed.map(self._parse)
 
         if self._builder.info.dataset_size > CACHE_BYTES:

@@ -1,0 +1,106 @@
+import ast
+import importlib.util
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from halvit_jax import door, recipes
+from halvit_jax.config import default_config, from_json, to_json, validate
+from halvit_jax.run import build_task
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def load(path: pathlib.Path, *arguments: str) -> ConfigDict:
+    """The config of a file, read as the flag reads it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_builds_its_task_and_says_how_it_is_run(path: pathlib.Path) -> None:
+    config = load(path)
+    assert config.is_locked
+    model = build_task(config).model
+    assert model.num_classes == config.model.num_classes
+    header = ast.get_docstring(ast.parse(path.read_text()))
+    assert header is not None
+    assert f"python -m halvit_jax.main --config=configs/{path.name} --workdir=runs/{path.stem}" in header
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_what_it_was(path: pathlib.Path) -> None:
+    """The whole config as text; after a change that is meant, write `to_json` of it to the golden file."""
+    assert to_json(load(path)) + "\n" == (GOLDEN / "configs" / f"{path.stem}.json").read_text()
+
+
+def test_epochs_are_an_argument_of_the_config_file() -> None:
+    assert load(ROOT / "configs" / "halvit_tiny.py", "600").num_epochs == 600
+
+
+def test_the_twins_on_digits_differ_in_the_model_alone() -> None:
+    tied, plain = recipes.digits("halvit_tiny"), recipes.digits("deit_small")
+    plain.model.name = "halvit_tiny"
+    assert to_json(tied) == to_json(plain)
+
+
+def test_json_brings_back_the_same_config() -> None:
+    config = recipes.deit("halvit_tiny")
+    config.model.width = 96
+    assert to_json(from_json(to_json(config))) == to_json(config)
+
+
+@pytest.mark.parametrize("text", ['{"modell": {}}', '{"batch_size": "many"}', "[]", '{"model": 3}'])
+def test_a_text_that_is_no_config_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a config of this library"):
+        from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size=0 must be at least 1"),
+        ("keep_checkpoints", 0, "keep_checkpoints=0 must be at least 1"),
+        ("seed", -1, "seed=-1 must not be negative"),
+        ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
+        ("ema_decay", 1.0, r"ema_decay=1.0 must lie in \[0, 1\)"),
+        ("compute_dtype", "half", "compute_dtype='half' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_impossible_values_are_refused(field: str, value: object, message: str) -> None:
+    config = recipes.deit("halvit_tiny")
+    config[field] = value
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
+    door.check_overrides(["prog", "--config.model.width=3", "--config=x.py", "--workdir=y"], default_config())
+    with pytest.raises(ValueError, match=r"model.widht is no field of the config; did you mean --config.model.width"):
+        door.check_overrides(["--config.model.widht=3"], default_config())
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A field that nothing reads would be a knob that does nothing."""
+    names = {node.attr for path in (ROOT / "halvit_jax").rglob("*.py") for node in _walk(path, ast.Attribute)}
+    keywords = {node.arg for path in (ROOT / "halvit_jax").rglob("*.py") for node in _walk(path, ast.arg)}
+    fields = {
+        node.target.id
+        for path in (ROOT / "halvit_jax" / "models").glob("*.py")
+        for node in _walk(path, ast.AnnAssign)
+        if isinstance(node.target, ast.Name)
+    }
+    for field in door.field_names(default_config()):
+        subtree, _, name = field.rpartition(".")
+        assert name in (names if not subtree else keywords | fields), field
+
+
+def _walk(path: pathlib.Path, kind: type) -> list:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kind)]

@@ -1,0 +1,66 @@
+"""The doors that read no workdir: summary and bench."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from halvit_jax import bench
+from halvit_jax.models import list_models
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(door: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    """One real process."""
+    command = [sys.executable, "-m", f"halvit_jax.{door}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def test_summary_lists_every_model() -> None:
+    rows = [json.loads(line) for line in run("summary", "--json").stdout.splitlines()]
+    assert [row["model"] for row in rows] == list_models()
+    tiny = next(row for row in rows if row["model"] == "halvit_tiny")
+    assert tiny["params"] == 11_415_400
+    assert tiny["params_without_head"] == 11_030_400
+    assert tiny["image_size"] == 224
+    assert tiny["published"]["top1"] == 77.3
+
+
+def test_summary_as_a_table() -> None:
+    lines = run("summary", "halvit_tiny").stdout.splitlines()
+    assert len(lines) == 2
+    assert "11,415,400" in lines[1]
+    assert "did you mean 'halvit_tiny'" in run("summary", "halvit_tin", code=2).stderr
+
+
+def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    for what in ("infer", "train"):
+        original = getattr(bench.Subject, what)
+
+        def spy(self: bench.Subject, original: object = original, what: str = what) -> None:
+            order.append(f"{self.name} {what}")
+            original(self)  # type: ignore[operator]
+
+        monkeypatch.setattr(bench.Subject, what, spy)
+    rows = bench.measure(["resnet18", "halvit_tiny"], batch=8, dtype="float32", repeats=1)
+    one_round = ["resnet18 infer", "resnet18 train", "halvit_tiny infer", "halvit_tiny train"]
+    assert order == 2 * one_round  # the models take turns
+    assert [row["model"] for row in rows] == ["resnet18", "halvit_tiny"]
+    for row in rows:
+        assert row["infer_images_per_s"] > row["train_images_per_s"] > 0
+        assert row["compile_s"] > 0
+    adam_bytes = 3 * 4 * 11_415_400
+    assert 0 <= rows[1]["params_and_optimizer_bytes"] - adam_bytes < 100
+    assert rows[1]["train_peak_bytes"] > adam_bytes / 8
+
+
+def test_bench_refuses_unknown_models() -> None:
+    assert "did you mean 'deit_small'" in run("bench", "--models=deit_smal", code=2).stderr
+    assert "name models with --models=a,b" in run("bench", "deit_small", code=2).stderr
+    assert "--batch" in run("bench", "--batch=0", code=2).stderr
