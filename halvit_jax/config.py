@@ -57,6 +57,11 @@ def _model() -> dict[str, Any]:
         "attention_bias": optional(bool),  # ViT: biases of queries, keys, values and output
         "pool": optional(str),  # ViT: token or mean
         "position": optional(str),  # ViT: learned, sincos or none
+        "depths": optional(tuple),  # ResNet: blocks of the four stages
+        "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
+        "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
+        "base_width": optional(int),  # ResNet: channels of a group in the first stage
+        "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
     }
 
 

@@ -1,4 +1,4 @@
-"""The C library's allocator, set for arrays: freed memory is kept for the next step instead of going back to the kernel.
+"""The C library's allocator, set for arrays: freed memory is kept for the next step and not given back to the kernel.
 
 XLA on a CPU allocates and frees its temporaries in every step. By default glibc returns large blocks to the kernel at
 once, and the next step pays for fresh pages, which costs up to half of its time. On a machine with an accelerator the
@@ -22,4 +22,5 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     # Never unmap a block, never trim the heap, and one heap for all threads, for only the main one keeps to that.
     settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+    done = [mallopt(name, value) for name, value in settings.items()]
+    return all(done)

@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str] | None] = {
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu", "halvit_jax.protocols"},
     "convert": {"numpy", "halvit_jax.models"},
     **dict.fromkeys(
-        ("__init__", "main", "run", "door", "predict", "export", "bench", "summary", "check", "plan", "macs")
+        ("__init__", "main", "run", "door", "memory", "predict", "export", "bench", "summary", "check", "plan", "macs")
     ),
 }
 ONLY_IN_DATA = {"tensorflow", "tensorflow_datasets"}

@@ -1,14 +1,14 @@
 """Convolution, batch normalisation and pooling, channels last.
 
-Two formulations of a convolution stand side by side. Accelerators get XLA's own convolution. XLA's CPU backend is quick at
-matrix products and slow at most else a convolution network needs, so there `convolve`, `max_pool` and their gradients are
-written as products, sums and shifted views: the same maths, agreeing to float32 rounding, with no more multiplications.
-`FORMULATIONS` is the one switch.
+Two formulations of a convolution stand side by side. Accelerators get XLA's own. XLA's CPU backend is quick at matrix
+products and at ordinary convolutions, and slow (up to a hundred times, in the gradients) at 1x1, grouped and depthwise
+ones and at the gradient of max-pooling; there those are written as products and sums of shifted views. It is the same
+maths with the same number of multiplications, and agrees to float32 rounding. `FORMULATIONS` is the one switch.
 
-Padding is always given as a number of rows and columns on every side, as in PyTorch; with stride 2 XLA's "SAME" pads
-otherwise and would shift the network by a pixel.
+Padding is a number of rows and columns on every side, as in PyTorch; with stride 2 XLA's "SAME" pads the far side only
+and would shift the network by a pixel.
 
-Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` channels out, `k` kernel side, `m` = b*u*v.
+Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` channels out, `k` kernel side, `m` = buv.
 """
 
 import functools
@@ -43,7 +43,7 @@ class Conv(nn.Module):
         channels, k = x.shape[-1], self.kernel_size
         if channels % self.groups or self.features % self.groups:
             raise ValueError(
-                f"groups={self.groups} of {self.name or 'Conv'} must divide both its {channels} input channels and its "
+                f"groups={self.groups} of {self.name or 'Conv'} must divide its {channels} input channels and its "
                 f"{self.features} features; change model.groups or the widths beside it"
             )
         shape = (k, k, channels // self.groups, self.features)
@@ -59,7 +59,7 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's bookkeeping: [..., c] -> [..., c].
 
-    Statistics are float32 whatever the type computed in. Training normalises with the biased variance of the batch (of
+    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch (of
     the whole batch also when it is sharded) and moves the averages in `batch_stats` towards its mean and its *unbiased*
     variance, as PyTorch does; evaluation normalises with the averages. `momentum` is the weight of the old average.
     """
@@ -77,7 +77,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)
 
-        wide = x.astype(jnp.float32)
+        wide = x.astype(_wide(x))
         if train:
             axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             mean = wide.mean(axes)
@@ -142,27 +142,29 @@ def native_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: in
     )
 
 
-def matrix_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """The same sums as matrix products, where those are faster on a CPU than the convolution."""
-    k = kernel.shape[0]
-    if groups > 1:
+def product_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """The same sums as products, for the convolutions that XLA's CPU backend is slow at."""
+    k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
+    if groups == 1 and k == 1 and padding == 0:
+        return _pointwise(x[:, ::stride, ::stride], kernel[0, 0])
+    if groups == 1:
         return native_convolution(x, kernel, stride, padding, groups)
-    if k == 1 and padding == 0:
-        return _pointwise(x[:, ::stride, ::stride], kernel)
-    return _dense(x, kernel, stride, padding)
+    if groups == channels == features:
+        return _depthwise(x, kernel, stride, padding)
+    return _grouped(x, kernel, stride, padding, groups)
 
 
-# The formulation for each backend; XLA's own convolution where none is named.
-FORMULATIONS: dict[str, Callable[..., jax.Array]] = {"cpu": matrix_convolution}
+# The formulation of each backend; one that is not named here gets XLA's own convolution.
+FORMULATIONS: dict[str, Callable[..., jax.Array]] = {"cpu": product_convolution}
 
 
 def max_pool(x: jax.Array, *, size: int, stride: int, padding: int) -> jax.Array:
     """The largest of each size x size window: [b, h, w, c] -> [b, u, v, c]. The first of equals takes the gradient."""
     if jax.default_backend() not in FORMULATIONS:
         return nn.max_pool(x, (size, size), (stride, stride), [(padding, padding)] * 2)
-    # Rows of the window's columns first: the first row that holds the maximum, in it the first column.
+    # Columns before rows, so that the first of equals is the first in reading order, as in PyTorch and XLA.
     for axis in (2, 1):
-        x = functools.reduce(_first_max, _window_views(x, axis, size, stride, padding, -jnp.inf))
+        x = functools.reduce(_first_max, _views(x, axis, size, stride, padding, -jnp.inf))
     return x
 
 
@@ -170,13 +172,18 @@ def _moving_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Arra
     return momentum * old + (1 - momentum) * lax.stop_gradient(new)
 
 
-def _first_max(a: jax.Array, b: jax.Array) -> jax.Array:
-    """max(a, b) whose gradient goes to `a` when they are equal; not-a-number wins, as in lax.max."""
-    return jnp.where((b > a) | jnp.isnan(b), b, a)
+def _wide(x: jax.Array) -> jnp.dtype:
+    """The type to add up in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _window_views(x: jax.Array, axis: int, size: int, stride: int, padding: int, fill: float) -> list[jax.Array]:
-    """For each place in a window along `axis`, what every window holds there."""
+def _first_max(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The maximum, with the gradient to `first` when they are equal; not-a-number wins, as in lax.max."""
+    return jnp.where((second > first) | jnp.isnan(second), second, first)
+
+
+def _views(x: jax.Array, axis: int, size: int, stride: int, padding: int, fill: float) -> list[jax.Array]:
+    """What all windows along `axis` hold in their first place, in their second, ..."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (padding, padding)
     x = jnp.pad(x, widths, constant_values=fill)
@@ -186,52 +193,42 @@ def _window_views(x: jax.Array, axis: int, size: int, stride: int, padding: int,
 
 @jax.custom_vjp
 def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A 1x1 convolution: [b, h, w, c] x [1, 1, c, f] -> [b, h, w, f]."""
-    return x @ kernel[0, 0]
+    """A 1x1 convolution: x [b, u, v, c] @ kernel [c, f]."""
+    return x @ kernel
 
 
 def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _pointwise(x, kernel), (x, kernel)
+    return x @ kernel, (x, kernel)
 
 
 def _pointwise_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Differentiation would make the kernel's gradient as (grad.T @ x).T. XLA merges that transposition of `grad` into
+    # whatever computes `grad`, which then runs against the order of memory; a product over the rows of both does not.
     x, kernel = saved
-    grad = lax.optimization_barrier(grad)
-    return grad @ kernel[0, 0].T, _rows_product(_rows(x), _rows(grad))[None, None]
+    rows = [a.reshape(-1, a.shape[-1]) for a in (x, grad)]  # [m, c], [m, f]
+    return grad @ kernel.T, lax.dot_general(*rows, (((0,), (0,)), ((), ())))
 
 
 _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dense(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    return native_convolution(x, kernel, stride, padding, 1)
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    """Every channel by itself: the sum over the k * k places of a window of view times weight."""
+    k = kernel.shape[0]
+    y = jnp.zeros((), _wide(x))
+    for i, rows in enumerate(_views(x, 1, k, stride, padding, 0)):
+        for j, view in enumerate(_views(rows, 2, k, stride, padding, 0)):
+            y += view.astype(y.dtype) * kernel[i, j, 0].astype(y.dtype)
+    return y.astype(x.dtype)
 
 
-def _dense_forward(x, kernel, stride, padding):
-    return _dense(x, kernel, stride, padding), (x, kernel)
-
-
-def _dense_backward(stride, padding, saved, grad):
-    x, kernel = saved
-    grad = lax.optimization_barrier(grad)
-    _, back = jax.vjp(lambda x, kernel: native_convolution(x, kernel, stride, padding, 1), x, kernel)
-    return back(grad)
-
-
-_dense.defvjp(_dense_forward, _dense_backward)
-
-
-def _rows(x: jax.Array) -> jax.Array:
-    return x.reshape(-1, x.shape[-1])  # [m, c]
-
-
-def _rows_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x.T @ y of x [m, c] and y [m, f] with m large, transposing the narrower of the two.
-
-    The barriers keep the transposition a copy of its own: fused into whatever made the array, it would be computed
-    again, element by element, in the wrong order for the cache.
-    """
-    if x.shape[1] > y.shape[1]:
-        return lax.optimization_barrier(_rows_product(y, x)).T
-    return lax.optimization_barrier(lax.optimization_barrier(x).T) @ y
+def _grouped(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """The sum over the k * k places of a window of one product per group, with the groups as a batch."""
+    k, _, inside, features = kernel.shape
+    x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, inside), -2, 0)  # [groups, b, h, w, c / groups]
+    kernel = jnp.moveaxis(kernel.reshape(k, k, inside, groups, -1), -2, 2)  # [k, k, groups, c / groups, f / groups]
+    y = jnp.zeros((), _wide(x))
+    for i, rows in enumerate(_views(x, 2, k, stride, padding, 0)):
+        for j, view in enumerate(_views(rows, 3, k, stride, padding, 0)):
+            y += jnp.einsum("gbuvc,gcf->gbuvf", view, kernel[i, j], preferred_element_type=y.dtype)
+    return jnp.moveaxis(y, 0, -2).reshape(*y.shape[1:-1], features).astype(x.dtype)

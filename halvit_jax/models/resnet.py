@@ -1,16 +1,15 @@
 """ResNet and ResNeXt, and HaLViT's halves of them.
 
-- ResNet: He et al. 2016, arXiv 1512.03385, with the stride in the 3x3 convolution as in torchvision ("v1.5").
-- ResNeXt: Xie et al. 2017, arXiv 1611.05431; the 3x3 convolution in groups.
-- HaLViT-ResNet and -ResNeXt: the authors' released networks (github.com/sp4cing-itu/halvit). In stages 3 and 4 one kernel W
-  serves every bottleneck of the stage, as x @ W into it and as h @ W.T out of it. The two differ in the order of norms and
-  in how a stage widens its input.
+- ResNet: He et al. 2016, arXiv 1512.03385, with the stride in the 3x3 convolution as in torchvision.
+- ResNeXt: Xie et al. 2017, arXiv 1611.05431: the 3x3 convolution in groups.
+- HaLViT-ResNet and -ResNeXt: the networks their authors released (github.com/sp4cing-itu/halvit). In stages 3 and 4 one
+  kernel W serves every bottleneck of the stage, as x @ W on the way in and as h @ W.T on the way out. The two differ in
+  how a stage widens its input and in where a bottleneck normalises.
 
-Shapes: `b` batch, `h w` space, `c` channels; a stage's `mid` channels inside and `out` = 4 * mid around its bottlenecks.
+Shapes: `b` batch, `h w` space, `c` channels; `out` channels between the blocks of a stage, `width` inside them.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,154 +19,285 @@ from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, max_pool
 from halvit_jax.layers.init import Dtype, Initializer, torch_uniform, torch_uniform_bias
 from halvit_jax.layers.tied import TiedDense
 
-kaiming_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-xavier_normal: Initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+SIZES: dict[str, dict] = {
+    "resnet18": {"depths": (2, 2, 2, 2), "stages": ("basic",) * 4},
+    "resnet50": {"depths": (3, 4, 6, 3)},
+    "resnet101": {"depths": (3, 4, 23, 3)},
+    "resnext101_32x8d": {"depths": (3, 4, 23, 3), "groups": 32, "base_width": 8},
+    "halvit_resnet50": {
+        "depths": (3, 4, 6, 3),
+        "stages": ("bottleneck", "bottleneck", "halvit", "halvit"),
+        "kernel_init": "torch_uniform",
+    },
+    "halvit_resnext101_32x8d": {
+        "depths": (3, 4, 23, 3),
+        "stages": ("bottleneck", "bottleneck", "halvit_prenorm", "halvit_prenorm"),
+        "groups": 32,
+        "base_width": 8,
+    },
+}
 
-STRIDES = (4, 8, 16, 32)  # of the four stages' outputs against the image
+# Kernels [k, k, c, f] are split by what they put out, matrices and W on both sides; vectors stay whole.
+PARTITION_RULES = (
+    (r"(tied|head)/kernel$", ("fsdp", "tensor")),
+    (r"(conv\d?|widen)/kernel$", (None, None, None, "fsdp")),
+    (r"(bias|scale)$", ()),
+)
+
+STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image
+
+_kaiming_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_xavier_normal: Initializer = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+
+KERNEL_INITS: dict[str, Initializer] = {"kaiming_fan_out": _kaiming_fan_out, "torch_uniform": torch_uniform}
 
 
 class ResNet(nn.Module):
     """Four stages of residual blocks between a 7x7 stem and a linear head.
 
-    `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to the pooled
-    features [b, c] when `num_classes` is 0; `features` gives the four stages' maps as {stride: [b, h, w, c]}. Batch
-    statistics live in the collection `batch_stats`, which training must make mutable.
+    `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
+    features [b, c] when `num_classes` is 0. Batch statistics are in the collection `batch_stats`, mutable in training.
 
-    Raises ValueError for a kind of stage that is not in `STAGES` and for depths and kinds that are not four.
+    Raises ValueError, naming the config field, for a stage or initialisation that is not in `STAGES` or `KERNEL_INITS`,
+    for a number of stages other than four, and for groups in blocks that have none.
     """
 
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    stages: tuple[str, ...] = ("bottleneck",) * 4  # keys of STAGES
-    groups: int = 1
-    base_width: int = 64  # channels of a group in the first stage
-    kernel_init: str = "kaiming_fan_out"  # of the convolutions: a key of KERNEL_INITS
+    depths: Sequence[int] = (3, 4, 6, 3)  # blocks in each stage
+    stages: Sequence[str] = ("bottleneck",) * 4  # keys of STAGES
+    groups: int = 1  # of the 3x3 convolutions
+    base_width: int = 64  # channels of one group in the first stage
+    kernel_init: str = "kaiming_fan_out"  # of every convolution: a key of KERNEL_INITS
     num_classes: int = 1000
-    image_size: int = 224  # what the recipe trains at; any size runs
-    dtype: Dtype = None
-    remat: bool = False  # recompute each block in the backward pass
+    image_size: int = 224  # what a recipe feeds; the network runs at any size
+    dtype: Dtype = None  # computed in; parameters and statistics are float32
+    remat: bool = False  # compute each block again in the backward pass instead of storing its inside
 
     def setup(self) -> None:
-        _check("stages", self.stages, STAGES)
-        _check("kernel_init", (self.kernel_init,), KERNEL_INITS)
-        for field in ("depths", "stages"):
-            if len(getattr(self, field)) != len(STRIDES):
-                raise ValueError(f"{field}={getattr(self, field)} must name {len(STRIDES)} stages; change model.{field}")
+        self._check()
         init = KERNEL_INITS[self.kernel_init]
         self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype)
         for i, (kind, depth) in enumerate(zip(self.stages, self.depths, strict=True)):
+            mid = 64 * 2**i
             stage = STAGES[kind](
-                mid=64 * 2**i,
+                out=mid * EXPANSION[kind],
+                width=mid * self.base_width // 64 * self.groups,
                 depth=depth,
                 stride=1 if i == 0 else 2,
                 groups=self.groups,
-                base_width=self.base_width,
                 kernel_init=init,
                 dtype=self.dtype,
                 remat=self.remat,
             )
             setattr(self, f"stage{i + 1}", stage)
         if self.num_classes:
+            # float32 whatever the body computes in: it costs nothing and the loss reads it.
             self.head = nn.Dense(
                 self.num_classes,
+                dtype=jnp.float32,
                 kernel_init=torch_uniform,
                 bias_init=torch_uniform_bias(stage.out),
-                dtype=self.dtype,
             )
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        x = self.features(images, train=train)[STRIDES[-1]]
-        x = x.mean((1, 2), dtype=jnp.float32)
-        return self.head(x).astype(jnp.float32) if self.num_classes else x
+        x = self.features(images, train=train)[STRIDES[-1]].mean((1, 2), dtype=jnp.float32)
+        return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """The output of each stage: {4: [b, h/4, w/4, c], ..., 32: [b, h/32, w/32, c]}."""
-        x = images if self.dtype is None else images.astype(self.dtype)
-        x = nn.relu(self.stem(x, train=train))
+        """What each stage puts out: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
+        x = nn.relu(self.stem(images, train=train))
         x = max_pool(x, size=3, stride=2, padding=1)
         maps = {}
         for i, stride in enumerate(STRIDES):
             x = maps[stride] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
+    def _check(self) -> None:
+        if not len(self.depths) == len(self.stages) == len(STRIDES):
+            raise ValueError(
+                f"model.depths={tuple(self.depths)} and model.stages={tuple(self.stages)} must both have "
+                f"{len(STRIDES)} entries"
+            )
+        _check_choices("stages", self.stages, STAGES)
+        _check_choices("kernel_init", (self.kernel_init,), KERNEL_INITS)
+        if "basic" in self.stages and (self.groups, self.base_width) != (1, 64):
+            raise ValueError(
+                f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where model.stages "
+                "has 'basic', whose blocks have no groups"
+            )
+
+
+class Stage(nn.Module):
+    """What the kinds of stage have in common: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
+
+    out: int
+    width: int
+    depth: int
+    stride: int  # of the first block
+    groups: int
+    kernel_init: Initializer
+    dtype: Dtype
+    remat: bool
+
+    def _run(self, block: nn.Module, x: jax.Array, *shortcut: jax.Array, train: bool) -> jax.Array:
+        def run(block: nn.Module, x: jax.Array, *shortcut: jax.Array) -> jax.Array:
+            return block(x, *shortcut, train=train)
+
+        return (nn.remat(run) if self.remat else run)(block, x, *shortcut)
+
+    def _common(self) -> dict:
+        return {"kernel_init": self.kernel_init, "dtype": self.dtype}
+
+
+class BasicStage(Stage):
+    """Blocks of two 3x3 convolutions."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for i in range(self.depth):
+            stride = self.stride if i == 0 else 1
+            x = self._run(BasicBlock(self.out, stride, **self._common(), name=f"block{i}"), x, train=train)
+        return x
+
+
+class BottleneckStage(Stage):
+    """Bottlenecks with kernels of their own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        for i in range(self.depth):
+            stride = self.stride if i == 0 else 1
+            block = Bottleneck(self.out, self.width, stride, self.groups, **self._common(), name=f"block{i}")
+            x = self._run(block, x, train=train)
+        return x
+
+
+class HalvitStage(Stage):
+    """Bottlenecks around one kernel W [out, width], as in HaLViT-ResNet.
+
+    The input is widened without a 1x1 convolution, by channels that a depthwise 3x3 makes of it, put before it. The
+    shortcut past the first block is a strided depthwise 3x3 with two norms in a row, as released.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        tied = TiedDense(self.out, self.width, _xavier_normal, self.dtype, name="tied")
+        channels = x.shape[-1]
+        if channels != self.out:
+            widen = ConvNorm(self.out - channels, 3, groups=channels, **self._common(), name="widen")
+            x = jnp.concatenate([nn.gelu(widen(x, train=train), approximate=False), x], axis=-1)
+        shortcut = x
+        if self.stride != 1:
+            strided = ConvNorm(self.out, 3, self.stride, groups=self.out, **self._common(), name="shortcut")
+            shortcut = BatchNorm(dtype=self.dtype, name="shortcut_norm")(strided(x, train=train), train=train)
+        for i in range(self.depth):
+            stride = self.stride if i == 0 else 1
+            block = TiedBottleneck(tied, stride, self.groups, **self._common(), norm_first=False, name=f"block{i}")
+            x = self._run(block, x, shortcut if i == 0 else x, train=train)
+        return x
+
+
+class HalvitPrenormStage(Stage):
+    """Bottlenecks around one kernel W [out, width], normalising before W, as in HaLViT-ResNeXt.
+
+    A bare 1x1 convolution widens what the first block works on; its shortcut is a strided 1x1 convolution with a norm.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        tied = TiedDense(self.out, self.width, _kaiming_fan_out, self.dtype, name="tied")
+        channels, shortcut = x.shape[-1], x
+        if channels != self.out or self.stride != 1:
+            shortcut = ConvNorm(self.out, 1, self.stride, **self._common(), name="shortcut")(x, train=train)
+        if channels != self.out:
+            x = Conv(self.out, **self._common(), name="widen")(x)
+        for i in range(self.depth):
+            stride = self.stride if i == 0 else 1
+            block = TiedBottleneck(tied, stride, self.groups, **self._common(), norm_first=True, name=f"block{i}")
+            x = self._run(block, x, shortcut if i == 0 else x, train=train)
+        return x
+
+
+STAGES: dict[str, Callable[..., Stage]] = {
+    "basic": BasicStage,
+    "bottleneck": BottleneckStage,
+    "halvit": HalvitStage,
+    "halvit_prenorm": HalvitPrenormStage,
+}
+EXPANSION = {"basic": 1, "bottleneck": 4, "halvit": 4, "halvit_prenorm": 4}  # out / the stage's nominal width
+
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, mid]."""
+    """Two 3x3 convolutions and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
 
-    mid: int
     out: int
     stride: int
-    groups: int
-    width: int
     kernel_init: Initializer
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        y = nn.relu(ConvNorm(self.mid, 3, self.stride, name="conv1", **common)(x, train=train))
-        y = ConvNorm(self.out, 3, name="conv2", **common)(y, train=train)
+        y = Conv(self.out, 3, self.stride, **common, name="conv1")(x)
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train))
+        y = Conv(self.out, 3, **common, name="conv2")(y)
+        y = BatchNorm(dtype=self.dtype, name="norm2")(y, train=train)
         if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, name="shortcut", **common)(x, train=train)
-        return nn.relu(x + y)
+            x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
+        return nn.relu(y + x)
 
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
 
-    mid: int
     out: int
-    stride: int
-    groups: int
     width: int
-    kernel_init: Initializer
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        y = nn.relu(ConvNorm(self.width, name="conv1", **common)(x, train=train))
-        y = nn.relu(ConvNorm(self.width, 3, self.stride, groups=self.groups, name="conv2", **common)(y, train=train))
-        y = ConvNorm(self.out, name="conv3", **common)(y, train=train)
-        if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, name="shortcut", **common)(x, train=train)
-        return nn.relu(x + y)
-
-
-class Stage(nn.Module):
-    mid: int
-    depth: int
     stride: int
     groups: int
-    base_width: int
     kernel_init: Initializer
     dtype: Dtype
-    remat: bool
-    block: Any = Bottleneck
-    expansion: int = 4
-
-    @property
-    def out(self) -> int:
-        return self.mid * self.expansion
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        block = nn.remat(self.block, static_argnums=(2,)) if self.remat else self.block
-        width = self.mid * self.base_width // 64 * self.groups
-        for i in range(self.depth):
-            x = block(self.mid, self.out, self.stride if i == 0 else 1, self.groups, width, self.kernel_init, self.dtype, name=f"block{i}")(x, train)
-        return x
+        common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
+        y = Conv(self.width, **common, name="conv1")(x)
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train))
+        y = Conv(self.width, 3, self.stride, groups=self.groups, **common, name="conv2")(y)
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(y, train=train))
+        y = Conv(self.out, **common, name="conv3")(y)
+        y = BatchNorm(dtype=self.dtype, name="norm3")(y, train=train)
+        if x.shape != y.shape:
+            x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
+        return nn.relu(y + x)
 
-import functools
-STAGES = {"basic": functools.partial(Stage, block=BasicBlock, expansion=1), "bottleneck": Stage}
-KERNEL_INITS: dict[str, Initializer] = {"kaiming_fan_out": kaiming_fan_out, "torch_uniform": torch_uniform}
 
-SIZES = {
-    "resnet18": {"depths": (2, 2, 2, 2), "stages": ("basic",) * 4},
-    "resnet50": {"depths": (3, 4, 6, 3)},
-    "resnet101": {"depths": (3, 4, 23, 3)},
-    "resnext101_32x8d": {"depths": (3, 4, 23, 3), "groups": 32, "base_width": 8},
-}
-def _check(field, given, allowed):
-    for value in given:
+class TiedBottleneck(nn.Module):
+    """A bottleneck whose 1x1 convolutions are its stage's W and W.T: [b, h, w, out] -> [b, h/stride, w/stride, out].
+
+    `norm_first` normalises before W instead of after it.
+    """
+
+    tied: TiedDense
+    stride: int
+    groups: int
+    norm_first: bool
+    kernel_init: Initializer
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, shortcut: jax.Array, *, train: bool) -> jax.Array:
+        norm1 = BatchNorm(dtype=self.dtype, name="norm1")
+        if self.norm_first:
+            y = self.tied.project(nn.relu(norm1(x, train=train)))
+        else:
+            y = nn.relu(norm1(self.tied.project(x), train=train))
+        width, common = y.shape[-1], {"kernel_init": self.kernel_init, "dtype": self.dtype}
+        y = Conv(width, 3, self.stride, groups=self.groups, **common, name="conv2")(y)
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(y, train=train))
+        y = BatchNorm(dtype=self.dtype, name="norm3")(self.tied.project_back(y), train=train)
+        return nn.relu(y + shortcut)
+
+
+def _check_choices(field: str, values: Sequence[str], allowed: dict) -> None:
+    for value in values:
         if value not in allowed:
-            raise ValueError(f"{value!r} {sorted(allowed)}; change model.{field}")
+            raise ValueError(f"model.{field}={value!r} is not one of {', '.join(allowed)}")

@@ -13,7 +13,7 @@ from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.paths import flat
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
-from halvit_jax.training.state import abstract_state, init_state
+from halvit_jax.training.state import TrainState, abstract_state, init_state
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 RULES = (
@@ -130,39 +130,49 @@ def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(
 # Arrays in their places.
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Classification:
-    model = create_model("halvit_tiny", width=16, depth=1, num_heads=2, image_size=8, patch_size=4, num_classes=4)
-    return Classification(model, **default_config().task)
+class Noise:
+    """Of a task only what a fresh state needs."""
+
+    partition_rules = RULES
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        return {"kernel": jax.random.normal(key, (16, 64)), "bias": jnp.zeros(64)}, {"seen": {"bias": jnp.ones(3)}}
 
 
-def test_a_fresh_state_is_born_in_its_shardings_with_averages_of_its_own(tiny: Classification) -> None:
-    abstract = abstract_state(tiny, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
-    state = init_state(tiny, _optimizer(), abstract, seed=0, use_ema=True)
-    wanted, leaves = flat(abstract), flat(state)
-    assert {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in leaves.items()} == {
-        path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in wanted.items()
-    }
+def _fresh(seed: int = 0, *, use_ema: bool = False, **sizes: int) -> tuple[TrainState, TrainState]:
+    """The abstract state and the fresh one."""
+    abstract = abstract_state(Noise(), _optimizer(), mesh=make_mesh(**sizes), use_ema=use_ema)
+    return abstract, init_state(Noise(), _optimizer(), abstract, seed=seed, use_ema=use_ema)
+
+
+def test_a_fresh_state_is_born_in_its_shardings() -> None:
+    abstract, state = _fresh(use_ema=True, **CUBE)
+
+    def described(tree: TrainState) -> dict[str, Any]:
+        return {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in flat(tree).items()}
+
+    assert described(state) == described(abstract)
     assert int(state.step) == 0
-    kernel = state.params["block0"]["ffn"]["tied"]["kernel"]
-    assert {shard.data.shape for shard in kernel.addressable_shards} == {(8, 32)}
-    for path, leaf in flat(state.params).items():
-        average = leaves[f"ema/params/{path}"]
-        np.testing.assert_array_equal(average, leaf)
-        assert average.unsafe_buffer_pointer != leaf.unsafe_buffer_pointer
-    state.params["head"]["kernel"].delete()
-    assert np.isfinite(np.asarray(state.ema["params"]["head"]["kernel"])).all()
+    assert {shard.data.shape for shard in state.params["kernel"].addressable_shards} == {(8, 32)}
 
 
-def test_the_seed_decides_the_fresh_values_whatever_the_mesh(tiny: Classification) -> None:
-    def kernel(seed: int, **sizes: int) -> np.ndarray:
-        abstract = abstract_state(tiny, _optimizer(), mesh=make_mesh(**sizes), use_ema=False)
-        state = init_state(tiny, _optimizer(), abstract, seed=seed, use_ema=False)
-        assert state.ema == {}
-        return np.asarray(state.params["head"]["kernel"])
+def test_averages_begin_as_copies_with_buffers_of_their_own() -> None:
+    _, state = _fresh(use_ema=True)
+    raw, averages = flat(state.raw), flat(state.ema)
+    assert raw.keys() == averages.keys()
+    values = {path: np.array(leaf) for path, leaf in raw.items()}
+    for leaf in raw.values():
+        leaf.delete()
+    for path, average in averages.items():
+        np.testing.assert_array_equal(average, values[path])
 
-    np.testing.assert_array_equal(kernel(0), kernel(0, **CUBE))
-    assert (kernel(0) != kernel(1)).any()
+
+def test_the_seed_decides_the_fresh_values_whatever_the_mesh() -> None:
+    first, split, other = (
+        np.asarray(_fresh(seed, **sizes)[1].params["kernel"]) for seed, sizes in ((0, {}), (0, CUBE), (1, {}))
+    )
+    np.testing.assert_array_equal(first, split)
+    assert (first != other).any()
 
 
 @pytest.mark.parametrize("sizes", [{}, CUBE, {"data": 2, "fsdp": 4}])

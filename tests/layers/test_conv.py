@@ -1,0 +1,210 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from halvit_jax.layers import conv
+from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, convolve, max_pool, native_convolution
+
+C, F = 6, 12
+
+
+def _random(*shape: int, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _value_and_gradients(function: Callable, *args: jax.Array) -> list[jax.Array]:
+    """The output, and the gradient of a random projection of it with respect to every argument."""
+
+    def both(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        y, back = jax.vjp(function, *args)
+        return y, back(_random(*y.shape, seed=9).astype(y.dtype))
+
+    y, gradients = jax.jit(both)(*args)
+    return [y, *gradients]
+
+
+def _assert_same(ours: list[jax.Array], reference: list[jax.Array]) -> None:
+    for a, b in zip(ours, reference, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("k", "stride", "padding", "groups", "features", "size"),
+    [
+        (1, 1, 0, 1, F, (9, 7)),
+        (1, 2, 0, 1, F, (9, 7)),
+        (1, 2, 0, 1, F, (8, 8)),
+        (1, 1, 1, 1, F, (9, 7)),
+        (3, 1, 1, 1, F, (9, 7)),
+        (3, 2, 1, 1, F, (8, 8)),
+        (7, 2, 3, 1, F, (9, 7)),
+        (4, 4, 0, 1, F, (8, 8)),
+        (3, 1, 1, C, C, (9, 7)),  # depthwise
+        (3, 2, 1, C, C, (9, 7)),
+        (3, 2, 1, C, C, (8, 8)),
+        (7, 1, 3, C, C, (9, 7)),
+        (3, 1, 1, C, F, (9, 7)),  # depthwise, two channels from each
+        (3, 1, 1, 3, F, (9, 7)),  # grouped
+        (3, 2, 1, 2, F, (8, 8)),
+        (1, 1, 0, 2, F, (9, 7)),
+    ],
+)
+def test_the_formulation_for_cpus_is_xlas_convolution(
+    k: int, stride: int, padding: int, groups: int, features: int, size: tuple[int, int]
+) -> None:
+    x, kernel = _random(2, *size, C), _random(k, k, C // groups, features, seed=1)
+    ours = _value_and_gradients(lambda x, w: convolve(x, w, stride=stride, padding=padding, groups=groups), x, kernel)
+    reference = _value_and_gradients(lambda x, w: native_convolution(x, w, stride, padding, groups), x, kernel)
+    _assert_same(ours, reference)
+
+
+@pytest.mark.parametrize(("k", "groups", "features"), [(1, 1, F), (3, 1, F), (3, C, C), (3, 2, F)])
+def test_bfloat16_adds_up_in_float32(k: int, groups: int, features: int) -> None:
+    x, kernel = _random(2, 9, 9, C), _random(k, k, C // groups, features, seed=1)
+    exact = convolve(x, kernel, groups=groups)
+    rounded = convolve(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), groups=groups)
+    assert rounded.dtype == jnp.bfloat16
+    assert float(jnp.abs(rounded - exact).max() / exact.std()) < 0.03
+
+
+def test_padding_is_symmetric_unless_given() -> None:
+    x, kernel = _random(1, 8, 8, C), _random(3, 3, C, F)
+    np.testing.assert_array_equal(convolve(x, kernel, stride=2), convolve(x, kernel, stride=2, padding=1))
+    assert convolve(x, kernel, padding=0).shape == (1, 6, 6, F)
+
+
+@pytest.mark.parametrize(("k", "groups", "features"), [(1, 1, F), (3, C, C), (3, 2, F)])
+def test_one_switch_gives_accelerators_xlas_convolution(
+    monkeypatch: pytest.MonkeyPatch, k: int, groups: int, features: int
+) -> None:
+    x, kernel = _random(1, 8, 8, C), _random(k, k, C // groups, features)
+
+    def program() -> str:
+        return str(jax.make_jaxpr(lambda x, w: max_pool(convolve(x, w, groups=groups), size=3, stride=2, padding=1))(x, kernel))
+
+    assert "conv_general_dilated" not in program()
+    assert "reduce_window" not in program()
+    monkeypatch.delitem(conv.FORMULATIONS, "cpu")
+    assert program().count("conv_general_dilated[") == 1
+    assert "reduce_window" in program()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7)])
+def test_max_pool_is_xlas_also_where_values_are_equal(size: tuple[int, int]) -> None:
+    x = jnp.round(_random(2, *size, C))  # whole numbers: nearly every window has equals
+    ours = _value_and_gradients(lambda x: max_pool(x, size=3, stride=2, padding=1), x)
+    reference = _value_and_gradients(lambda x: nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)]), x)
+    _assert_same(ours, reference)
+
+
+def test_max_pool_passes_on_what_is_not_a_number() -> None:
+    x = _random(1, 6, 6, 1).at[0, 2, 3, 0].set(jnp.nan)
+    ours = max_pool(x, size=3, stride=2, padding=1)
+    reference = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])
+    assert int(jnp.isnan(ours).sum()) > 0
+    np.testing.assert_array_equal(ours, reference)
+
+
+def test_conv_has_a_kernel_and_a_bias_when_asked() -> None:
+    x = _random(2, 8, 8, C)
+    layer = Conv(F, 4, 4, padding=0, use_bias=True)  # a patch embedding
+    variables = layer.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, variables["params"]) == {"kernel": (4, 4, C, F), "bias": (F,)}
+    kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]
+    bound = (4 * 4 * C) ** -0.5
+    assert float(jnp.abs(kernel).max()) <= bound
+    assert 0 < float(jnp.abs(bias).max()) <= bound
+    expected = np.einsum("buivjc,ijcf->buvf", np.asarray(x).reshape(2, 2, 4, 2, 4, C), kernel) + bias
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "features"), [(4, 12), (3, 10)])
+def test_groups_must_divide_the_channels_on_both_sides(groups: int, features: int) -> None:
+    with pytest.raises(ValueError, match=rf"groups={groups} .* 6 input channels .* {features} features; change model"):
+        Conv(features, 3, groups=groups).init(jax.random.key(0), _random(1, 4, 4, C))
+
+
+def _norm(x: jax.Array, variables: Any, *, train: bool, **fields: Any) -> tuple[jax.Array, Any]:
+    return BatchNorm(**fields).apply(variables, x, train=train, mutable=["batch_stats"])
+
+
+def _norm_variables(x: jax.Array) -> Any:
+    variables = BatchNorm().init(jax.random.key(0), x, train=True)
+    assert {k: v.tolist() for k, v in variables["batch_stats"].items()} == {"mean": [0] * C, "var": [1] * C}
+    return {
+        "params": {"scale": _random(C, seed=3), "bias": _random(C, seed=4)},
+        "batch_stats": {"mean": _random(C, seed=5), "var": jnp.abs(_random(C, seed=6))},
+    }
+
+
+def test_training_normalises_with_the_biased_and_stores_the_unbiased_variance() -> None:
+    x = 3 * _random(4, 5, 5, C) + 2
+    variables = _norm_variables(x)
+    y, changed = _norm(x, variables, train=True)
+    exact, old = np.asarray(x, np.float64).reshape(-1, C), variables["batch_stats"]
+    mean, var = exact.mean(0), exact.var(0)
+    expected = (exact - mean) / np.sqrt(var + 1e-5) * variables["params"]["scale"] + variables["params"]["bias"]
+    np.testing.assert_allclose(y.reshape(-1, C), expected, atol=1e-5)
+    stats = changed["batch_stats"]
+    np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.9 * old["var"] + 0.1 * exact.var(0, ddof=1), rtol=1e-5)
+
+
+def test_evaluation_normalises_with_the_averages_and_keeps_them() -> None:
+    x = _random(4, 5, 5, C)
+    variables = _norm_variables(x)
+    y, changed = _norm(x, variables, train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    expected = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, changed["batch_stats"], stats))
+
+
+def test_the_gradient_goes_through_mean_and_variance() -> None:
+    x, weights = _random(8, C), _random(8, C, seed=7)
+    params = _norm_variables(x)["params"]
+
+    def ours(x: jax.Array, params: Any) -> jax.Array:
+        return _norm(x, _norm_variables(x) | {"params": params}, train=True)[0]
+
+    def textbook(x: jax.Array, params: Any) -> jax.Array:
+        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * params["scale"] + params["bias"]
+
+    a, b = (jax.vjp(f, x, params)[1](weights) for f in (ours, textbook))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
+
+
+def test_statistics_are_float32_when_computing_in_bfloat16() -> None:
+    # 257 is no bfloat16 number; a mean kept in that type would miss it.
+    x = jnp.full((2, 4, 4, C), 256, jnp.bfloat16).at[0].set(258)
+    variables = _norm_variables(x)
+    y, changed = _norm(x, variables, train=True, dtype=jnp.bfloat16, momentum=0.0)
+    assert y.dtype == jnp.bfloat16
+    assert {a.dtype for a in jax.tree.leaves(changed)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_array_equal(changed["batch_stats"]["mean"], 257)
+    np.testing.assert_allclose(changed["batch_stats"]["var"], 32 / 31, rtol=1e-3)
+
+
+def test_one_row_leaves_the_average_finite() -> None:
+    x = _random(1, C)
+    y, changed = _norm(x, _norm_variables(x), train=True)
+    assert all(bool(jnp.isfinite(a).all()) for a in (y, *jax.tree.leaves(changed)))
+
+
+def test_conv_norm_is_a_convolution_then_its_norm() -> None:
+    x = _random(2, 8, 8, C)
+    layer = ConvNorm(F, 3, 2, groups=2, scale_init=nn.initializers.zeros)
+    variables = layer.init(jax.random.key(0), x, train=False)
+    assert jax.tree.map(jnp.shape, variables) == {
+        "params": {"conv": {"kernel": (3, 3, C // 2, F)}, "norm": {"scale": (F,), "bias": (F,)}},
+        "batch_stats": {"norm": {"mean": (F,), "var": (F,)}},
+    }
+    y = layer.apply(variables, x, train=False)
+    assert y.shape == (2, 4, 4, F)
+    assert not y.any()  # scale starts at what `scale_init` says

@@ -1,0 +1,209 @@
+import itertools
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from halvit_jax.config import default_config
+from halvit_jax.models import create_model
+from halvit_jax.tasks.classify import Classification
+from halvit_jax.training import loop
+from halvit_jax.training.checkpoint import Checkpointer
+from halvit_jax.training.optim import make_optimizer
+from halvit_jax.training.report import GRID, Report, grid
+from halvit_jax.training.sharding import make_mesh
+
+BATCH, STEPS = 16, 6
+
+
+class Noise:
+    """Sixteen fixed images, as a loader for training and for evaluation."""
+
+    num_examples = BATCH
+    steps_per_epoch = 1
+
+    def __init__(self, *, endless: bool) -> None:
+        self._endless = endless
+
+    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        rng = np.random.default_rng(0)
+        batch = {
+            "image": rng.integers(0, 256, (BATCH, 8, 8, 3), np.uint8),
+            "label": rng.integers(0, 10, BATCH, np.int32),
+            "mask": np.ones(BATCH, bool),
+        }
+        return itertools.repeat(batch) if self._endless else iter([batch])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dict[str, Any]]:
+    """What TensorBoard reads of a short run of the real loop, and the run's result."""
+    workdir, config = tmp_path_factory.mktemp("run"), default_config()
+    model = create_model("halvit_tiny", width=16, depth=1, num_heads=2, image_size=8, patch_size=4, num_classes=10)
+    task = Classification(model, **config.task)
+    fields = config.optim.to_dict() | {"base_batch_size": 0, "warmup_epochs": 2.0}
+    optimizer = make_optimizer(**fields, batch_size=BATCH, steps_per_epoch=1, total_steps=STEPS)
+    report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
+    report.hyperparameters(config.to_dict())
+    checkpointer = Checkpointer(workdir)
+    common = {"mesh": make_mesh(), "seed": 0, "ema_decay": 0.9}
+    state = loop.begin(task, optimizer, checkpointer, report, **common)
+    result = loop.train(
+        task,
+        optimizer,
+        state,
+        Noise(endless=True),
+        Noise(endless=False),
+        **common,
+        checkpointer=checkpointer,
+        report=report,
+        total_steps=STEPS,
+        log_every=2,
+        eval_every=3,
+        checkpoint_every=STEPS,
+    )
+    checkpointer.close()
+    report.close()
+    return EventAccumulator(str(workdir)).Reload(), result
+
+
+def _curve(events: EventAccumulator, tag: str) -> dict[int, float]:
+    return {event.step: float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)}
+
+
+def test_tensorboard_shows_every_promised_curve(run: tuple[EventAccumulator, dict[str, Any]]) -> None:
+    events, _ = run
+    tags = set(events.Tags()["tensors"])
+    training = ("loss", "top1", "top5", "learning_rate", "images_per_s", "waiting_for_data")
+    promised = {f"train/{name}" for name in training}
+    promised |= {f"{name}/{score}" for name in ("eval", "ema_eval") for score in ("loss", "top1", "top5")}
+    assert promised <= tags
+    assert {"train_images", "parameters"} <= {tag.split("/")[0] for tag in tags}
+    assert [*_curve(events, "train/loss")] == [2, 4, 6]
+    assert [*_curve(events, "eval/loss")] == [*_curve(events, "ema_eval/top5")] == [3, 6]
+
+
+def test_the_curves_hold_the_values_of_the_run(run: tuple[EventAccumulator, dict[str, Any]]) -> None:
+    events, result = run
+    rates = [1e-6 + (5e-4 - 1e-6) / 2]  # of the second step, in the warm-up
+    rates += [1e-5 + (5e-4 - 1e-5) * (1 + np.cos(np.pi * step / STEPS)) / 2 for step in (3, 5)]
+    assert list(_curve(events, "train/learning_rate").values()) == pytest.approx(rates, rel=1e-4)
+    assert _curve(events, "eval/loss")[STEPS] == pytest.approx(result["eval"]["loss"])
+    assert _curve(events, "ema_eval/top1")[STEPS] == pytest.approx(result["ema_eval"]["top1"])
+    assert all(0 <= share <= 1 for share in _curve(events, "train/waiting_for_data").values())
+    assert np.median(list(_curve(events, "train/images_per_s").values())) == pytest.approx(result["images_per_s"])
+
+
+def test_tensorboard_shows_the_first_batch_as_a_grid_at_step_0(run: tuple[EventAccumulator, dict[str, Any]]) -> None:
+    events, _ = run
+    (tag,) = (tag for tag in events.Tags()["tensors"] if tag.startswith("train_images"))
+    (event,) = events.Tensors(tag)
+    width, height, png = make_ndarray(event.tensor_proto)[:3]
+    assert (event.step, int(width), int(height)) == (0, GRID * 8, 2 * 8)
+    assert png.startswith(b"\x89PNG")
+
+
+def test_tensorboard_holds_the_hyper_parameters(run: tuple[EventAccumulator, dict[str, Any]]) -> None:
+    content = run[0].PluginTagToContent("hparams")
+    text = b"".join(content.values())
+    assert b"optim.learning_rate" in text
+    assert b"model.name" in text
+    assert b"halvit_tiny" in text
+
+
+def test_a_grid_fills_rows_from_left_to_right() -> None:
+    images = np.arange(11.0).reshape(11, 1, 1, 1) * np.ones((1, 2, 3, 3))
+    whole = grid(images)
+    assert whole.shape == (2 * 2, GRID * 3, 3)
+    places = whole.reshape(2, 2, GRID, 3, 3)[:, 0, :, 0, 0]
+    np.testing.assert_array_equal(places, np.pad(np.arange(11.0), (0, 5)).reshape(2, GRID))
+
+
+def test_a_grid_shows_at_most_64_images() -> None:
+    assert grid(np.zeros((100, 2, 2, 3))).shape == (GRID * 2, GRID * 2, 3)
+    assert grid(np.zeros((1, 2, 2, 3))).shape == (2, GRID * 2, 3)
+
+
+def _report(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, tty: bool) -> Report:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
+    return Report(tmp_path, total_steps=100, batch_size=10)
+
+
+SCALARS = {"loss": 1.5, "top1": 0.25, "learning_rate": 0.1}
+
+
+def test_on_a_terminal_the_progress_line_is_written_over(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(tmp_path, monkeypatch, tty=True)
+    report.training(25, SCALARS, steps=25)
+    report.training(50, SCALARS, steps=25)
+    out = capsys.readouterr().out
+    assert out.count("\r\033[K") == 2
+    assert "\n" not in out
+    assert "[#####---------------] step 25/100   25%  loss 1.5000  top1 25.00%" in out
+    report.say("a line that stays")
+    assert capsys.readouterr().out == "\r\033[Ka line that stays\n"
+    report.say("another")
+    assert capsys.readouterr().out == "another\n"
+    report.close()
+
+
+def test_elsewhere_the_progress_is_plain_lines(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(tmp_path, monkeypatch, tty=False)
+    report.training(25, SCALARS, steps=25)
+    report.evaluation(25, "eval", {"loss": 2.0, "top1": 0.5})
+    out = capsys.readouterr().out
+    assert "\r" not in out
+    assert "\033" not in out
+    first, second = out.splitlines()
+    assert first.startswith("step 25/100   25%  loss 1.5000  top1 25.00%")
+    assert "images/s" in first
+    assert "ETA" in first
+    assert second == "step 25  eval  loss 2.0000  top1 50.00%"
+    report.close()
+
+
+def test_speed_counts_training_only_and_waiting_is_a_share_of_it(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    report = _report(tmp_path, monkeypatch, tty=False)
+    assert report.images_per_s is None
+
+    def spend(seconds: float) -> None:
+        now[0] += seconds
+
+    spend(30.0)  # compiling
+    report.first_step_done()
+    with report.waiting_for_data():
+        spend(1.0)
+    spend(3.0)
+    with report.pausing():
+        spend(50.0)
+    report.training(5, SCALARS, steps=5)  # four of them in four seconds, ten images each
+    assert report.images_per_s == pytest.approx(10.0)
+    assert "data 25%" in report._line
+    spend(2.0)
+    report.training(10, SCALARS, steps=5)
+    assert report.images_per_s == pytest.approx((10.0 + 25.0) / 2)
+    assert "data 0%" in report._line
+    assert "25 images/s" in report._line
+    assert "ETA 0:00:36" in report._line
+    report.close()
+
+
+def test_the_first_step_alone_is_no_speed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = _report(tmp_path, monkeypatch, tty=False)
+    report.first_step_done()
+    report.training(1, SCALARS, steps=1)
+    assert report.images_per_s is None
+    report.close()
