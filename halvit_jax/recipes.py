@@ -77,6 +77,7 @@ def digits(model: str) -> ConfigDict:
     config.model.width = 96
     config.model.depth = 4
     config.model.num_heads = 3
+    config.model.drop_path = 0.1
 
     config.data.name = "digits"
     config.data.eval_split = "test"
@@ -90,7 +91,10 @@ def digits(model: str) -> ConfigDict:
     config.task.mean = (0.5, 0.5, 0.5)
     config.task.std = (0.5, 0.5, 0.5)
 
-    config.optim.learning_rate = 2e-3
+    config.task.mixup = 0.8
+
+    config.optim.learning_rate = 3e-3
     config.optim.base_batch_size = 0
+    config.optim.weight_decay = 0.2
     config.optim.warmup_epochs = 20.0
     return config

@@ -59,8 +59,8 @@ class Conv(nn.Module):
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's bookkeeping: [..., c] -> [..., c].
 
-    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch (of
-    the whole batch also when it is sharded) and moves the averages in `batch_stats` towards its mean and its *unbiased*
+    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch,
+    the whole of it also when it is sharded, and moves the averages in `batch_stats` towards its mean and *unbiased*
     variance, as PyTorch does; evaluation normalises with the averages. `momentum` is the weight of the old average.
     """
 
@@ -81,7 +81,9 @@ class BatchNorm(nn.Module):
         if train:
             axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             mean = wide.mean(axes)
-            var = jnp.maximum((wide * wide).mean(axes) - mean * mean, 0)
+            # Not the mean of squares less the squared mean, which loses digits. The variance is least at the mean, so
+            # its gradient with respect to the mean is zero.
+            var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
             if not self.is_initializing():
                 move = functools.partial(_moving_average, self.momentum)
                 running_mean.value = move(running_mean.value, mean)

@@ -91,12 +91,8 @@ class ResNet(nn.Module):
             setattr(self, f"stage{i + 1}", stage)
         if self.num_classes:
             # float32 whatever the body computes in: it costs nothing and the loss reads it.
-            self.head = nn.Dense(
-                self.num_classes,
-                dtype=jnp.float32,
-                kernel_init=torch_uniform,
-                bias_init=torch_uniform_bias(stage.out),
-            )
+            bias = torch_uniform_bias(stage.out)
+            self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_uniform, bias_init=bias)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         x = self.features(images, train=train)[STRIDES[-1]].mean((1, 2), dtype=jnp.float32)
@@ -114,15 +110,14 @@ class ResNet(nn.Module):
     def _check(self) -> None:
         if not len(self.depths) == len(self.stages) == len(STRIDES):
             raise ValueError(
-                f"model.depths={tuple(self.depths)} and model.stages={tuple(self.stages)} must both have "
-                f"{len(STRIDES)} entries"
+                f"model.depths={tuple(self.depths)} and model.stages={tuple(self.stages)} must both have four entries"
             )
         _check_choices("stages", self.stages, STAGES)
         _check_choices("kernel_init", (self.kernel_init,), KERNEL_INITS)
         if "basic" in self.stages and (self.groups, self.base_width) != (1, 64):
             raise ValueError(
-                f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where model.stages "
-                "has 'basic', whose blocks have no groups"
+                f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where "
+                "model.stages has 'basic', whose blocks have no groups"
             )
 
 
@@ -138,11 +133,11 @@ class Stage(nn.Module):
     dtype: Dtype
     remat: bool
 
-    def _run(self, block: nn.Module, x: jax.Array, *shortcut: jax.Array, train: bool) -> jax.Array:
-        def run(block: nn.Module, x: jax.Array, *shortcut: jax.Array) -> jax.Array:
-            return block(x, *shortcut, train=train)
+    def _run(self, block: nn.Module, *arrays: jax.Array, train: bool) -> jax.Array:
+        def run(block: nn.Module, *arrays: jax.Array) -> jax.Array:
+            return block(*arrays, train=train)
 
-        return (nn.remat(run) if self.remat else run)(block, x, *shortcut)
+        return (nn.remat(run) if self.remat else run)(block, *arrays)
 
     def _common(self) -> dict:
         return {"kernel_init": self.kernel_init, "dtype": self.dtype}

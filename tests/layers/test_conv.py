@@ -86,7 +86,9 @@ def test_one_switch_gives_accelerators_xlas_convolution(
     x, kernel = _random(1, 8, 8, C), _random(k, k, C // groups, features)
 
     def program() -> str:
-        return str(jax.make_jaxpr(lambda x, w: max_pool(convolve(x, w, groups=groups), size=3, stride=2, padding=1))(x, kernel))
+        return str(
+            jax.make_jaxpr(lambda x, w: max_pool(convolve(x, w, groups=groups), size=3, stride=2, padding=1))(x, kernel)
+        )
 
     assert "conv_general_dilated" not in program()
     assert "reduce_window" not in program()

@@ -1,0 +1,34 @@
+"""Exact parameter counts and multiply-accumulates: for a library about parameters, the test."""
+
+import pytest
+
+from halvit_jax.models import list_models
+from halvit_jax.summary import summarise
+
+# model -> total, without head, GMACs at 224. GMACs of halvit_resnet50 were counted without a classifier (2 M of 4.1 G).
+COUNTS = {
+    "deit_tiny": (5_717_416, 5_524_416, 1.258),
+    "deit_small": (22_050_664, 21_665_664, 4.608),
+    "deit_base": (86_567_656, 85_798_656, 17.583),
+    "halvit_tiny": (11_415_400, 11_030_400, 4.608),
+    "halvit_small": (44_063_464, 43_294_464, 17.583),
+    "resnet18": (11_689_512, 11_176_512, 1.819),
+    "resnet50": (25_557_032, 23_508_032, 4.112),
+    "resnet101": (44_549_160, 42_500_160, 7.834),
+    "resnext101_32x8d": (88_791_336, 86_742_336, 16.477),
+    "halvit_resnet50": (15_515_176, 13_466_176, 4.119),
+    "halvit_resnext101_32x8d": (25_876_776, 23_827_776, 18.12),
+}
+
+
+def test_no_model_is_missing() -> None:
+    assert sorted(COUNTS) == list_models()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name: str) -> None:
+    row = summarise(name)
+    params, without_head, gmacs = COUNTS[name]
+    assert row["params"] == params
+    assert row["params_without_head"] == without_head
+    assert row["gmacs"] == pytest.approx(gmacs, rel=0.01)
