@@ -21,11 +21,14 @@ from absl import flags
 from halvit_jax import door
 from halvit_jax.config import default_config
 
-MODELS = flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
-BATCH = flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
-REPEATS = flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
-JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
+
+def define_flags() -> None:
+    """The flags of this door."""
+    flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
+    flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
+    flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
+    flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
 
 
 class Subject:
@@ -105,14 +108,15 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected arguments {argv[1:]}; name models with --models=a,b")
         from halvit_jax.models import create_model
 
-        for name in MODELS.value:
+        given = flags.FLAGS
+        for name in given.models:
             create_model(name)
-    rows = measure(MODELS.value, batch=BATCH.value, dtype=DTYPE.value, repeats=REPEATS.value)
-    if JSON.value:
+    rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
+    if given.json:
         for row in rows:
             print(json.dumps(row))
         return
-    print(f"{rows[0]['device']}, batch {BATCH.value}, {DTYPE.value}, medians of {REPEATS.value} rounds")
+    print(f"{rows[0]['device']}, batch {given.batch}, {given.dtype}, medians of {given.repeats} rounds")
     columns = "{:<26} {:>10} {:>16} {:>16} {:>14} {:>22}"
     print(columns.format("model", "compile s", "infer images/s", "train images/s", "peak MiB", "params+optimizer MiB"))
     for row in rows:
@@ -136,4 +140,5 @@ def _peak_bytes(compiled: Any) -> int:
 
 
 if __name__ == "__main__":
+    define_flags()
     door.run(main)

@@ -13,9 +13,12 @@ from ml_collections import ConfigDict, config_flags
 from halvit_jax import config as config_lib
 from halvit_jax import door
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, curves and results of the run are kept.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate the newest checkpoint.")
+
+def define_flags() -> None:
+    """The flags of this door."""
+    config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
+    flags.DEFINE_string("workdir", None, "Where checkpoints, curves and results of the run are kept.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate the newest checkpoint.")
 
 
 def main(argv: list[str]) -> None:
@@ -23,9 +26,9 @@ def main(argv: list[str]) -> None:
     with door.bad_input():
         if argv[1:]:
             raise ValueError(f"unexpected arguments {argv[1:]}; flags look like --config.batch_size=64")
-        if CONFIG.value is None or WORKDIR.value is None:
+        if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
-    work(CONFIG.value, pathlib.Path(WORKDIR.value), mode=MODE.value)
+    work(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), mode=flags.FLAGS.mode)
 
 
 def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> dict[str, Any]:
@@ -36,12 +39,15 @@ def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> d
     with door.bad_input():
         config_lib.validate(config)
         from halvit_jax import run as run_lib
+
+        run = run_lib.build(config)
+        run_lib.create_workdir(workdir)
+
+        # Orbax and CLU take seconds to import, so what is wrong with the config has been said by now.
         from halvit_jax.training import loop
         from halvit_jax.training.checkpoint import Checkpointer
         from halvit_jax.training.report import Report
 
-        run = run_lib.build(config)
-        run_lib.create_workdir(workdir)
         checkpointer = Checkpointer(workdir, keep=config.keep_checkpoints)
         if mode == "eval" and checkpointer.latest_step is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
@@ -82,4 +88,5 @@ def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> d
 
 
 if __name__ == "__main__":
+    define_flags()
     door.run(main)

@@ -17,18 +17,22 @@ from absl import flags
 
 from halvit_jax import door
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
 TOP = 5
+
+
+def define_flags() -> None:
+    """The flags of this door."""
+    flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
 
 
 def main(argv: list[str]) -> None:
     """Print a line for every image; exit with 1 if one of them could not be read."""
     with door.bad_input():
-        if WORKDIR.value is None or not argv[1:]:
+        if flags.FLAGS.workdir is None or not argv[1:]:
             raise ValueError("give --workdir=DIR and at least one image")
         from halvit_jax.run import load_trained
 
-        trained = load_trained(WORKDIR.value)
+        trained = load_trained(flags.FLAGS.workdir)
 
     failed = False
     for row in predict(trained, argv[1:]):
@@ -58,4 +62,5 @@ def predict(trained: Any, paths: list[str]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    define_flags()
     door.run(main)

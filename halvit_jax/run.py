@@ -15,7 +15,6 @@ from halvit_jax import config as config_lib
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loader, PyTree
 from halvit_jax.tasks.classify import Classification
-from halvit_jax.training.checkpoint import Checkpointer
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import check_batch_size, make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
@@ -155,6 +154,8 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
     Raises:
         ValueError: there is no checkpoint, or it does not fit.
     """
+    from halvit_jax.training.checkpoint import Checkpointer
+
     any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
     optimizer = make_optimizer(**config.optim, **any_length)
     mesh = make_mesh(data=-1)

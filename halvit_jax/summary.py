@@ -13,8 +13,6 @@ from halvit_jax import door
 from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, list_models
 
-JSON = flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
-
 # Top-1 on ImageNet-1k and how it was trained, by the papers or torchvision; None of these was measured here.
 # `params` where the paper's own figure differs from ours, as it was printed.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -28,6 +26,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
     "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},
 }
+
+
+def define_flags() -> None:
+    """The flags of this door."""
+    flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
 
 
 def summarise(name: str) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def main(argv: list[str]) -> None:
     """Print the table of the named models, or of all."""
     with door.bad_input():
         rows = [summarise(name) for name in argv[1:] or list_models()]
-    if JSON.value:
+    if flags.FLAGS.json:
         for row in rows:
             print(json.dumps(row))
         return
@@ -71,4 +74,5 @@ def _published(figures: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     door.run(main)

@@ -18,8 +18,8 @@ class TiedDense(nn.Module):
     """One kernel W of shape (d, f), applied forwards and backwards.
 
     Channels-last makes a 1x1 convolution the same product, so the feed-forward layer of a ViT and the bottlenecks of a
-    HaLViT-ResNet use this one class. W starts out Xavier-normal, as in the authors' ResNet, which treats both directions
-    alike. With the 0.02 of the ViT family a narrow tied model learns slower than its untied twin.
+    HaLViT-ResNet use this one class. W starts out Xavier-normal, as in the authors' ResNet, which treats both
+    directions alike. With the 0.02 of the ViT family a narrow tied model learns slower than its untied twin.
     """
 
     in_features: int  # d

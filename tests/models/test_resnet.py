@@ -168,15 +168,6 @@ def test_features_are_the_maps_of_the_four_stages(name: str, size: int) -> None:
     assert (pooled.shape, pooled.dtype) == ((2, first * 8), jnp.float32)
 
 
-def test_without_a_head_the_output_is_the_mean_of_the_last_map() -> None:
-    model = _small("resnet18", num_classes=0)
-    variables, images = _random(model), _images()
-    pooled, maps = jax.jit(
-        lambda v: (model.apply(v, images, train=False), model.apply(v, images, train=False, method="features"))
-    )(variables)
-    np.testing.assert_allclose(pooled, maps[32].mean((1, 2)), rtol=1e-5)
-
-
 @pytest.fixture(scope="module")
 def step() -> tuple[ResNet, Any, Any]:
     """A small network, its variables, and what its training step gives."""
