@@ -168,7 +168,10 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
 
 
 def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
-    """The result of a finished run, as JSON in the workdir."""
+    """The result of a finished run, as JSON in the workdir; a run that is only evaluated again keeps its speed."""
     if jax.process_index():
         return
-    (workdir / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    path = workdir / RESULT_FILE
+    if result["images_per_s"] is None and path.is_file():
+        result = {**result, "images_per_s": json.loads(path.read_text())["images_per_s"]}
+    path.write_text(json.dumps(result, indent=2) + "\n")

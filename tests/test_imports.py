@@ -18,7 +18,7 @@ ROOMS: dict[str, set[str] | None] = {
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC | {"halvit_jax.layers"},
-    "tasks": NUMERIC | {"halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
+    "tasks": NUMERIC | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols"},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu", "halvit_jax.protocols"},
     "convert": {"numpy", "halvit_jax.models"},

@@ -1,6 +1,7 @@
 """The real command, end to end, and its answers to bad input."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -48,9 +49,16 @@ def tiny(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
     return config
 
 
+def one_device() -> dict[str, str]:
+    """The environment a user has: without the simulated devices of the other tests."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
 def run_door(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     """One real process; its exit code is as expected."""
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    done = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=ROOT, env=one_device(), timeout=300, check=False
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 

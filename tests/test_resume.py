@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from test_main import MAIN, ROOT, tiny
+from test_main import MAIN, ROOT, one_device, tiny
 
 from halvit_jax.main import work
 
@@ -47,8 +47,9 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
         "--config.optim.warmup_epochs=1.0",
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, f"--workdir={whole}"], cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen([*command, f"--workdir={broken}"], cwd=ROOT, stdout=subprocess.DEVNULL)
+    where = {"cwd": ROOT, "env": one_device()}
+    subprocess.run([*command, f"--workdir={whole}"], **where, check=True, capture_output=True)
+    process = subprocess.Popen([*command, f"--workdir={broken}"], **where, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (broken / "checkpoints" / "20").exists():
         assert time.monotonic() < deadline
@@ -57,7 +58,7 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (broken / "result.json").exists()
-    done = subprocess.run([*command, f"--workdir={broken}"], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run([*command, f"--workdir={broken}"], **where, check=True, capture_output=True, text=True)
     assert "going on from the checkpoint of step" in done.stdout
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]

@@ -41,7 +41,7 @@ SIZES: dict[str, dict] = {
 PARTITION_RULES = (
     (r"(tied|head)/kernel$", ("fsdp", "tensor")),
     (r"(conv\d?|widen)/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale)$", ()),
+    (r"(bias|scale|mean|var)$", ()),
 )
 
 STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,6 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
     workdir, config = tmp_path_factory.mktemp("run"), default_config()
     model = create_model("halvit_tiny", width=16, depth=1, num_heads=2, image_size=8, patch_size=4, num_classes=10)
     task = Classification(model, **config.task)
+    shapes, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
+    task.init = lambda key: (jax.tree.map(lambda shape: np.full(shape.shape, 0.1, np.float32), shapes), {})
     fields = config.optim.to_dict() | {"base_batch_size": 0, "warmup_epochs": 2.0}
     optimizer = make_optimizer(**fields, batch_size=BATCH, steps_per_epoch=1, total_steps=STEPS)
     report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
