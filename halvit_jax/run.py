@@ -16,7 +16,7 @@ from halvit_jax.models import create_model
 from halvit_jax.protocols import Loader, PyTree
 from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
-from halvit_jax.training.sharding import check_batch_size, make_mesh
+from halvit_jax.training.sharding import check_axes, check_batch_size, make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
 
 CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
@@ -53,6 +53,7 @@ def build(config: ConfigDict) -> Run:
     """
     task = build_task(config)
     mesh = make_mesh(**config.mesh)
+    check_axes(mesh)
     check_batch_size(config.batch_size, mesh)
 
     from halvit_jax import data

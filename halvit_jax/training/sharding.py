@@ -37,6 +37,20 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def check_axes(mesh: Mesh) -> None:
+    """Refuse a mesh that splits along all three axes at once.
+
+    Measured on 8 simulated devices with jax 0.10.2: on 2 x 2 x 2 the loss of a small HaLViT is off by 5e-4 from the
+    first step on, where every mesh of two split axes agrees with one device to the last digit. The cause is not found.
+
+    Raises:
+        ValueError: all three axes are above 1.
+    """
+    if all(size > 1 for size in mesh.shape.values()):
+        given = " ".join(f"mesh.{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(f"{given}: splitting along all three axes gives wrong losses; set one of them to 1")
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Refuse a global batch that the batch axes of the mesh do not divide.
 

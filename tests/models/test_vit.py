@@ -15,7 +15,7 @@ from halvit_jax.training.paths import flat
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import abstract_state
 
-D, F, DEPTH, SIZE, CLASSES = 32, 128, 2, 16, 5
+D, F, DEPTH, SIZE, CLASSES = 32, 128, 1, 16, 5
 SMALL = {"width": D, "depth": DEPTH, "num_heads": 2, "image_size": SIZE, "patch_size": 8, "num_classes": CLASSES}
 
 
@@ -106,7 +106,7 @@ def test_a_tied_kernel_is_held_once_in_parameters_moments_and_averages() -> None
     optimizer = make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
     state = flat(abstract_state(task, optimizer, mesh=make_mesh(), use_ema=True))
     for kernel in ("ffn/tied", "attention/query_output", "attention/key_value"):
-        holders = [path.removesuffix(f"/block1/{kernel}/kernel") for path in state if f"block1/{kernel}" in path]
+        holders = [path.removesuffix(f"/block0/{kernel}/kernel") for path in state if f"block0/{kernel}" in path]
         assert holders == ["ema/params", "opt_state/1/mu", "opt_state/1/nu", "params"]
     assert sum(sorted(leaf.shape) == sorted((D, F)) for leaf in state.values()) == 4 * DEPTH
     assert sum(leaf.shape == (D, D) for leaf in state.values()) == 4 * 2 * DEPTH
@@ -166,7 +166,7 @@ def test_attention_bias_adds_biases_to_tied_attention_and_takes_them_from_full()
 def test_remat_changes_neither_outputs_nor_gradients() -> None:
     results = []
     for remat in (False, True):
-        model = create_model("halvit_tiny", **SMALL, drop_path=0.5, remat=remat)
+        model = create_model("halvit_tiny", **SMALL | {"depth": 2}, drop_path=0.5, remat=remat)
 
         def loss(params: dict[str, Any], model: VisionTransformer = model) -> jax.Array:
             rngs = {"drop_path": jax.random.key(3)}
@@ -182,7 +182,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
 
 
 def test_drop_path_acts_in_training_only() -> None:
-    model, never = (create_model("halvit_tiny", **SMALL, drop_path=rate) for rate in (0.5, 0.0))
+    model, never = (create_model("halvit_tiny", **SMALL | {"depth": 2}, drop_path=rate) for rate in (0.5, 0.0))
     params, images = _params(model), _images(8)
 
     @jax.jit

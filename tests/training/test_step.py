@@ -155,8 +155,8 @@ def on_one_device() -> list[float]:
 
 @pytest.mark.parametrize(
     ("sizes", "share"),
-    [({"data": 8}, (48, 192)), ({"data": 2, "fsdp": 2, "tensor": 2}, (24, 96))],
-    ids=["data=8", "data=2,fsdp=2,tensor=2"],
+    [({"data": 8}, (48, 192)), ({"data": 2, "fsdp": 4}, (12, 192)), ({"data": 4, "tensor": 2}, (48, 96))],
+    ids=["data=8", "data=2,fsdp=4", "data=4,tensor=2"],
 )
 def test_eight_devices_learn_what_one_does(
     sizes: dict[str, int], share: tuple[int, ...], on_one_device: list[float]
