@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model, list_models
@@ -118,6 +119,21 @@ def test_the_matrices_of_a_halvits_blocks_are_half_of_a_deits() -> None:
         return sum(leaf.size for path, leaf in params.items() if path.startswith("block") and leaf.ndim == 2)
 
     assert 2 * matrices("halvit_tiny") == matrices("deit_small") == 12 * D * D * DEPTH
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "halvit_tiny"])
+def test_every_layer_norm_has_timms_epsilon(name: str) -> None:
+    model, epsilons = create_model(name, **SMALL), []
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, nn.LayerNorm) and context.method_name == "__call__":
+            epsilons.append(context.module.epsilon)
+        return call(*args, **kwargs)
+
+    params = _params(model)
+    with nn.intercept_methods(watch):
+        jax.eval_shape(lambda p, x: model.apply({"params": p}, x, train=False), params, _images())
+    assert epsilons == [1e-6] * (2 * DEPTH + 1)
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])

@@ -51,7 +51,9 @@ def test_a_wrong_number_of_examples_is_an_error(announced: int) -> None:
 
 def test_totals_are_exact_beyond_what_float32_can_count() -> None:
     parts = [{"a": jnp.asarray(2.0**24), "b": jnp.asarray(1.0)}, {"a": jnp.asarray(1.0), "b": jnp.asarray(2.0)}]
-    assert total(parts) == {"a": 2.0**24 + 1.0, "b": 3.0}
+    totals = total(parts)
+    assert {type(value) for value in totals.values()} == {float}
+    assert totals == {"a": 2.0**24 + 1.0, "b": 3.0}
 
 
 def test_averages_are_sums_over_examples_and_leave_their_number_out() -> None:
