@@ -20,6 +20,8 @@ def default_config() -> ConfigDict:
         {
             "seed": 0,  # of initial values, order, augmentation and stochastic depth
             "batch_size": 128,  # examples of a step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
+            "recipe_batch_size": 0,  # the batch_size the recipe was made for; another one is said loudly. 0: any
+            "accumulate": 1,  # parts of a batch that are run one after the other to save memory; the update is the same
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
             "log_every": 50,  # steps between two points of the training curves
@@ -67,8 +69,9 @@ def _model() -> dict[str, Any]:
 
 def _data() -> dict[str, Any]:
     return {
-        "name": "imagenet2012",  # a TFDS data set with the features image and label
+        "name": "imagenet2012",  # a TFDS data set with the features image and label; or folder: your own images
         "data_dir": "",  # where TFDS keeps prepared data; "" is its own default, ~/tensorflow_datasets
+        "root": "",  # folder: the images are in root/train_split/<class>/ and root/eval_split/<class>/
         "train_split": "train",  # in TFDS's notation, e.g. train[:90%]
         "eval_split": "validation",
         "crop": "random_resized",  # in training: random_resized, or whole (the whole image, resized)
@@ -102,14 +105,19 @@ def _optim() -> dict[str, Any]:
     return {
         "name": "adamw",  # adamw, lamb or sgd
         "learning_rate": 5e-4,  # peak, at base_batch_size
-        "base_batch_size": 512,  # the learning rate is multiplied by batch_size / this; 0 leaves it as it is
+        "scaling": "linear",  # multiply it by batch_size / base_batch_size: linear, sqrt (of that ratio) or none
+        "base_batch_size": 512,  # the batch that learning_rate is given for
         "weight_decay": 0.05,
         "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"class_token$"),  # paths spared from weight decay
+        "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
+        "layers": (r"^(?:embed|class_token|position|stem)", r"^block(\d+)/", r"^stage(\d+)/", r""),  # from the input on
         "beta1": 0.9,  # adamw, lamb
         "beta2": 0.999,  # adamw, lamb
         "epsilon": 1e-8,  # adamw, lamb
         "momentum": 0.9,  # sgd
         "clip_norm": 0.0,  # largest norm of the whole gradient; 0 is no limit
+        "clip_adaptive": 0.0,  # largest norm of a unit's gradient / that of its weights (AGC); 0 is no limit
+        "no_clip_adaptive": (r"^head/",),  # paths spared from it
         "schedule": "cosine",  # cosine, step or constant, after a linear warm-up
         "warmup_epochs": 5.0,
         "warmup_start": 1e-6,  # learning rate of the first step; not scaled with the batch
@@ -138,10 +146,10 @@ def validate(config: ConfigDict) -> None:
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
             "the other at 0"
         )
-    for name in ("batch_size", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+    for name in ("batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
-    for name in ("total_steps", "num_epochs", "seed"):
+    for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")
     if not 0.0 <= config.ema_decay < 1.0:

@@ -59,6 +59,8 @@ def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> d
     if mode == "eval":
         result = loop.evaluate_state(run.task, state, run.eval_loader, mesh=run.mesh, report=report)
     else:
+        for line in run_lib.departures(config):
+            report.say(f"WARNING: {line}")
         run_lib.write_description(workdir, config, run.class_names)
         report.hyperparameters(config.to_dict())
         result = loop.train(
@@ -72,6 +74,7 @@ def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> d
             report=report,
             seed=config.seed,
             total_steps=run.total_steps,
+            accumulate=config.accumulate,
             log_every=config.log_every,
             eval_every=config.eval_every,
             checkpoint_every=config.checkpoint_every,

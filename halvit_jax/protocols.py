@@ -36,8 +36,8 @@ class Task(Protocol):
     frozen: PyTree
     """Arrays the loss reads that are neither trained nor saved, such as a teacher."""
 
-    partition_rules: tuple[tuple[str, tuple[str | None, ...]], ...]
-    """(regex of a parameter path, mesh axis of each dimension), first match wins."""
+    partition_rules: tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
+    """(regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
 
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, model_state)."""

@@ -13,7 +13,7 @@ def deit(model: str, *, epochs: int = 300) -> ConfigDict:
     """
     config = default_config()
     config.num_epochs = epochs
-    config.batch_size = 1024
+    config.batch_size = config.recipe_batch_size = 1024
     config.ema_decay = 0.99996
     config.model.name = model
     config.model.drop_path = 0.1
@@ -42,7 +42,7 @@ def torchvision_v1(model: str) -> ConfigDict:
     """
     config = default_config()
     config.num_epochs = 90
-    config.batch_size = 256
+    config.batch_size = config.recipe_batch_size = 256
     config.model.name = model
     config.data.interpolation = "bilinear"
     config.data.antialias = True
@@ -62,7 +62,7 @@ def torchvision_v1(model: str) -> ConfigDict:
 def digits(model: str) -> ConfigDict:
     """The embedded digits in about two minutes on two cores: a ViT of width 96 and depth 4 on patches of 2x2 pixels."""
     config = default_config()
-    config.batch_size = 128
+    config.batch_size = config.recipe_batch_size = 128
     config.total_steps = 2200
     config.log_every = 100
     config.eval_every = 550
@@ -94,7 +94,7 @@ def digits(model: str) -> ConfigDict:
     config.task.mixup = 0.8
 
     config.optim.learning_rate = 3e-3
-    config.optim.base_batch_size = 0
+    config.optim.scaling = "none"
     config.optim.weight_decay = 0.2
     config.optim.warmup_epochs = 20.0
     return config

@@ -16,7 +16,7 @@ from halvit_jax.models import create_model
 from halvit_jax.protocols import Loader, PyTree
 from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
-from halvit_jax.training.sharding import check_axes, check_batch_size, make_mesh
+from halvit_jax.training.sharding import check_batch_size, make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
 
 CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
@@ -53,8 +53,7 @@ def build(config: ConfigDict) -> Run:
     """
     task = build_task(config)
     mesh = make_mesh(**config.mesh)
-    check_axes(mesh)
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
 
     from halvit_jax import data
 
@@ -80,6 +79,22 @@ def build(config: ConfigDict) -> Run:
         total_steps=total_steps,
     )
     return Run(task, optimizer, mesh, loaders.train, loaders.eval, loaders.class_names, total_steps)
+
+
+def departures(config: ConfigDict) -> list[str]:
+    """One line for each way in which the config leaves its recipe, to be said loudly."""
+    if config.recipe_batch_size in (0, config.batch_size):
+        return []
+    ratio = f"{config.batch_size}/{config.optim.base_batch_size}"
+    effect = {
+        "none": "leaves the learning rate as it is",
+        "linear": f"multiplies the learning rate by {ratio}",
+        "sqrt": f"multiplies the learning rate by sqrt({ratio})",
+    }[config.optim.scaling]
+    return [
+        f"batch_size={config.batch_size}, but this recipe was made for {config.recipe_batch_size}; "
+        f"optim.scaling={config.optim.scaling!r} {effect}"
+    ]
 
 
 def compute_dtype(name: str) -> str:

@@ -21,7 +21,8 @@ ROOMS: dict[str, set[str] | None] = {
     "tasks": NUMERIC | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols"},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu", "halvit_jax.protocols"},
-    "convert": {"numpy", "halvit_jax.models"},
+    # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.
+    "convert": {"numpy", "jax", "torch", "halvit_jax.models"},
     **dict.fromkeys(
         ("__init__", "main", "run", "door", "memory", "predict", "export", "bench", "summary", "check", "plan", "macs")
     ),
@@ -32,7 +33,8 @@ ONLY_IN_DATA = {"tensorflow", "tensorflow_datasets"}
 def _rooms_on_disk() -> dict[str, list[pathlib.Path]]:
     rooms: dict[str, list[pathlib.Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
-        rooms.setdefault(path.relative_to(PACKAGE).parts[0].removesuffix(".py"), []).append(path)
+        room = "main" if path.name == "__main__.py" else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        rooms.setdefault(room, []).append(path)  # a folder's `__main__` is a door
     return rooms
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from halvit_jax.data import augment, ops
-from halvit_jax.data.sources import Reader, Record, Source, open_source
+from halvit_jax.data.sources import Entry, Reader, Record, Source, name_damage, open_sources
 from halvit_jax.protocols import Loader
 
 Transform = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (encoded image, seed [2]) -> uint8 [size, size, 3]
@@ -43,6 +43,7 @@ def make_loaders(
     *,
     name: str,
     data_dir: str,
+    root: str,
     train_split: str,
     eval_split: str,
     crop: str,
@@ -76,8 +77,7 @@ def make_loaders(
         method=_checked(interpolation),
         antialias=antialias,
     )
-    train_source = open_source(name, data_dir, train_split)
-    eval_source = open_source(name, data_dir, eval_split)
+    train_source, eval_source = open_sources(name, data_dir, root, train_split, eval_split)
     train = TrainLoader(
         train_source,
         train_image,
@@ -154,7 +154,8 @@ class TrainLoader:
             records = tf.data.Dataset.zip(ordered).map(_concatenate).unbatch()
             return records.enumerate(skip * rows).map(lambda n, record: (epoch, n, record))
 
-        def prepare(epoch: tf.Tensor, n: tf.Tensor, record: Record) -> Record:
+        def prepare(epoch: tf.Tensor, n: tf.Tensor, entry: Entry) -> Record:
+            record = self._source.fetch(entry)
             step, row = n // rows, n % rows
             number = step * self._batch_size + self._host.index * rows + row  # of the example in the epoch
             seed = tf.stack([epoch + (self._seed << 32), number])
@@ -165,7 +166,8 @@ class TrainLoader:
             }
 
         examples = epochs.flat_map(one_epoch).map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        return examples.batch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        batches = examples.batch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+        return name_damage(batches.as_numpy_iterator(), self._source)
 
     def _order(self, read: Reader, part: int, epoch: tf.Tensor, skip: tf.Tensor) -> tf.data.Dataset:
         """One reader's records of an epoch in batches of its share, from batch `skip` on."""
@@ -193,7 +195,8 @@ class EvalLoader:
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of the batches from number `start_step` on."""
 
-        def prepare(record: Record) -> Record:
+        def prepare(entry: Entry) -> Record:
+            record = self._source.fetch(entry)
             image = self._transform(record["image"], tf.zeros(2, tf.int64))
             return {"image": image, "label": record["label"], "mask": tf.constant(True)}
 
@@ -202,7 +205,8 @@ class EvalLoader:
         blank = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
         examples = examples.concatenate(tf.data.Dataset.from_tensors(blank).repeat())
         batches = examples.batch(self._rows, drop_remainder=True).take(self.steps_per_epoch)
-        return batches.skip(start_step).prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        batches = batches.skip(start_step).prefetch(tf.data.AUTOTUNE)
+        return name_damage(batches.as_numpy_iterator(), self._source)
 
 
 def train_transform(

@@ -1,7 +1,18 @@
-"""Where examples come from: data sets prepared by TFDS, read as undecoded records."""
+"""Where examples come from: what a source is, and data sets prepared by TFDS. Image folders are in folder.py.
 
-from collections.abc import Callable
+A source is read in two moves. `reader` gives the entries of one part of a split in an order, and an entry is cheap to
+order, repeat and skip; `fetch` turns an entry into its record and may run on many entries at once. Where records can
+only be read one after the other (TFRecord) the entry holds the record; elsewhere it is a position.
+"""
 
+import bisect
+import itertools
+import os
+import resource
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -9,16 +20,40 @@ from halvit_jax.data import digits  # registers the builder `digits` with TFDS
 
 EMBEDDED = (digits.Digits.name,)  # made on the spot where they are missing, in seconds
 CACHE_BYTES = 256 * 2**20  # a data set up to this size stays in memory after its first reading
-OPEN_FILES = 4  # files a reader mixes while reading
+OPEN_FILES = 4  # TFRecord files a reader mixes while reading
 
-Record = dict[str, tf.Tensor]
-Reader = Callable[..., tf.data.Dataset]  # (seed: scalar tensor | None) -> the records of one part
+Record = dict[str, tf.Tensor]  # image: encoded bytes; label: int32; name: where it comes from, for messages
+Entry = dict[str, tf.Tensor]
+Reader = Callable[..., tf.data.Dataset]  # (seed: scalar tensor | None) -> the entries of one part
 
 
-class Source:
-    """One split of a prepared TFDS data set with the features `image` and `label`.
+class Source(Protocol):
+    """One split of a data set of labelled images, undecoded: skipping a record costs no decoding."""
 
-    A record is {"image": encoded bytes, "label": int}: skipping one costs no decoding.
+    num_examples: int
+    class_names: list[str]
+
+    def reader(self, part: int, parts: int) -> Reader:
+        """A function of a seed that reads one of `parts` nearly equal, consecutive parts of the split.
+
+        With a seed in an order that is a function of it; without, in the split's own order.
+        """
+        ...
+
+    def part_size(self, parts: int) -> int:
+        """Examples that every one of `parts` parts has at least."""
+        ...
+
+    def fetch(self, entry: Entry) -> Record:
+        """The record of an entry. A function of tensors, for `tf.data.Dataset.map`."""
+        ...
+
+
+class TfrecordSource:
+    """A split that TFDS prepared as TFRecord: files that can only be read one after the other.
+
+    A file that is damaged or has fewer records than its metadata says ends the reading with an error; an epoch is
+    never silently shorter.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
@@ -39,66 +74,223 @@ class Source:
             (tf.constant(names, tf.string), tf.constant(skips, tf.int64), tf.constant(takes, tf.int64))
         )
 
-        def open_file(name: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
-            return tf.data.TFRecordDataset(name).skip(skip).take(take)
-
-        def in_order() -> tf.data.Dataset:
-            return files.flat_map(open_file).map(self._parse)
-
         def shuffled(seed: tf.Tensor | None = None) -> tf.data.Dataset:
             if seed is None:
-                return in_order()
-            mixed = files.shuffle(max(len(names), 1), seed=seed).interleave(open_file, OPEN_FILES)
-            return mixed.map(self._parse)
+                return files.flat_map(self._open_file)
+            return files.shuffle(max(len(names), 1), seed=seed).interleave(self._open_file, OPEN_FILES)
 
         if self._builder.info.dataset_size > CACHE_BYTES:
             return shuffled
-        cached = in_order().cache()
+        cached = shuffled().cache()
         return lambda seed=None: cached
 
     def part_size(self, parts: int) -> int:
         """Examples that every one of `parts` parts has at least."""
         return self.num_examples // parts
 
-    def _parse(self, serialized: tf.Tensor) -> Record:
-        example = self._builder.info.features.deserialize_example(
-            serialized, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+    def fetch(self, entry: Entry) -> Record:
+        """The entry, which holds the record already."""
+        name = tf.strings.join([entry["file"], ", record ", tf.strings.as_string(entry["number"])])
+        return _checked(entry["image"], entry["label"], name, len(self.class_names))
+
+    def damaged_file(self) -> str:
+        """The first file of the split that cannot be read to its end, for TensorFlow's error does not name it.
+
+        Reads them all, the smallest first because it may be cut off.
+        """
+        files = (file.filename for file in self._builder.info.splits[self._split].file_instructions)
+        for file in sorted(files, key=lambda file: tf.io.gfile.stat(file).length):
+            try:
+                tf.data.TFRecordDataset(file).reduce(0, lambda count, _: count + 1)
+            except tf.errors.DataLossError:
+                return file
+        return f"a file of {self._builder.data_dir}"  # it could be read this time
+
+    def _open_file(self, file: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
+        """`take` records of a file from number `skip` on; an error where it has fewer."""
+
+        def too_few(last: tf.Tensor) -> tf.Tensor:
+            last = tf.strings.as_string(last)
+            with tf.control_dependencies([tf.debugging.Assert(False, [file, "ends before its record", last])]):
+                return tf.constant(b"")
+
+        too_short = tf.data.Dataset.from_tensors(skip + take - 1).map(too_few)
+        records = tf.data.TFRecordDataset(file).skip(skip).take(take).concatenate(too_short).take(take)
+        numbers = tf.data.Dataset.range(skip, skip + take)
+
+        def parse(number: tf.Tensor, serialized: tf.Tensor) -> Entry:
+            return _parse(self._builder, serialized) | {"file": file, "number": number}
+
+        return tf.data.Dataset.zip((numbers, records)).map(parse)
 
 
-def open_source(name: str, data_dir: str, split: str) -> Source:
-    """The split of the prepared TFDS data set `name` under `data_dir` ("": TFDS's own default).
+class ArrayRecordSource:
+    """A split that TFDS prepared as ArrayRecord: any record can be read at any time, so an entry is its position."""
 
-    The embedded sets are prepared where they are missing; nothing is ever downloaded.
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
+        self._builder = builder
+        self.num_examples: int = builder.info.splits[split].num_examples
+        self.class_names: list[str] = list(builder.info.features["label"].names)
+        self._files = builder.info.splits[split].file_instructions
+        self._ends = list(itertools.accumulate(file.take for file in self._files))
+        _allow_open_files(len(self._files))  # each stays open, and the usual limit is as low as ImageNet's 1024
+        self._serialized = builder.as_data_source(split).data_source  # position -> serialized example
+
+    def reader(self, part: int, parts: int) -> Reader:
+        """A function of a seed that gives the positions of one part, with a seed in an order drawn from all orders."""
+        return positions(self.num_examples, part, parts)
+
+    def part_size(self, parts: int) -> int:
+        """Examples that every one of `parts` parts has at least."""
+        return self.num_examples // parts
+
+    def fetch(self, entry: Entry) -> Record:
+        """The record at the entry's position."""
+        serialized, name = tf.numpy_function(self._read, [entry["position"]], (tf.string, tf.string), stateful=False)
+        example = _parse(self._builder, tf.ensure_shape(serialized, []))
+        return _checked(example["image"], example["label"], tf.ensure_shape(name, []), len(self.class_names))
+
+    def _read(self, position: int) -> tuple[bytes, bytes]:
+        index = bisect.bisect_right(self._ends, position)
+        file = self._files[index]
+        name = f"{file.filename}, record {file.skip + position - (self._ends[index] - file.take)}"
+        try:
+            return self._serialized[position], name.encode()
+        except Exception as error:  # array_record raises what it likes; none of it names the file
+            raise ValueError(f"{name} cannot be read: {error}") from error
+
+
+def positions(size: int, part: int, parts: int) -> Reader:
+    """The reader of a source that can read any of its `size` records at any time; see `Source.reader`."""
+    start, stop = part * size // parts, (part + 1) * size // parts
+
+    def read(seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        places = tf.range(start, stop, dtype=tf.int64)
+        if seed is not None:
+            places = tf.random.experimental.stateless_shuffle(places, tf.stack([seed, 0]), alg="philox")
+        return tf.data.Dataset.from_tensor_slices({"position": places})
+
+    return read
+
+
+def some(names: list[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def name_damage(batches: Iterator[dict[str, np.ndarray]], source: Source) -> Iterator[dict[str, np.ndarray]]:
+    """The same batches, and an error that names the damaged TFRecord file where TensorFlow's does not.
 
     Raises:
-        ValueError: no such data set or split, not prepared, or without `image` and `label`.
+        ValueError: a file is truncated, or its checksums do not fit.
     """
-    folder = data_dir or None
+    damage = tf.errors.DataLossError  # looked up now: a process may end within the try, when modules are gone already
     try:
-        builder = tfds.builder(name, data_dir=folder, try_gcs=False)
+        yield from batches
+    except damage as error:
+        found = str(error.message).splitlines()[0]
+        raise ValueError(f"{source.damaged_file()} is damaged ({found}); prepare the data set again") from error
+
+
+def open_sources(name: str, data_dir: str, root: str, train_split: str, eval_split: str) -> tuple[Source, Source]:
+    """The sources to train on and to evaluate on; `open_source` says what the words mean.
+
+    Raises:
+        ValueError: also where the two have other classes, whose numbers would then mean different things.
+    """
+    train, evaluation = (open_source(name, data_dir, split, root=root) for split in (train_split, eval_split))
+    differing = sorted(set(train.class_names) ^ set(evaluation.class_names))
+    if differing:
+        raise ValueError(
+            f"data.train_split={train_split!r} and data.eval_split={eval_split!r} of data.root={root!r} must have the "
+            f"same classes; only one of them has {some(differing)}"
+        )
+    return train, evaluation
+
+
+def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Source:
+    """The split of the prepared TFDS data set `name` under `data_dir` ("": TFDS's own default).
+
+    The name "folder" stands for the images in root/split/<class>/. The embedded sets are prepared where they are
+    missing; nothing is ever downloaded.
+
+    Raises:
+        ValueError: no such data set or split, not or only partly prepared, or without `image` and `label`.
+    """
+    if name == "folder":
+        from halvit_jax.data.folder import Folder  # which is built on this file
+
+        return Folder(root, split)
+    if root:
+        raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(f"data.name={name!r} is no data set that TFDS knows: {str(error).splitlines()[0]}") from error
     if not builder.is_prepared():
         if builder.name not in EMBEDDED:
             raise ValueError(
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
-                f"tfds build {builder.name} --data_dir={data_dir or '~/tensorflow_datasets'}"
+                f"{_command(builder, data_dir)}"
             )
         builder.download_and_prepare(file_format="tfrecord")
-    return Source(builder, _checked_split(builder, split))
+    _check(builder, split, data_dir)
+    return FORMATS[builder.info.file_format.value](builder, split)
 
 
-def _checked_split(builder: tfds.core.DatasetBuilder, split: str) -> str:
+FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
+    "tfrecord": TfrecordSource,
+    "array_record": ArrayRecordSource,
+}
+
+
+def _check(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None:
     missing = {"image", "label"} - set(builder.info.features)
     if missing:
         raise ValueError(f"data.name={builder.name!r} lacks the feature {' and '.join(sorted(missing))}")
-    if builder.info.file_format.value != "tfrecord":
-        raise ValueError(f"data.name={builder.name!r} is prepared as {builder.info.file_format.value}, not as tfrecord")
+    file_format = builder.info.file_format.value
+    if file_format not in FORMATS:
+        raise ValueError(f"data.name={builder.name!r} is prepared as {file_format}, not as {' or '.join(FORMATS)}")
     try:
-        builder.info.splits[split]
+        files = {os.path.basename(file.filename) for file in builder.info.splits[split].file_instructions}
     except (ValueError, KeyError) as error:
         known = ", ".join(builder.info.splits)
         raise ValueError(f"split {split!r} of data.name={builder.name!r} is unknown; it has {known}") from error
-    return split
+    lost = sorted(files - set(tf.io.gfile.listdir(os.fspath(builder.data_dir))))
+    if lost:
+        raise ValueError(
+            f"split {split!r} of data.name={builder.name!r} lacks {len(lost)} of {len(files)} files in "
+            f"{builder.data_dir}: {some(lost)}; remove that folder and prepare again with: "
+            f"{_command(builder, data_dir)}"
+        )
+
+
+def _command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
+    """The command that prepares a data set. Not `tfds build`, which asks for Apache Beam."""
+    folder = data_dir or "~/tensorflow_datasets"
+    if builder.name == "imagenet2012":
+        return f"bash launch/prepare_imagenet.sh TARS_DIR {folder}"
+    return (
+        'python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{builder.info.full_name}', data_dir='{folder}').download_and_prepare()\""
+    )
+
+
+def _parse(builder: tfds.core.DatasetBuilder, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+    example = builder.info.features.deserialize_example(serialized, decoders={"image": tfds.decode.SkipDecoding()})
+    return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
+
+
+def _checked(image: tf.Tensor, label: tf.Tensor, name: tf.Tensor, classes: int) -> Record:
+    """The record; an error where the label is no class, which would train the model on nonsense without a word."""
+    message = [name, "has the label", label, "outside of", classes, "classes"]
+    with tf.control_dependencies([tf.debugging.Assert((label >= 0) & (label < classes), message)]):
+        return {"image": image, "label": tf.identity(label), "name": name}
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files by `count`, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 from typing import Any
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.models import resnet, vit
 
-Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (vit.VisionTransformer, size) for name, size in vit.SIZES.items()},
     **{name: (resnet.ResNet, size) for name, size in resnet.SIZES.items()},
@@ -38,8 +39,9 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     for field, value in given.items():
         if field not in allowed:
             raise ValueError(f"model.{field}={value!r}: {name} has no such field; it has {', '.join(allowed)}")
-        if isinstance(value, int | float) and not isinstance(value, bool) and value < 0:
-            raise ValueError(f"model.{field}={value} must not be negative")
+        _check_number(field, value, allowed[field])
+    if "dtype" in given:
+        _check_dtype(given["dtype"])
     return family(**(size | given))
 
 
@@ -48,6 +50,24 @@ def partition_rules(model: nn.Module) -> Rules:
     return {vit.VisionTransformer: vit.PARTITION_RULES, resnet.ResNet: resnet.PARTITION_RULES}[type(model)]
 
 
-def fields_of(family: type[nn.Module]) -> list[str]:
-    """The names of a model class's own fields."""
-    return [f.name for f in dataclasses.fields(family) if f.name not in ("parent", "name")]
+def fields_of(family: type[nn.Module]) -> dict[str, Any]:
+    """A model class's own fields: {name: type}."""
+    return {f.name: f.type for f in dataclasses.fields(family) if f.name not in ("parent", "name")}
+
+
+def _check_dtype(dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"dtype={dtype!r} is no type of floating-point numbers; give float32 or bfloat16")
+
+
+def _check_number(field: str, value: Any, wanted: Any) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return
+    if value < 0:
+        raise ValueError(f"model.{field}={value} must not be negative")
+    if wanted is int and not isinstance(value, int):
+        raise ValueError(f"model.{field}={value} must be a whole number")

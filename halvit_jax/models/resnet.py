@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, max_pool
+from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.init import Dtype, Initializer, torch_uniform, torch_uniform_bias
 from halvit_jax.layers.tied import TiedDense
 
@@ -39,7 +40,7 @@ SIZES: dict[str, dict] = {
 
 # Kernels [k, k, c, f] are split by what they put out, matrices and W on both sides; vectors stay whole.
 PARTITION_RULES = (
-    (r"(tied|head)/kernel$", ("fsdp", "tensor")),
+    (r"(tied|head)/kernel$", (None, ("tensor", "fsdp"))),
     (r"(conv\d?|widen)/kernel$", (None, None, None, "fsdp")),
     (r"(bias|scale|mean|var)$", ()),
 )
@@ -72,8 +73,25 @@ class ResNet(nn.Module):
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
 
+    def __post_init__(self) -> None:
+        if not len(self.depths) == len(self.stages) == len(STRIDES):
+            raise ValueError(
+                f"model.depths={tuple(self.depths)} and model.stages={tuple(self.stages)} must both have four entries"
+            )
+        if min(self.depths) < 1:
+            raise ValueError(f"model.depths={tuple(self.depths)} must all be at least 1")
+        _check_choices("stages", self.stages, STAGES)
+        _check_choices("kernel_init", (self.kernel_init,), KERNEL_INITS)
+        if "basic" in self.stages and (self.groups, self.base_width) != (1, 64):
+            raise ValueError(
+                f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where "
+                "model.stages has 'basic', whose blocks have no groups"
+            )
+        if min(self.groups, self.base_width) < 1:
+            raise ValueError(f"model.groups={self.groups} and model.base_width={self.base_width} must be at least 1")
+        super().__post_init__()
+
     def setup(self) -> None:
-        self._check()
         init = KERNEL_INITS[self.kernel_init]
         self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype)
         for i, (kind, depth) in enumerate(zip(self.stages, self.depths, strict=True)):
@@ -106,19 +124,6 @@ class ResNet(nn.Module):
         for i, stride in enumerate(STRIDES):
             x = maps[stride] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
-
-    def _check(self) -> None:
-        if not len(self.depths) == len(self.stages) == len(STRIDES):
-            raise ValueError(
-                f"model.depths={tuple(self.depths)} and model.stages={tuple(self.stages)} must both have four entries"
-            )
-        _check_choices("stages", self.stages, STAGES)
-        _check_choices("kernel_init", (self.kernel_init,), KERNEL_INITS)
-        if "basic" in self.stages and (self.groups, self.base_width) != (1, 64):
-            raise ValueError(
-                f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where "
-                "model.stages has 'basic', whose blocks have no groups"
-            )
 
 
 class Stage(nn.Module):
@@ -179,7 +184,7 @@ class HalvitStage(Stage):
         channels = x.shape[-1]
         if channels != self.out:
             widen = ConvNorm(self.out - channels, 3, groups=channels, **self._common(), name="widen")
-            x = jnp.concatenate([nn.gelu(widen(x, train=train), approximate=False), x], axis=-1)
+            x = jnp.concatenate([gelu(widen(x, train=train)), x], axis=-1)
         shortcut = x
         if self.stride != 1:
             strided = ConvNorm(self.out, 3, self.stride, groups=self.out, **self._common(), name="shortcut")

@@ -91,6 +91,10 @@ class VisionTransformer(nn.Module):
         _check_divides("patch_size", self.patch_size, "image_size", self.image_size)
         if self.position == "sincos" and self.width % 4:
             raise ValueError(f"model.width={self.width} must be a multiple of 4 when model.position='sincos'")
+        if self.width * self.ffn_ratio < 1:
+            raise ValueError(f"model.ffn_ratio={self.ffn_ratio} leaves nothing of model.width={self.width}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
         super().__post_init__()
 
     def setup(self) -> None:
@@ -164,10 +168,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "deit_base": BASE,
 }
 
-# A tied kernel has one rule for both of its uses: split on f, its second dimension.
+# A tied kernel has one rule for both of its uses: split on f, its second dimension. Both axes split that one dimension,
+# `tensor` outermost, so that gathering the parts of `fsdp` gives whole parts of `tensor`. (Where they split two, XLA of
+# jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
+SPLIT = ("tensor", "fsdp")
 PARTITION_RULES = (
-    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", ("fsdp", "tensor")),
-    (r"(output|reduce)/kernel$", ("tensor", "fsdp")),
+    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", (None, SPLIT)),
+    (r"(output|reduce)/kernel$", (SPLIT, None)),
     (r"embed/kernel$", (None, None, None, "fsdp")),
     (r"(bias|scale|class_token|embedding)$", ()),
 )

@@ -59,6 +59,7 @@ def train(
     eval_every: int,
     checkpoint_every: int,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
     """Train from `state` to `total_steps` and return the run's result.
 
@@ -70,7 +71,7 @@ def train(
         report.say(f"finished: the newest checkpoint is of step {step} of {total_steps}; evaluating it")
         results = evaluate_state(task, state, eval_loader, mesh=mesh, report=report)
 
-    train_step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay)
+    train_step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay, accumulate=accumulate)
     batches = train_loader.batches(step)
     unreported: list[dict[str, Array]] = []
     while step < total_steps:

@@ -4,6 +4,7 @@ optax does the arithmetic; here stand the choices that make a published recipe c
 schedule starts and ends, and how the learning rate follows the batch size.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.training.paths import map_paths
+from halvit_jax.training.paths import flat, map_paths
+
+SCALINGS: dict[str, Callable[[float], float]] = {"none": lambda _: 1.0, "linear": lambda r: r, "sqrt": math.sqrt}
 
 
 class Optimizer(NamedTuple):
@@ -27,14 +30,19 @@ def make_optimizer(
     *,
     name: str,
     learning_rate: float,
+    scaling: str,
     base_batch_size: int,
     weight_decay: float,
     no_decay: Sequence[str],
+    layer_decay: float,
+    layers: Sequence[str],
     beta1: float,
     beta2: float,
     epsilon: float,
     momentum: float,
     clip_norm: float,
+    clip_adaptive: float,
+    no_clip_adaptive: Sequence[str],
     schedule: str,
     warmup_epochs: float,
     warmup_start: float,
@@ -47,14 +55,32 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of `config.optim`, whose fields say what each keyword is.
 
-    Weight decay spares every parameter whose path matches one of `no_decay`. AdamW and LAMB decay the weights
-    themselves; SGD adds the decay to the gradient, as PyTorch does. LAMB leaves the parameters without decay
-    unadapted, as timm does.
+    In this order: clip the gradient (whole, then adaptively, Brock et al., 2021), optimizer, weight decay, layer-wise
+    decay, learning rate. Weight decay spares every parameter whose path matches one of `no_decay`. AdamW and LAMB decay
+    the weights themselves; SGD adds the decay to the gradient, as PyTorch does. LAMB leaves the parameters without
+    decay unadapted, as timm does.
+
+    Raises:
+        ValueError: a value that is not allowed, naming its field.
     """
-    peak = learning_rate * (batch_size / base_batch_size if base_batch_size else 1.0)
+    positive = {"learning_rate": learning_rate, "epsilon": epsilon, "layer_decay": layer_decay}
+    _check("must be above 0", {key: (value, value > 0) for key, value in positive.items()})
+    least = {"base_batch_size": base_batch_size, "weight_decay": weight_decay, "clip_norm": clip_norm}
+    least |= {"clip_adaptive": clip_adaptive}
+    _check("must not be negative", {key: (value, value >= 0) for key, value in least.items()})
+    shares = {"beta1": beta1, "beta2": beta2, "momentum": momentum}
+    _check("must lie in [0, 1)", {key: (value, 0 <= value < 1) for key, value in shares.items()})
+    _check("must not be above 1", {"layer_decay": (layer_decay, layer_decay <= 1)})
+    _check_choice("scaling", scaling, SCALINGS)
+    if scaling != "none" and not base_batch_size:
+        raise ValueError(f"optim.scaling={scaling!r} needs optim.base_batch_size, the batch optim.learning_rate is for")
+    for field, patterns in {"no_decay": no_decay, "no_clip_adaptive": no_clip_adaptive, "layers": layers}.items():
+        _check_patterns(field, patterns)
+
+    factor = SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
     rate = make_schedule(
         schedule,
-        peak=peak,
+        peak=learning_rate * factor,
         warmup_epochs=warmup_epochs,
         warmup_start=warmup_start,
         floor=floor,
@@ -74,10 +100,16 @@ def make_optimizer(
         "lamb": (adam, decay, optax.masked(optax.scale_by_trust_ratio(), decayed)),
         "sgd": (decay, optax.trace(momentum)),
     }
-    if name not in parts:
-        raise ValueError(f"optim.name={name!r} is not one of {', '.join(parts)}")
-    clip = optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity()
-    chain = optax.chain(clip, *parts[name], optax.scale_by_learning_rate(rate))
+    _check_choice("name", name, parts)
+    clips = []
+    if clip_norm:
+        clips.append(optax.clip_by_global_norm(clip_norm))
+    if clip_adaptive:
+        adaptive = optax.adaptive_grad_clip(clip_adaptive)
+        clips.append(optax.masked(adaptive, lambda params: path_mask(params, no_clip_adaptive)))
+    clip = optax.chain(*clips) if clips else optax.identity()
+    slowing = (_scale_layers(layer_decay, layers),) if layer_decay != 1.0 else ()
+    chain = optax.chain(clip, *parts[name], *slowing, optax.scale_by_learning_rate(rate))
     return Optimizer(chain.init, chain.update, rate)
 
 
@@ -98,15 +130,21 @@ def make_schedule(
     cosine:    floor + (peak - floor) (1 + cos(pi step / total_steps)) / 2, counted from step 0, warm-up included
     step:      peak * step_factor ** (number of whole `step_epochs` passed)
     constant:  peak
+
+    Raises:
+        ValueError: a value that is not allowed, naming its field.
     """
+    least = {"warmup_epochs": warmup_epochs, "warmup_start": warmup_start, "floor": floor}
+    _check("must not be negative", {key: (value, value >= 0) for key, value in least.items()})
+    positive = {"step_epochs": step_epochs, "step_factor": step_factor}
+    _check("must be above 0", {key: (value, value > 0) for key, value in positive.items()})
     warmup_steps = round(warmup_epochs * steps_per_epoch)
     bodies = {
         "cosine": lambda step: floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * step / total_steps)),
         "step": lambda step: peak * step_factor ** jnp.floor(step / (step_epochs * steps_per_epoch)),
         "constant": lambda step: jnp.asarray(peak),
     }
-    if kind not in bodies:
-        raise ValueError(f"optim.schedule={kind!r} is not one of {', '.join(bodies)}")
+    _check_choice("schedule", kind, bodies)
     if warmup_steps >= total_steps:
         raise ValueError(
             f"optim.warmup_epochs={warmup_epochs} are {warmup_steps} steps of {total_steps} in all; "
@@ -125,3 +163,56 @@ def make_schedule(
 def path_mask(params: PyTree, excluded: Sequence[str]) -> PyTree:
     """A tree of bools: False where one of the regular expressions is found in the parameter's path."""
     return map_paths(lambda path, _: not any(re.search(pattern, path) for pattern in excluded), params)
+
+
+def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]:
+    """{path: number of its layer, 0 being next to the input}.
+
+    `layers` are regular expressions from the input to the output. A path belongs to the first that is found in it; a
+    group in the expression, such as `block([0-9]+)`, cuts what it matches into layers by that number.
+
+    Raises:
+        ValueError: a path that none of them matches.
+    """
+
+    def place(path: str) -> tuple[int, int]:
+        for i, pattern in enumerate(layers):
+            match = re.search(pattern, path)
+            if match:
+                return i, int(match[1]) if match.groups() else 0
+        raise ValueError(f"optim.layers={tuple(layers)} has no layer for the parameter {path}")
+
+    places = {path: place(path) for path in paths}
+    ordered = sorted(set(places.values()))
+    return {path: ordered.index(found) for path, found in places.items()}
+
+
+def _scale_layers(decay: float, layers: Sequence[str]) -> optax.GradientTransformation:
+    """Scale the update of a layer by decay ** (layers above it), as in BEiT's and DeiT III's fine-tuning."""
+
+    def scale(updates: PyTree, params: PyTree) -> PyTree:
+        del params
+        numbers = layer_numbers(list(flat(updates)), layers)
+        last = max(numbers.values())
+        return map_paths(lambda path, update: update * decay ** (last - numbers[path]), updates)
+
+    return optax.stateless(scale)
+
+
+def _check(requirement: str, fields: dict[str, tuple[float, bool]]) -> None:
+    for field, (value, fits) in fields.items():
+        if not fits:
+            raise ValueError(f"optim.{field}={value} {requirement}")
+
+
+def _check_choice(field: str, value: str, allowed: dict) -> None:
+    if value not in allowed:
+        raise ValueError(f"optim.{field}={value!r} is not one of {', '.join(allowed)}")
+
+
+def _check_patterns(field: str, patterns: Sequence[str]) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"optim.{field} holds {pattern!r}, no regular expression: {error}") from error

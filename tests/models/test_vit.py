@@ -227,7 +227,12 @@ def test_drop_path_acts_in_training_only() -> None:
         ({"patch_size": 15}, "model.patch_size=15 does not divide model.image_size=224"),
         ({"width": 18, "position": "sincos"}, "model.width=18 must be a multiple of 4 when model.position='sincos'"),
         ({"num_classes": -1}, "model.num_classes=-1 must not be negative"),
+        ({"num_classes": 2.5}, "model.num_classes=2.5 must be a whole number"),
         ({"drop_path": -0.1}, "model.drop_path=-0.1 must not be negative"),
+        ({"drop_path": 1.0}, "model.drop_path=1.0 must lie in [0, 1)"),
+        ({"ffn_ratio": 0.0}, "model.ffn_ratio=0.0 leaves nothing of model.width=384"),
+        ({"dtype": "floaty"}, "dtype='floaty' is no type of floating-point numbers"),
+        ({"dtype": "int32"}, "dtype='int32' is no type of floating-point numbers"),
         ({"groups": 32}, "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, patch_size,"),
     ],
 )

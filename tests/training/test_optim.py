@@ -10,12 +10,12 @@ import pytest
 
 from halvit_jax import recipes
 from halvit_jax.config import default_config
-from halvit_jax.training.optim import Optimizer, make_optimizer, path_mask
+from halvit_jax.training.optim import Optimizer, layer_numbers, make_optimizer, path_mask
 from halvit_jax.training.paths import flat
 
 DEIT = recipes.deit("halvit_tiny").optim.to_dict()
 STEPS_PER_EPOCH = 1251
-PLAIN = {"base_batch_size": 0, "schedule": "constant", "warmup_epochs": 0.0}
+PLAIN = {"scaling": "none", "schedule": "constant", "warmup_epochs": 0.0}
 
 
 def _optimizer(
@@ -53,7 +53,7 @@ def test_the_batch_scales_the_peak_and_neither_start_nor_floor() -> None:
     peak = 1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + np.cos(np.pi * 5 / 300))
     np.testing.assert_allclose(_rates(_optimizer(batch_size=2048), places), [1e-6, peak, 1e-5], rtol=1e-4)
     unscaled = 1e-5 + 0.5 * (5e-4 - 1e-5) * (1 + np.cos(np.pi * 5 / 300))
-    np.testing.assert_allclose(_rates(_optimizer(base_batch_size=0), places), [1e-6, unscaled, 1e-5], rtol=1e-4)
+    np.testing.assert_allclose(_rates(_optimizer(scaling="none"), places), [1e-6, unscaled, 1e-5], rtol=1e-4)
 
 
 def test_the_step_schedule_is_torchvisions() -> None:
@@ -100,7 +100,7 @@ def _adam(grad: np.ndarray, memory: dict[str, Any], number: int) -> np.ndarray:
 
 def test_sgd_adds_the_decay_to_the_gradient_and_the_rate_after_the_momentum() -> None:
     fields = {"name": "sgd", "learning_rate": 0.1, "weight_decay": 0.02, "momentum": 0.9, "warmup_start": 0.01}
-    schedule = {"base_batch_size": 0, "schedule": "constant", "warmup_epochs": 2 / STEPS_PER_EPOCH}
+    schedule = {"scaling": "none", "schedule": "constant", "warmup_epochs": 2 / STEPS_PER_EPOCH}
     result = _train(_optimizer(**fields, **schedule))
     for name, decay in (("kernel", 0.02), ("bias", 0.0)):
 
@@ -141,6 +141,56 @@ def test_clipping_limits_the_norm_of_the_whole_gradient(limit: float, factor: fl
         np.testing.assert_allclose(updates["block"][name], -grad * (factor or limit / norm), rtol=1e-6)
 
 
+def test_adaptive_clipping_limits_each_unit_against_its_own_weights_and_spares_the_head() -> None:
+    fields = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0, "clip_adaptive": 0.02}
+    params, grads = ({**tree, "head": {"kernel": tree["block"]["kernel"]}} for tree in (PARAMS, GRADS[0]))
+    with jax.enable_x64(True):
+        optimizer = _optimizer(**PLAIN, **fields)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    weight, grad = PARAMS["block"]["kernel"], GRADS[0]["block"]["kernel"]
+    allowed = 0.02 * np.linalg.norm(weight, axis=0)  # a unit is what feeds one output
+    clipped = grad * np.minimum(1.0, allowed / np.linalg.norm(grad, axis=0))
+    np.testing.assert_allclose(updates["block"]["kernel"], -clipped, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -grad, rtol=1e-6)
+
+
+def test_sqrt_scaling_takes_the_root_of_the_ratio_of_the_batches() -> None:
+    optimizer = _optimizer(scaling="sqrt", batch_size=2048, schedule="constant")
+    assert float(optimizer.schedule(10**6)) == pytest.approx(5e-4 * 2)
+
+
+# Layers.
+
+
+def test_layers_are_numbered_from_the_input_to_the_output() -> None:
+    layers = default_config().optim.layers
+    paths = [
+        "embed/kernel",
+        "position/embedding",
+        "block0/norm/scale",
+        "block2/a",
+        "block11/a",
+        "norm/bias",
+        "head/bias",
+    ]
+    assert list(layer_numbers(paths, layers).values()) == [0, 0, 1, 2, 3, 4, 4]
+    assert layer_numbers(["stem/conv/kernel", "stage1/block1/a", "stage4/a", "head/bias"], layers) == {
+        "stem/conv/kernel": 0, "stage1/block1/a": 1, "stage4/a": 2, "head/bias": 3
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"optim.layers=\('\^a',\) has no layer for the parameter head/bias"):
+        layer_numbers(["a", "head/bias"], ["^a"])
+
+
+def test_layer_decay_slows_the_layers_near_the_input() -> None:
+    fields = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0, "layer_decay": 0.5}
+    params = {name: {"kernel": jnp.ones(2)} for name in ("embed", "block0", "block1", "head")}
+    optimizer = _optimizer(**PLAIN, **fields)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert {name: float(-update["kernel"][0]) for name, update in updates.items()} == {
+        "embed": 0.125, "block0": 0.25, "block1": 0.5, "head": 1.0
+    }  # fmt: skip
+
+
 # What is decayed.
 
 
@@ -169,6 +219,23 @@ def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(param
             {"warmup_epochs": 300.0},
             "optim.warmup_epochs=300.0 are 375300 steps of 375300 in all; lower optim.warmup_epochs or train longer",
         ),
+        ({"scaling": "square"}, "optim.scaling='square' is not one of none, linear, sqrt"),
+        ({"base_batch_size": 0}, "optim.scaling='linear' needs optim.base_batch_size"),
+        ({"learning_rate": 0.0}, "optim.learning_rate=0.0 must be above 0"),
+        ({"epsilon": 0.0}, "optim.epsilon=0.0 must be above 0"),
+        ({"base_batch_size": -1}, "optim.base_batch_size=-1 must not be negative"),
+        ({"weight_decay": -0.1}, "optim.weight_decay=-0.1 must not be negative"),
+        ({"clip_norm": -1.0}, "optim.clip_norm=-1.0 must not be negative"),
+        ({"clip_adaptive": -1.0}, "optim.clip_adaptive=-1.0 must not be negative"),
+        ({"beta2": 1.0}, "optim.beta2=1.0 must lie in [0, 1)"),
+        ({"momentum": -0.5}, "optim.momentum=-0.5 must lie in [0, 1)"),
+        ({"layer_decay": 0.0}, "optim.layer_decay=0.0 must be above 0"),
+        ({"layer_decay": 1.5}, "optim.layer_decay=1.5 must not be above 1"),
+        ({"no_decay": ("bias$", "(")}, "optim.no_decay holds '(', no regular expression"),
+        ({"layers": ("[",)}, "optim.layers holds '[', no regular expression"),
+        ({"warmup_epochs": -1.0}, "optim.warmup_epochs=-1.0 must not be negative"),
+        ({"floor": -1.0}, "optim.floor=-1.0 must not be negative"),
+        ({"step_epochs": 0.0}, "optim.step_epochs=0.0 must be above 0"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(changes: dict[str, Any], message: str) -> None:

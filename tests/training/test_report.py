@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
     task = Classification(model, **config.task)
     shapes, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     task.init = lambda key: (jax.tree.map(lambda shape: np.full(shape.shape, 0.1, np.float32), shapes), {})
-    fields = config.optim.to_dict() | {"base_batch_size": 0, "warmup_epochs": 2.0}
+    fields = config.optim.to_dict() | {"scaling": "none", "warmup_epochs": 2.0}
     optimizer = make_optimizer(**fields, batch_size=BATCH, steps_per_epoch=1, total_steps=STEPS)
     report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
     report.hyperparameters(config.to_dict())

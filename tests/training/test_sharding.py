@@ -18,6 +18,7 @@ from halvit_jax.training.state import TrainState, abstract_state, init_state
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 RULES = (
     ("special/kernel$", ("tensor",)),
+    ("wide/kernel$", (None, ("tensor", "fsdp"))),
     ("kernel$", ("fsdp", "tensor")),
     ("conv", (None, None, None, "fsdp")),
     ("bias$", ()),
@@ -96,6 +97,12 @@ def test_the_first_rule_that_fits_names_the_axis_of_each_dimension() -> None:
 def test_a_dimension_that_its_axis_does_not_divide_stays_whole() -> None:
     assert _spec("ffn/kernel", 3, 8) == P(None, "tensor")
     assert _spec("ffn/kernel", 4, 9) == P("fsdp", None)
+
+
+def test_a_dimension_is_split_over_as_many_of_its_axes_as_divide_it() -> None:
+    assert _spec("wide/kernel", 3, 8) == P(None, ("tensor", "fsdp"))
+    assert _spec("wide/kernel", 3, 6) == P(None, "tensor")
+    assert _spec("wide/kernel", 3, 5) == P(None, None)
 
 
 def test_a_scalar_is_whole_and_needs_no_rule() -> None:

@@ -1,0 +1,27 @@
+"""HaLViT-T from scratch on a folder of your own images: root/train/<class>/*.jpg and root/val/<class>/*.jpg
+
+python -m halvit_jax.main --config=configs/halvit_folder.py --workdir=runs/mine --config.data.root=DIR \
+    --config.model.num_classes=10
+
+Classes are the sub-folders, numbered by name; classes.json in the workdir keeps their names. JPEG, PNG, BMP and GIF are
+read. For small images lower model.image_size and model.patch_size, e.g. to 32 and 4.
+
+Hardware: one GPU of 8 GB and more; with small images a CPU. Expected time and accuracy: those of your images.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """DeiT's recipe, made for some thousands of images instead of a million."""
+    config = recipes.deit("halvit_tiny", epochs=int(epochs))
+    config.batch_size = config.recipe_batch_size = 128
+    config.ema_decay = 0.999  # DeiT's averages of 25,000 steps would be longer than such a run
+    config.model.num_classes = 10  # as many as there are class folders
+    config.data.name = "folder"
+    config.data.eval_split = "val"
+    config.data.repeats = 1  # an epoch is every image once
+    config.data.readers = 8
+    return config

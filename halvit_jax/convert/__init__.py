@@ -1,0 +1,103 @@
+"""PyTorch states to parameter trees and back: an engine of rules and one table of names per family.
+
+variables = from_torch("deit_tiny", state)        # state: {official PyTorch name: array}
+state = to_torch("deit_tiny", variables)          # the same names, values and types
+state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_small_patch16_224 loads
+
+`files` reads and writes the files, `native` keeps a model's variables in one; `python -m halvit_jax.convert` does it
+from a shell.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from halvit_jax.convert import engine, resnet, vit
+from halvit_jax.convert.engine import LAYOUTS, Rule
+from halvit_jax.models import create_model
+from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.vit import VisionTransformer
+
+__all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "shapes_of", "to_torch", "torch_shapes"]
+
+TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
+    VisionTransformer: vit.rules,
+    ResNet: resnet.rules,
+}
+
+
+def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
+    """The variables of the model `name` from the state of its PyTorch counterpart.
+
+    Args:
+        name: a name of `create_model`.
+        state: {official PyTorch name: array}, in float32, or in float16 or bfloat16, which float32 holds exactly.
+        overrides: fields of the model, as for `create_model`; `num_classes` and `image_size` must be the state's.
+
+    Returns:
+        {"params": ..., "batch_stats": ...}, float32 arrays of their own; the latter where the model has statistics.
+        BatchNorm's `num_batches_tracked` is not kept: nothing here reads it.
+
+    Raises:
+        ValueError: all ambiguous, missing, left-over and misshapen entries by name, or what `create_model` refuses.
+    """
+    model = create_model(name, **overrides)
+    return engine.nest(_owned(engine.to_ours(name, _rules(name, model), state, shapes_of(model))))
+
+
+def to_torch(
+    name: str, variables: Mapping[str, Any], *, as_deit: bool = False, **overrides: Any
+) -> dict[str, np.ndarray]:
+    """The PyTorch state of the model `name`: {official name: array}; the inverse of `from_torch`.
+
+    Args:
+        name: a name of `create_model`.
+        variables: the model's variables, from `from_torch`, `model.init` or training.
+        as_deit: write a HaLViT as the plain DeiT that gives the same logits, with every matrix written out.
+        overrides: fields of the model, as for `create_model`.
+
+    Returns:
+        float32 arrays of their own, and BatchNorm's `num_batches_tracked` as an int64 0.
+
+    Raises:
+        ValueError: all missing, left-over and misshapen arrays by path, or a model that cannot be written as a DeiT.
+    """
+    model = create_model(name, **overrides)
+    rules, arrays = _rules(name, model), engine.flatten(variables)
+    engine.check_tree(name, arrays, shapes_of(model))
+    if as_deit:
+        if not isinstance(model, VisionTransformer):
+            raise ValueError(f"as_deit=True is for vision transformers; {name} is none")
+        arrays = vit.as_deit(model, arrays)
+    return _owned(engine.to_torch(rules, arrays))
+
+
+def torch_shapes(name: str, **overrides: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of the PyTorch state of a model: {official name: shape}. Nothing is computed."""
+    model = create_model(name, **overrides)
+    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes_of(model).items()}
+    return {key: array.shape for key, array in engine.to_torch(_rules(name, model), zeros).items()}
+
+
+def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model's variables: {"params/head/bias": (1000,), ...}. Nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
+    return {"/".join(str(key.key) for key in keys): leaf.shape for keys, leaf in leaves}
+
+
+def _rules(name: str, model: Any) -> tuple[Rule, ...]:
+    if type(model) not in TABLES:
+        raise ValueError(f"{name} has no table of PyTorch names yet")
+    return TABLES[type(model)](model)
+
+
+def _owned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Copies: what is changed in a state later does not change the variables made of it."""
+    return {
+        path: np.array(array, array.dtype if array.dtype == np.int64 else np.float32, order="C")
+        for path, array in arrays.items()
+    }

@@ -1,0 +1,80 @@
+"""Convert weights between PyTorch's names and ours.
+
+python -m halvit_jax.convert IN OUT --model=NAME [--to=jax|torch|deit] [--num_classes=N] [--image_size=N]
+
+IN is a state under the official PyTorch names (.safetensors, .npz, or .pth with PyTorch installed) or a file that this
+door wrote, which knows its model by itself. OUT is a .safetensors file: with --to=jax under our paths, with --to=torch
+under the official names, with --to=deit a HaLViT written out as the plain DeiT that gives the same logits.
+
+The receipt has a line for each: arrays, numbers in them, and a digest of names, shapes, types and values, which is the
+same for the same arrays whatever kind of file they are in.
+"""
+
+import os
+from typing import Any
+
+from absl import flags
+
+from halvit_jax import door
+from halvit_jax.convert import engine, files, from_torch, native, to_torch
+
+TARGETS = ("jax", "torch", "deit")
+
+
+def define_flags() -> None:
+    """The flags of this door."""
+    flags.DEFINE_string("model", None, "The model's name; may be left out where IN knows it.")
+    flags.DEFINE_enum("to", "jax", TARGETS, "What to write.")
+    flags.DEFINE_integer("num_classes", None, "Size of the classifier; 0: there is none.")
+    flags.DEFINE_integer("image_size", None, "Height and width of the images the weights are for.")
+
+
+def convert(source: str, target: str, *, name: str | None, to: str, fields: dict[str, Any]) -> list[str]:
+    """Read `source`, write `target`, and return the lines of the receipt.
+
+    Raises:
+        ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
+    """
+    weights = files.read(source)
+    known = native.from_weights(weights)
+    fields = {field: value for field, value in fields.items() if value is not None}
+    if known is None:
+        if name is None:
+            raise ValueError(f"{source} does not say which model it is of; give --model=NAME")
+        variables = from_torch(name, weights.arrays, **fields)
+    else:
+        if name not in (None, known.name):
+            raise ValueError(f"{source} is of {known.name}, but --model={name}")
+        name, fields, variables = known.name, known.fields | fields, known.variables
+    if to == "jax":
+        native.save(target, name, variables, **fields)
+        written = engine.flatten(variables)
+    else:
+        written = to_torch(name, variables, as_deit=to == "deit", **fields)
+        files.write(target, written, {"format": "pt", "model": name})
+    params = sum(array.size for array in engine.flatten(variables["params"]).values())
+    rows = [_receipt(source, weights.arrays), _receipt(target, written)]
+    return [f"{name}: {params:,} parameters", *rows]
+
+
+def main(argv: list[str]) -> None:
+    """Convert one file and print the receipt."""
+    with door.bad_input():
+        if len(argv) != 3:
+            raise ValueError("give a file to read and one to write: python -m halvit_jax.convert IN OUT --model=NAME")
+        given = flags.FLAGS
+        fields = {"num_classes": given.num_classes, "image_size": given.image_size}
+        for line in convert(argv[1], argv[2], name=given.model, to=given.to, fields=fields):
+            print(line)
+
+
+def _receipt(path: str, arrays: dict[str, Any]) -> str:
+    from halvit_jax.training.paths import sha256
+
+    numbers = sum(array.size for array in arrays.values())
+    return f"{os.fspath(path)}: {len(arrays)} arrays, {numbers:,} numbers, sha256 {sha256(arrays)}"
+
+
+if __name__ == "__main__":
+    define_flags()
+    door.run(main)

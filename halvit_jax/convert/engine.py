@@ -1,0 +1,247 @@
+"""Ordered rules between PyTorch's names and layouts and ours. One table serves both directions.
+
+A state is {PyTorch's name: array}, a tree is flat here: {"params/block0/attention/qkv/kernel": array}. No function
+copies an array: what comes out are views of what went in.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Layout(NamedTuple):
+    """One array as ours and as PyTorch's; each function undoes the other."""
+
+    ours: Callable[[np.ndarray], np.ndarray]
+    torch: Callable[[np.ndarray], np.ndarray]
+
+
+# PyTorch on the left: `o` out, `i` in, `h w` space, `n` tokens, `d` width.
+LAYOUTS: dict[str, Layout] = {
+    "same": Layout(lambda a: a, lambda a: a),
+    "matrix": Layout(lambda a: a.T, lambda a: a.T),  # [o, i] -> [i, o]
+    # [o, i, h, w] -> [h, w, i, o]
+    "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
+    "pointwise": Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # [o, i, 1, 1] -> [i, o]
+    "token": Layout(lambda a: a[0, 0], lambda a: a[None, None]),  # [1, 1, d] -> [d]
+    "position": Layout(lambda a: a[0], lambda a: a[None]),  # [1, n, d] -> [n, d]
+}
+COUNTER = "counter"  # of updates, which we do not keep: ignored on the way in, 0 on the way out
+FLOATS = ("float32", "float16", "bfloat16")  # what float32 holds without loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """`source`, a name of PyTorch's, and `target`, a path of ours, name the same array.
+
+    `{i}` stands for a number, the same one on both sides, so a rule reads both ways. Where several rules lead to one
+    path, the first gives it its name on the way out and the others are spellings understood on the way in. A rule of
+    the layout "counter" names what PyTorch stores beside the array of `target`.
+
+    Raises:
+        ValueError: a layout that is not in LAYOUTS, or a number that only one side names.
+    """
+
+    source: str
+    target: str
+    layout: str = "same"
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS and self.layout != COUNTER:
+            raise ValueError(f"layout {self.layout!r} of {self.source} is not one of {', '.join(LAYOUTS)}, {COUNTER}")
+        if _numbers(self.source) != _numbers(self.target):
+            raise ValueError(f"{self.source} and {self.target} do not name the same numbers; rules read both ways")
+
+    def path(self, name: str) -> str | None:
+        """The path of the array PyTorch calls `name`; None if the rule is not about it."""
+        return _translate(name, self.source, self.target)
+
+    def name(self, path: str) -> str | None:
+        """PyTorch's name of the array at `path`; None if the rule is not about it."""
+        return _translate(path, self.target, self.source)
+
+
+def dense(source: str, target: str) -> tuple[Rule, ...]:
+    """A linear layer."""
+    return Rule(f"{source}.weight", f"params/{target}/kernel", "matrix"), _bias(source, target)
+
+
+def conv(source: str, target: str) -> tuple[Rule, ...]:
+    """A convolution."""
+    return Rule(f"{source}.weight", f"params/{target}/kernel", "conv"), _bias(source, target)
+
+
+def layer_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """A normalisation without statistics."""
+    return Rule(f"{source}.weight", f"params/{target}/scale"), _bias(source, target)
+
+
+def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
+    """A batch normalisation and its statistics."""
+    return (
+        *layer_norm(source, target),
+        Rule(f"{source}.running_mean", f"batch_stats/{target}/mean"),
+        Rule(f"{source}.running_var", f"batch_stats/{target}/var"),
+        Rule(f"{source}.num_batches_tracked", f"batch_stats/{target}/mean", COUNTER),
+    )
+
+
+def to_ours(model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted: Shapes) -> dict[str, np.ndarray]:
+    """The arrays of a PyTorch state under our paths and in our layouts.
+
+    Counters may be missing, since older files have none.
+
+    Raises:
+        ValueError: every ambiguous, missing, left-over and misshapen entry and every unfit type, by name.
+    """
+    problems = Problems(f"these weights do not fit {model}")
+    arrays: dict[str, np.ndarray] = {}
+    names: dict[str, list[str]] = {path: [] for path in wanted}
+    for name, value in state.items():
+        places = [(rule, path) for rule in rules if (path := rule.path(name)) is not None and path in wanted]
+        if not places:
+            problems.add("left over", name)
+            continue
+        if len(places) > 1:
+            problems.add("ambiguous", f"{name} (is {' and '.join(path for _, path in places)})")
+        rule, path = places[0]
+        if rule.layout == COUNTER:
+            continue
+        names[path].append(name)
+        array, shape = np.asarray(value), torch_shape(rule, wanted[path])
+        if array.shape != shape:
+            problems.add("misshapen", f"{name} (is {array.shape}, must be {shape})")
+        elif array.dtype.name not in FLOATS:
+            problems.add("of a wrong type", f"{name} (is {array.dtype.name}, must be {' or '.join(FLOATS)})")
+        else:
+            arrays[path] = LAYOUTS[rule.layout].ours(array)
+    for path, found in names.items():
+        if len(found) > 1:
+            problems.add("ambiguous", f"{path} (is {' and '.join(found)})")
+        if not found:
+            problems.add("missing", first_name(rules, path) or f"{path} (no rule names it)")
+    problems.raise_any()
+    return arrays
+
+
+def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays at our paths under PyTorch's names and in its layouts; counters are 0.
+
+    Raises:
+        ValueError: every path without a rule, and every name that two paths would get.
+    """
+    problems = Problems("the table of names does not fit this model")
+    state: dict[str, np.ndarray] = {}
+    for path, array in arrays.items():
+        carrier = next((rule for rule in rules if rule.layout != COUNTER and rule.name(path)), None)
+        if carrier is None:
+            problems.add("missing", f"{path} (no rule names it)")
+            continue
+        entries = {str(carrier.name(path)): LAYOUTS[carrier.layout].torch(array)}
+        for rule in rules:
+            if rule.layout == COUNTER and (counter := rule.name(path)):
+                entries[counter] = np.zeros((), np.int64)
+        for name in entries.keys() & state.keys():
+            problems.add("ambiguous", f"{name} (is {path} and another)")
+        state |= entries
+    problems.raise_any()
+    return state
+
+
+def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> None:
+    """Whether these are the arrays of the model.
+
+    Raises:
+        ValueError: every missing, left-over and misshapen array and every unfit type, by path.
+    """
+    problems = Problems(f"these variables do not fit {model}")
+    for path, array in arrays.items():
+        if path not in wanted:
+            problems.add("left over", path)
+        elif array.shape != wanted[path]:
+            problems.add("misshapen", f"{path} (is {array.shape}, must be {wanted[path]})")
+        elif array.dtype.name not in FLOATS:
+            problems.add("of a wrong type", f"{path} (is {array.dtype.name}, must be {' or '.join(FLOATS)})")
+    for path in wanted:
+        if path not in arrays:
+            problems.add("missing", path)
+    problems.raise_any()
+
+
+def torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape PyTorch gives to an array that has this shape here."""
+    return LAYOUTS[rule.layout].torch(np.broadcast_to(np.float32(0), shape)).shape
+
+
+def first_name(rules: Sequence[Rule], path: str) -> str | None:
+    """PyTorch's name of the array at this path."""
+    return next((name for rule in rules if rule.layout != COUNTER and (name := rule.name(path))), None)
+
+
+class Problems:
+    """Collects what is wrong, to say it all at once."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._found: dict[str, list[str]] = {}
+
+    def add(self, kind: str, entry: str) -> None:
+        """One more entry of this kind."""
+        self._found.setdefault(kind, []).append(entry)
+
+    def raise_any(self) -> None:
+        """Raise a ValueError that lists all there is; nothing if there is nothing."""
+        if self._found:
+            kinds = [f"{len(found)} {kind}: {', '.join(found)}" for kind, found in self._found.items()]
+            raise ValueError(f"{self._what}; {'; '.join(kinds)}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """{"params": {"head": {"bias": array}}} -> {"params/head/bias": array}."""
+    arrays: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        path = prefix + key
+        arrays |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: np.asarray(value)}
+    return arrays
+
+
+def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """{"params/head/bias": array} -> {"params": {"head": {"bias": array}}}.
+
+    Raises:
+        ValueError: a path that is also the beginning of another.
+    """
+    tree: dict[str, Any] = {}
+    for path, array in sorted(arrays.items()):
+        *folders, last = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path} lies below an array")
+        node[last] = array
+    return tree
+
+
+def _bias(source: str, target: str) -> Rule:
+    return Rule(f"{source}.bias", f"params/{target}/bias")
+
+
+def _translate(text: str, given: str, wanted: str) -> str | None:
+    found = _pattern(given).fullmatch(text)
+    return wanted.format(**found.groupdict()) if found else None
+
+
+@functools.cache
+def _pattern(template: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(template)))
+
+
+def _numbers(template: str) -> list[str]:
+    return sorted(re.findall(r"{(\w+)}", template))

@@ -1,0 +1,169 @@
+"""ResNets under torchvision's names, and HaLViT's under their authors'."""
+
+import json
+import pathlib
+import re
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halvit_jax import convert
+from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
+from halvit_jax.convert.engine import flatten, nest, to_ours
+from halvit_jax.models import MODELS, create_model, list_models
+
+GOLDEN = ("resnet18", "resnet50", "halvit_resnet50")
+SMALL = {"depths": (1, 1, 2, 1), "image_size": 32, "num_classes": 3}
+# Of all weights, with the classifier of each model; running statistics and counters are not weights.
+PARAMS = {"resnet101": 44_549_160, "resnext101_32x8d": 88_791_336, "halvit_resnext101_32x8d": 25_876_776}
+
+
+def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Arrays of zeros that take no memory."""
+    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    return {"num_classes": 0} if name == "halvit_resnet50" else {}
+
+
+@pytest.fixture(scope="module")
+def official(golden: pathlib.Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The names and shapes of the reference implementations."""
+    cases = {name: json.loads((golden / f"{name}.json").read_text()) for name in GOLDEN}
+    return {name: {key: tuple(shape) for key, shape in case["state"].items()} for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_state_makes_the_round_trip_and_gives_the_references_output(
+    name: str,
+    official: dict[str, dict[str, tuple[int, ...]]],
+    golden: pathlib.Path,
+    reference_weights: types.ModuleType,
+) -> None:
+    state = {key: reference_weights.weights(key, shape) for key, shape in official[name].items()}
+    model, variables = create_model(name, **fields_of(name)), from_torch(name, state, **fields_of(name))
+    assert variables.keys() == {"params", "batch_stats"}
+
+    back = to_torch(name, variables, **fields_of(name))
+    assert back.keys() == state.keys()
+    for key, array in state.items():
+        assert (back[key].dtype, back[key].shape) == (array.dtype, array.shape)
+        assert back[key].tobytes() == array.tobytes()
+
+    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
+    output = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    with np.load(golden / f"{name}.npz") as file:
+        reference = file["features" if name == "halvit_resnet50" else "logits"]
+    assert np.abs(output - reference).max() / reference.std() <= 1e-4
+
+
+def resnet101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """ResNet-101 has 23 blocks instead of 6 in its third stage; all but the first are alike."""
+    like = {key: shape for key, shape in official["resnet50"].items() if key.startswith("layer3.1.")}
+    more = {key.replace("layer3.1.", f"layer3.{i}."): shape for i in range(6, 23) for key, shape in like.items()}
+    return official["resnet50"] | more
+
+
+def resnext101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """ResNeXt-101 32x8d is a ResNet-101 whose blocks are four times as wide inside, in groups of 32."""
+
+    def wider(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if key.endswith("num_batches_tracked"):
+            return shape
+        if re.search(r"\.(conv1|bn1|bn2)\.", key):
+            return (4 * shape[0], *shape[1:])
+        if ".conv2." in key:
+            return (4 * shape[0], 4 * shape[1] // 32, 3, 3)
+        return (shape[0], 4 * shape[1], 1, 1) if ".conv3." in key else shape
+
+    return {key: wider(key, shape) if "layer" in key else shape for key, shape in resnet101(official).items()}
+
+
+def halvit_resnext101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """The authors' ResNeXt101Halvit: their stem, ResNeXt's stages 1 and 2, their lists in stages 3 and 4, and `fc`."""
+    plain = resnext101(official)
+    state = {key: shape for key, shape in plain.items() if re.match(r"layer[12]|fc", key)}
+    state |= {key: shape for key, shape in official["halvit_resnet50"].items() if key.startswith("stem")}
+    for stage, blocks, width, channels in ((3, 23, 1024, 1024), (4, 3, 2048, 2048)):
+        layer = f"layer{stage}"
+        state[f"{layer}.convp"] = (width, channels, 1, 1)
+        state[f"{layer}.channel_adapter.weight"] = state[f"{layer}.downsample.0.weight"] = (
+            channels,
+            channels // 2,
+            1,
+            1,
+        )
+        norms = {f"{layer}.downsample.1": channels}
+        for i in range(blocks):
+            state[f"{layer}.conv2_list.{i}.weight"] = (width, width // 32, 3, 3)
+            norms |= {f"{layer}.bn_pre_list.{i}": channels, f"{layer}.bn2_list.{i}": width}
+            norms[f"{layer}.bn_post_list.{i}"] = channels
+        for norm, size in norms.items():
+            state |= {f"{norm}.{key}": (size,) for key in ("weight", "bias", "running_mean", "running_var")}
+            state[f"{norm}.num_batches_tracked"] = ()
+    return state
+
+
+OTHERS = {"resnet101": resnet101, "resnext101_32x8d": resnext101, "halvit_resnext101_32x8d": halvit_resnext101}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_sizes_load_by_the_same_tables(name: str, official: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    shapes, model = OTHERS[name](official), create_model(name)
+    weights = (np.prod(shape) for key, shape in shapes.items() if not re.search(r"running_|num_batches", key))
+    assert sum(weights) == PARAMS[name]
+    rules, wanted = convert.TABLES[type(model)](model), shapes_of(model)
+    arrays = to_ours(name, rules, zeros(shapes), wanted)
+    assert {path: array.shape for path, array in arrays.items()} == wanted
+    assert {key: array.shape for key, array in engine.to_torch(rules, arrays).items()} == shapes
+
+
+def test_every_model_of_a_family_with_a_table_is_tested() -> None:
+    named = {name for name in list_models() if MODELS[name][0] in convert.TABLES}
+    assert named - {"halvit_tiny", "halvit_small", "deit_tiny", "deit_small", "deit_base"} == {*GOLDEN, *OTHERS}
+
+
+@pytest.mark.parametrize("name", [*GOLDEN, *OTHERS])
+def test_values_keep_their_places(name: str) -> None:
+    fields = SMALL | ({"groups": 4, "base_width": 16} if "resnext" in name else {})
+    shapes = shapes_of(create_model(name, **fields))
+    rng = np.random.default_rng(0)
+    arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+    state = to_torch(name, nest(arrays), **fields)
+    again = flatten(from_torch(name, state, **fields))
+    assert again.keys() == arrays.keys()
+    assert all(np.array_equal(again[path], array) for path, array in arrays.items())
+
+
+def test_the_number_of_updates_is_not_kept() -> None:
+    shapes = shapes_of(create_model("resnet18", **SMALL))
+    variables = nest({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
+    state = to_torch("resnet18", variables, **SMALL)
+    counters = [key for key in state if key.endswith("num_batches_tracked")]
+    assert len(counters) == sum(path.endswith("/var") for path in shapes)
+    for key in counters:
+        assert (state[key].dtype, state[key].shape) == (np.int64, ())
+        state[key] = np.int64(7)
+    again = to_torch("resnet18", from_torch("resnet18", state, **SMALL), **SMALL)
+    assert all(again[key] == 0 for key in counters)
+
+
+def test_what_has_no_table_or_is_no_vit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = nest(zeros(shapes_of(create_model("resnet18", **SMALL))))
+    with pytest.raises(ValueError, match="as_deit=True is for vision transformers; resnet18 is none"):
+        to_torch("resnet18", variables, as_deit=True, **SMALL)
+    monkeypatch.setattr(convert, "TABLES", {})
+    with pytest.raises(ValueError, match="resnet18 has no table of PyTorch names yet"):
+        from_torch("resnet18", {})
+
+
+def test_the_authors_state_needs_a_model_without_classifier(
+    official: dict[str, dict[str, tuple[int, ...]]],
+) -> None:
+    with pytest.raises(ValueError, match=r"do not fit halvit_resnet50; 2 missing: fc.bias, fc.weight$"):
+        from_torch("halvit_resnet50", zeros(official["halvit_resnet50"]))
