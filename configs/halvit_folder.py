@@ -1,7 +1,7 @@
 """HaLViT-T from scratch on a folder of your own images: root/train/<class>/*.jpg and root/val/<class>/*.jpg
 
-python -m halvit_jax.main --config=configs/halvit_folder.py --workdir=runs/mine --config.data.root=DIR \
-    --config.model.num_classes=10
+python -m halvit_jax.main --config=configs/halvit_folder.py --workdir=runs/halvit_folder \
+    --config.data.root=DIR --config.model.num_classes=10
 
 Classes are the sub-folders, numbered by name; classes.json in the workdir keeps their names. JPEG, PNG, BMP and GIF are
 read. For small images lower model.image_size and model.patch_size, e.g. to 32 and 4.

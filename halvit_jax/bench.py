@@ -2,8 +2,8 @@
 
 python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
 
-The models take turns within every round, so that drift of a shared machine hits all of them alike; figures are medians
-over the rounds. A training step is the whole of it: forward, backward, AdamW update.
+One device works, however many there are. The models take turns within every round, so that drift of a shared machine
+hits all of them alike; figures are medians over the rounds. A training step is forward, backward and AdamW's update.
 """
 
 import gc
@@ -53,7 +53,8 @@ class Subject:
             "label": jnp.asarray(rng.integers(0, task.model.num_classes, batch, np.int32)),
             "mask": jnp.ones(batch, bool),
         }
-        abstract = abstract_state(task, optimizer, mesh=make_mesh(), use_ema=False)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=False)
         self._state = init_state(task, optimizer, abstract, seed=0, use_ema=False)
         self.state_bytes = bytes_of(self._state.params) + bytes_of(self._state.opt_state)
 

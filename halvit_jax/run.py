@@ -174,7 +174,7 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
 
     any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
     optimizer = make_optimizer(**config.optim, **any_length)
-    mesh = make_mesh(data=-1)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
     abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0)
     checkpointer = Checkpointer(workdir)
     try:

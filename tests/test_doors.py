@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from halvit_jax import bench
-from halvit_jax.models import list_models
+from halvit_jax.models import MODELS, create_model, list_models
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -39,6 +41,9 @@ def test_summary_as_a_table() -> None:
 
 
 def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("deit_tiny", "halvit_tiny"):  # of one block, which compiles quickly
+        family, size = MODELS[name]
+        monkeypatch.setitem(MODELS, name, (family, size | {"depth": 1}))
     order: list[str] = []
     for what in ("infer", "train"):
         original = getattr(bench.Subject, what)
@@ -48,16 +53,18 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
             original(self)  # type: ignore[operator]
 
         monkeypatch.setattr(bench.Subject, what, spy)
-    rows = bench.measure(["resnet18", "halvit_tiny"], batch=8, dtype="float32", repeats=1)
-    one_round = ["resnet18 infer", "resnet18 train", "halvit_tiny infer", "halvit_tiny train"]
+    rows = bench.measure(["deit_tiny", "halvit_tiny"], batch=2, dtype="float32", repeats=1)
+    one_round = ["deit_tiny infer", "deit_tiny train", "halvit_tiny infer", "halvit_tiny train"]
     assert order == 2 * one_round  # the models take turns
-    assert [row["model"] for row in rows] == ["resnet18", "halvit_tiny"]
+    assert [row["model"] for row in rows] == ["deit_tiny", "halvit_tiny"]
     for row in rows:
         assert row["infer_images_per_s"] > row["train_images_per_s"] > 0
         assert row["compile_s"] > 0
-    adam_bytes = 3 * 4 * 11_415_400
+    tiny = create_model("halvit_tiny")
+    shapes = jax.eval_shape(lambda: tiny.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False))
+    adam_bytes = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 0 <= rows[1]["params_and_optimizer_bytes"] - adam_bytes < 100
-    assert rows[1]["train_peak_bytes"] > adam_bytes / 8
+    assert rows[1]["train_peak_bytes"] > adam_bytes
 
 
 def test_bench_refuses_unknown_models() -> None:

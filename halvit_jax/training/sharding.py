@@ -20,23 +20,25 @@ Axes = tuple[str, ...] | str | None  # of one dimension: what it is split over, 
 Rules = Sequence[tuple[str, tuple[Axes, ...]]]
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices; -1 stands for what the other axes leave.
+def make_mesh(
+    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `devices` (all there are); -1 stands for what the other axes leave.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = list(jax.devices() if devices is None else devices)
     wrong = [f"mesh.{axis}={size}" for axis, size in sizes.items() if size < 1 and size != -1]
     free = [axis for axis, size in sizes.items() if size == -1]
     known = int(np.prod([size for size in sizes.values() if size != -1]))
-    if len(free) == 1 and not wrong and devices % known == 0:
-        sizes[free[0]] = devices // known
-    if wrong or len(free) > 1 or int(np.prod(list(sizes.values()))) != devices:
+    if len(free) == 1 and not wrong and len(devices) % known == 0:
+        sizes[free[0]] = len(devices) // known
+    if wrong or len(free) > 1 or int(np.prod(list(sizes.values()))) != len(devices):
         given = " ".join(f"mesh.{axis}={size}" for axis, size in {"data": data, "fsdp": fsdp, "tensor": tensor}.items())
-        raise ValueError(f"{given} must be positive, multiply to the {devices} devices, and hold at most one -1")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        raise ValueError(f"{given} must be positive, multiply to the {len(devices)} devices, and hold at most one -1")
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> None:

@@ -123,7 +123,6 @@ def test_any_number_of_hosts_sees_the_same_global_batches(root: pathlib.Path, re
 
 
 def test_resuming_reads_no_skipped_file(root: pathlib.Path, reference: list[str]) -> None:
-    """With every file but those of the last batch gone, that batch can still be read."""
     loader = _loaders(root, flip=False, shift=0).train
     source = loader._source
     read = []

@@ -13,7 +13,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.paths import flat, map_paths
-from halvit_jax.training.sharding import AXES, BATCH, partition
+from halvit_jax.training.sharding import AXES, BATCH, make_mesh, partition
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
@@ -38,8 +38,7 @@ def _batch(size: int) -> dict[str, np.ndarray]:
 
 
 def _mesh(shape: tuple[int, ...]) -> jax.sharding.Mesh:
-    devices = jax.devices()[: int(np.prod(shape))]
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    return make_mesh(**dict(zip(AXES, shape, strict=True)), devices=jax.devices()[: int(np.prod(shape))])
 
 
 def _arrays(task: Classification) -> tuple[Any, Any]:

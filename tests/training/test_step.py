@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
@@ -12,7 +12,7 @@ from halvit_jax.protocols import Batch, Loss
 from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.paths import flat
-from halvit_jax.training.sharding import AXES, make_mesh, to_devices
+from halvit_jax.training.sharding import make_mesh, to_devices
 from halvit_jax.training.state import TrainState, abstract_state, init_state
 from halvit_jax.training.step import make_eval_step, make_train_step
 
@@ -153,7 +153,7 @@ def _step_key(seed: int) -> jax.Array:
 
 
 def _one_device() -> Mesh:
-    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def _tiny(
