@@ -73,15 +73,19 @@ def _data() -> dict[str, Any]:
         "data_dir": "",  # where TFDS keeps prepared data; "" is its own default, ~/tensorflow_datasets
         "root": "",  # folder: the images are in root/train_split/<class>/ and root/eval_split/<class>/
         "train_split": "train",  # in TFDS's notation, e.g. train[:90%]
+        "eval_name": "",  # another TFDS data set to evaluate on, of the same classes, e.g. imagenet_v2; "": the same
         "eval_split": "validation",
         "crop": "random_resized",  # in training: random_resized, or whole (the whole image, resized)
         "min_crop_area": 0.08,  # smallest share of the image that a random crop takes
         "flip": True,  # mirror at random
         "shift": 0,  # move by up to so many pixels at random
-        "rand_augment": "",  # e.g. rand-m9-mstd0.5-inc1, in timm's notation; "" is off
+        "color_jitter": 0.0,  # how far brightness, contrast and saturation change at random; 0 is off
+        "augment": "",  # trivial, three, or RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1; "" is off
         "interpolation": "bicubic",  # bilinear or bicubic
         "antialias": False,  # of the training crop's resize; halves the loader's speed. Evaluation always has it
         "eval_crop": 0.875,  # evaluation cuts this share out of the resized image
+        "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
+        "bad_image_budget": 1e-4,  # the largest share of an epoch that may be replaced; one image always may
         "repeats": 1,  # repeated augmentation: copies of an example in a row, of which an epoch has as many fewer
         "readers": 64,  # parts of the training split, each filling a fixed part of a batch; hosts must divide them
         "shuffle_buffer": 16384,  # records in memory to draw from, over all readers
@@ -97,6 +101,7 @@ def _task() -> dict[str, Any]:
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
         "mix_switch": 0.5,  # probability of CutMix where both are on
+        "mix_per": "batch",  # what draws its own mixing: batch, or image
         "erase": 0.0,  # probability of random erasing
     }
 

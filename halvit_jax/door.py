@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
 from halvit_jax.memory import keep_freed_memory
+from halvit_jax.protocols import DataError
 
 BAD_INPUT = 2
 
@@ -34,6 +35,15 @@ def bad_input() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+@contextlib.contextmanager
+def bad_data() -> Iterator[None]:
+    """Bad data found while they are read end the program in the same way; other errors keep their traceback."""
+    try:
+        yield
+    except DataError as error:
         fail(str(error))
 
 

@@ -56,30 +56,31 @@ def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> d
             run.task, run.optimizer, checkpointer, report, mesh=run.mesh, seed=config.seed, ema_decay=config.ema_decay
         )
 
-    if mode == "eval":
-        result = loop.evaluate_state(run.task, state, run.eval_loader, mesh=run.mesh, report=report)
-    else:
-        for line in run_lib.departures(config):
-            report.say(f"WARNING: {line}")
-        run_lib.write_description(workdir, config, run.class_names)
-        report.hyperparameters(config.to_dict())
-        result = loop.train(
-            run.task,
-            run.optimizer,
-            state,
-            run.train_loader,
-            run.eval_loader,
-            mesh=run.mesh,
-            checkpointer=checkpointer,
-            report=report,
-            seed=config.seed,
-            total_steps=run.total_steps,
-            accumulate=config.accumulate,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            checkpoint_every=config.checkpoint_every,
-            ema_decay=config.ema_decay,
-        )
+    with door.bad_data():
+        if mode == "eval":
+            result = loop.evaluate_state(run.task, state, run.eval_loader, mesh=run.mesh, report=report)
+        else:
+            for line in run_lib.departures(config):
+                report.say(f"WARNING: {line}")
+            run_lib.write_description(workdir, config, run.class_names)
+            report.hyperparameters(config.to_dict())
+            result = loop.train(
+                run.task,
+                run.optimizer,
+                state,
+                run.train_loader,
+                run.eval_loader,
+                mesh=run.mesh,
+                checkpointer=checkpointer,
+                report=report,
+                seed=config.seed,
+                total_steps=run.total_steps,
+                accumulate=config.accumulate,
+                log_every=config.log_every,
+                eval_every=config.eval_every,
+                checkpoint_every=config.checkpoint_every,
+                ema_decay=config.ema_decay,
+            )
     checkpointer.close()
     report.close()
     if mode == "eval":

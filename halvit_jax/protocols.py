@@ -11,6 +11,10 @@ Batch = Mapping[str, Array]
 """`image` uint8 [b, h, w, 3]; `label` int32 [b]; `mask` bool [b], False where a row only fills up the batch."""
 
 
+class DataError(ValueError):
+    """The data are not what they should be; the message says which file and what to do."""
+
+
 class Loader(Protocol):
     """Where batches come from. A host sees its own rows of each global batch."""
 

@@ -138,7 +138,8 @@ def test_predict_agrees_with_the_evaluation(
     from halvit_jax.data import open_source
 
     workdir, result = finished
-    records = list(open_source("digits", str(digits_dir), "test").reader(0, 1)().as_numpy_iterator())
+    source = open_source("digits", str(digits_dir), "test")
+    records = list(source.reader(0, 1)().map(source.fetch).as_numpy_iterator())
     paths = [tmp_path / f"{i}.png" for i in range(len(records))]
     for path, record in zip(paths, records, strict=True):
         path.write_bytes(record["image"])
@@ -173,6 +174,7 @@ BAD_FIELDS = {
     "data.crop='middle' is not one of": {"data.crop": "middle"},
     "model.num_classes=12, but data.name='digits' has 10 classes": {"model.num_classes": 12},
     "task.loss='hinge' is not one of": {"task.loss": "hinge"},
+    "task.mix_per='row' is not one of batch, image": {"task.mix_per": "row"},
     "task.erase=1.5 must lie between 0 and 1": {"task.erase": 1.5},
     "task.mixup=-1.0 must not be negative": {"task.mixup": -1.0},
     "optim.name='adam' is not one of adamw, lamb, sgd": {"optim.name": "adam"},

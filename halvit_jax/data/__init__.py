@@ -1,7 +1,8 @@
 """Data: where batches come from. TensorFlow lives here and only here."""
 
-from halvit_jax.data.pipeline import Host, eval_transform, make_loaders, read_image
+from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
+from halvit_jax.data.transforms import eval_transform, read_image
 
 __all__ = ["Host", "eval_transform", "hide_accelerators", "make_loaders", "open_source", "read_image"]
 

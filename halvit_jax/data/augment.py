@@ -8,6 +8,7 @@ A policy is a table: name of the operation -> its level, as a function of the dr
 operation has no level). Only the operation drawn is run.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -62,6 +63,18 @@ def draw_rand_augment(
     }
 
 
+def parse_policy(text: str, *, interpolation: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+    """The policy of `config.data.augment` as a function (image, seed) -> image.
+
+    "trivial", "three", or RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1".
+    """
+    if text == "trivial":
+        return trivial_augment
+    if text == "three":
+        return three_augment
+    return functools.partial(rand_augment, interpolation=interpolation, **parse_rand_augment(text))
+
+
 def parse_rand_augment(text: str) -> dict[str, Any]:
     """Read timm's name of a RandAugment, such as "rand-m9-mstd0.5-inc1", as keyword arguments of `rand_augment`.
 
@@ -77,8 +90,8 @@ def parse_rand_augment(text: str) -> dict[str, Any]:
                 given[name] = convert(match[1])
     if first != "rand" or len(given) != len(sections):
         raise ValueError(
-            f"data.rand_augment={text!r} is not understood; give 'rand' and, each at most once, joined by '-': "
-            "m0 to m10, mstd<number>, inc0 or inc1, n1 to n99, p0 to p1; for example 'rand-m9-mstd0.5-inc1'"
+            f"data.augment={text!r} is not understood; give 'trivial', 'three', or 'rand' and, each at most once, "
+            "joined by '-': m0 to m10, mstd<number>, inc0 or inc1, n1 to n99, p0 to p1; for example 'rand-m9-mstd0.5-inc1'"
         )
     return {"ops": 2, "magnitude": 10.0, "magnitude_std": 0.0, "increasing": False, "probability": 0.5} | given
 

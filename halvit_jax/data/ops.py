@@ -3,39 +3,56 @@
 Every op that draws something takes a stateless seed (int64 [2]) and is a pure function of it. `h w` space.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
 import tensorflow as tf
 
 RESIZE_METHODS = ("bilinear", "bicubic")
 CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
+MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
+PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
 
 
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3]; grey becomes three equal colours."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+class Codec(NamedTuple):
+    """How bytes become pixels. Each function returns its result and whether the bytes were good."""
+
+    shape: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded -> int32 [2], good
+    decode: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded -> uint8 [h, w, 3], good
+    decode_box: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded, int32 [4] -> the box, good
+
+
+def decode(encoded: tf.Tensor, *, codec: Codec | None = None) -> tuple[tf.Tensor, tf.Tensor]:
+    """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3], good; grey and CMYK become three colours.
+
+    As stored: a rotation noted in EXIF is not applied, as in torchvision's and timm's loaders.
+    """
+    image, good = (codec or STRICT).decode(encoded)
     image.set_shape([None, None, 3])
-    return image
+    return image, good
 
 
 def random_resized_crop(
-    encoded: tf.Tensor, seed: tf.Tensor, *, size: int, method: str, antialias: bool, min_area: float
-) -> tf.Tensor:
-    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to size x size.
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    size: int,
+    method: str,
+    antialias: bool,
+    min_area: float,
+    codec: Codec | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to size x size; good.
 
     Of a JPEG only the blocks the box needs are decoded. The box is drawn as in torchvision: up to ten tries, the first
     that fits, else the largest central box with an allowed ratio.
     """
-    is_jpeg = tf.io.is_jpeg(encoded)
-    shape = tf.cond(
-        is_jpeg, lambda: tf.io.extract_jpeg_shape(encoded), lambda: tf.shape(decode(encoded), out_type=tf.int32)
-    )
-    box = _random_box(shape[0], shape[1], seed, min_area)
-
-    def crop_decoded() -> tf.Tensor:
-        top, left, height, width = tf.unstack(box)
-        return decode(encoded)[top : top + height, left : left + width]
-
-    crop = tf.cond(is_jpeg, lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), crop_decoded)
-    return resize(crop, (size, size), method=method, antialias=antialias)
+    codec = codec or STRICT
+    shape, readable = codec.shape(encoded)
+    crop, decodable = codec.decode_box(encoded, _random_box(shape[0], shape[1], seed, min_area))
+    crop.set_shape([None, None, 3])
+    return resize(crop, (size, size), method=method, antialias=antialias), readable & decodable
 
 
 def central_crop(image: tf.Tensor, *, size: int, share: float, method: str) -> tf.Tensor:
@@ -74,6 +91,76 @@ def random_shift(image: tf.Tensor, seed: tf.Tensor, *, pixels: int) -> tf.Tensor
 def fold_in(seed: tf.Tensor, data: int) -> tf.Tensor:
     """A seed of its own for use number `data` of this seed."""
     return tf.random.experimental.stateless_fold_in(seed, tf.constant(data, tf.int64))
+
+
+def image_shape(encoded: tf.Tensor) -> tf.Tensor:
+    """(height, width) of an image from the first bytes of its file, int32 [2].
+
+    Raises:
+        tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP, or one of more than MAX_PIXELS.
+    """
+
+    def numbers(start: int, width: type, little: bool) -> Callable[[], tf.Tensor]:
+        size = 2 * np.dtype(width).itemsize
+        return lambda: tf.cast(
+            tf.io.decode_raw(tf.strings.substr(encoded, start, size), width, little_endian=little), tf.int64
+        )
+
+    def first(kind: bytes) -> tf.Tensor:
+        return tf.strings.substr(encoded, 0, len(kind)) == kind
+
+    shape = tf.case(  # PNG has its width first, and so have GIF and BMP
+        [
+            (first(PNG), lambda: numbers(16, np.int32, False)()[::-1]),
+            (first(GIF), lambda: numbers(6, np.uint16, True)()[::-1]),
+            (first(BMP), lambda: tf.abs(numbers(18, np.int32, True)()[::-1])),
+        ],
+        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),
+    )
+    fits = (tf.reduce_min(shape) > 0) & (shape[0] <= MAX_PIXELS // tf.maximum(shape[1], 1))
+    with tf.control_dependencies([tf.debugging.Assert(fits, ["an image of", shape, "pixels, at most", MAX_PIXELS])]):
+        return tf.ensure_shape(tf.cast(shape, tf.int32), [2])
+
+
+def _decode(encoded: tf.Tensor) -> tf.Tensor:
+    with tf.control_dependencies([image_shape(encoded)]):
+        return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+
+
+def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    def cut() -> tf.Tensor:
+        top, left, height, width = tf.unstack(box)
+        return _decode(encoded)[top : top + height, left : left + width]
+
+    return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
+
+
+def _strict(function: Callable[..., tf.Tensor]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    return lambda *arguments: (function(*arguments), tf.constant(True))
+
+
+def _forgiving(function: Callable[..., tf.Tensor], instead: np.ndarray) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    """`function`, or `instead` where it fails. Through Python, which costs a few per cent of the loader's speed."""
+
+    def run(*arguments: np.ndarray) -> tuple[np.ndarray, bool]:
+        try:
+            return function(*map(tf.constant, arguments)).numpy(), True
+        except tf.errors.OpError:
+            return instead, False
+
+    def forgiving(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        value, good = tf.numpy_function(run, arguments, (instead.dtype, tf.bool), stateful=False)
+        value.set_shape([None] * instead.ndim)
+        return value, tf.ensure_shape(good, [])
+
+    return forgiving
+
+
+GREY = np.full((1, 1, 3), 128, np.uint8)
+STRICT = Codec(_strict(image_shape), _strict(_decode), _strict(_decode_box))
+FORGIVING = Codec(
+    _forgiving(image_shape, np.ones(2, np.int32)), _forgiving(_decode, GREY), _forgiving(_decode_box, GREY)
+)
 
 
 def _random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from halvit_jax.data import augment, ops
-from halvit_jax.data.sources import Entry, Reader, Record, Source, name_damage, open_sources
+from halvit_jax.data import ops
+from halvit_jax.data.sources import Entry, Reader, Source, open_sources
+from halvit_jax.data.transforms import Transform, eval_transform, train_transform
+from halvit_jax.data.watch import Watch
 from halvit_jax.protocols import Loader
-
-Transform = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (encoded image, seed [2]) -> uint8 [size, size, 3]
 
 
 class Host(NamedTuple):
@@ -45,15 +45,19 @@ def make_loaders(
     data_dir: str,
     root: str,
     train_split: str,
+    eval_name: str,
     eval_split: str,
     crop: str,
     min_crop_area: float,
     flip: bool,
     shift: int,
-    rand_augment: str,
+    color_jitter: float,
+    augment: str,
     interpolation: str,
     antialias: bool,
     eval_crop: float,
+    on_bad_image: str,
+    bad_image_budget: float,
     repeats: int,
     readers: int,
     shuffle_buffer: int,
@@ -73,11 +77,16 @@ def make_loaders(
         min_area=min_crop_area,
         flip=flip,
         shift=shift,
-        rand_augment=rand_augment,
-        method=_checked(interpolation),
+        policy=augment,
+        color_jitter=color_jitter,
+        method=interpolation,
         antialias=antialias,
+        on_bad_image=on_bad_image,
     )
-    train_source, eval_source = open_sources(name, data_dir, root, train_split, eval_split)
+    eval_image = eval_transform(image_size, share=eval_crop, method=interpolation, on_bad_image=on_bad_image)
+    if not 0.0 <= bad_image_budget <= 1.0:
+        raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
+    train_source, eval_source = open_sources(name, data_dir, root, train_split, eval_name or name, eval_split)
     train = TrainLoader(
         train_source,
         train_image,
@@ -86,13 +95,11 @@ def make_loaders(
         readers=readers,
         shuffle_buffer=shuffle_buffer,
         repeats=repeats,
+        bad_image_budget=bad_image_budget,
         host=host,
     )
     evaluation = EvalLoader(
-        eval_source,
-        eval_transform(image_size, share=eval_crop, method=interpolation),
-        batch_size=batch_size,
-        host=host,
+        eval_source, eval_image, batch_size=batch_size, bad_image_budget=bad_image_budget, host=host
     )
     return Loaders(train, evaluation, train_source.class_names)
 
@@ -114,6 +121,7 @@ class TrainLoader:
         readers: int = 64,
         shuffle_buffer: int = 16_384,
         repeats: int = 1,
+        bad_image_budget: float = 0.0,
         host: Host = ONLY_HOST,
     ) -> None:
         self._readers = math.gcd(batch_size, readers)  # so that every reader fills an equal part of the batch
@@ -127,6 +135,7 @@ class TrainLoader:
         self._source, self._transform = source, transform
         self._batch_size, self._seed, self._repeats, self._host = batch_size, seed, repeats, host
         self._share = batch_size // self._readers  # rows of a global batch that a reader fills
+        self._budget = bad_image_budget
         self._buffer = max(shuffle_buffer // self._readers, 1)
         self.num_examples = source.num_examples
         self.steps_per_epoch = source.part_size(self._readers) // self._share
@@ -141,40 +150,52 @@ class TrainLoader:
 
         Starting inside an epoch reads that epoch's records up to there, undecoded.
         """
+        rows = self._batch_size // self._host.count
+        examples = self._entries(start_step).map(
+            _plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
+        batches = examples.batch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+        watch = Watch(
+            self._source, self._prepare, self._again, budget=self._budget, steps_per_epoch=self.steps_per_epoch
+        )
+        return watch.batches(batches.as_numpy_iterator(), start_step)
+
+    def _entries(self, start_step: int) -> tf.data.Dataset:
+        """(epoch, number among this host's rows of the epoch, entry) from the first row of a step on."""
         first_epoch, skipped = divmod(start_step, self.steps_per_epoch)
         own = self._readers // self._host.count
         first = self._host.index * own
         readers = {part: self._source.reader(part, self._readers) for part in range(first, first + own)}
         rows = own * self._share
-        epochs = tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max)
 
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
             skip = tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), tf.constant(0, tf.int64))
             ordered = tuple(self._order(read, part, epoch, skip) for part, read in readers.items())
-            records = tf.data.Dataset.zip(ordered).map(_concatenate).unbatch()
-            return records.enumerate(skip * rows).map(lambda n, record: (epoch, n, record))
+            entries = tf.data.Dataset.zip(ordered).map(_plain(_concatenate)).unbatch()
+            return entries.enumerate(skip * rows).map(_plain(lambda n, entry: (epoch, n, entry)))
 
-        def prepare(epoch: tf.Tensor, n: tf.Tensor, entry: Entry) -> Record:
-            record = self._source.fetch(entry)
-            step, row = n // rows, n % rows
-            number = step * self._batch_size + self._host.index * rows + row  # of the example in the epoch
-            seed = tf.stack([epoch + (self._seed << 32), number])
-            return {
-                "image": self._transform(record["image"], seed),
-                "label": record["label"],
-                "mask": tf.constant(True),
-            }
+        return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(_plain(one_epoch))
 
-        examples = epochs.flat_map(one_epoch).map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        batches = examples.batch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-        return name_damage(batches.as_numpy_iterator(), self._source)
+    def _prepare(self, epoch: tf.Tensor, n: tf.Tensor, entry: Entry) -> dict[str, tf.Tensor]:
+        record = self._source.fetch(entry)
+        rows = self._batch_size // self._host.count
+        step, row = n // rows, n % rows
+        number = step * self._batch_size + self._host.index * rows + row  # of the example in the epoch
+        picture = self._transform(record["image"], tf.stack([epoch + (self._seed << 32), number]))
+        # An image that could not be decoded is grey and counts for nothing.
+        return {"label": record["label"], "mask": picture["good"], "name": record["name"], **picture}
+
+    def _again(self, step: int) -> Iterator[tuple]:
+        yield from self._entries(step).take(self._batch_size // self._host.count)
 
     def _order(self, read: Reader, part: int, epoch: tf.Tensor, skip: tf.Tensor) -> tf.data.Dataset:
         """One reader's records of an epoch in batches of its share, from batch `skip` on."""
         seed = ops.fold_in(tf.stack([epoch, tf.constant(self._seed, tf.int64)]), part)
         records = read(seed[0]).shuffle(self._buffer, seed=seed[0])
         if self._repeats > 1:
-            records = records.flat_map(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
+            records = records.flat_map(
+                _plain(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
+            )
         return records.take(self.steps_per_epoch * self._share).batch(self._share, drop_remainder=True).skip(skip)
 
 
@@ -184,92 +205,54 @@ class EvalLoader:
     Each host gets an equal number of batches; rows that only fill up have mask False.
     """
 
-    def __init__(self, source: Source, transform: Transform, *, batch_size: int, host: Host = ONLY_HOST) -> None:
+    def __init__(
+        self,
+        source: Source,
+        transform: Transform,
+        *,
+        batch_size: int,
+        bad_image_budget: float = 0.0,
+        host: Host = ONLY_HOST,
+    ) -> None:
         if batch_size % host.count:
             raise ValueError(f"batch_size={batch_size} must be a multiple of the {host.count} hosts")
         self._source, self._transform, self._host = source, transform, host
+        self._budget = bad_image_budget
         self._rows = batch_size // host.count
         self.num_examples = source.num_examples
         self.steps_per_epoch = math.ceil(math.ceil(source.num_examples / host.count) / self._rows)
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of the batches from number `start_step` on."""
-
-        def prepare(entry: Entry) -> Record:
-            record = self._source.fetch(entry)
-            image = self._transform(record["image"], tf.zeros(2, tf.int64))
-            return {"image": image, "label": record["label"], "mask": tf.constant(True)}
-
-        records = self._source.reader(self._host.index, self._host.count)()
-        examples = records.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        examples = self._entries().map(_plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         blank = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
+        blank["good"] = tf.constant(True)  # it only fills up
         examples = examples.concatenate(tf.data.Dataset.from_tensors(blank).repeat())
         batches = examples.batch(self._rows, drop_remainder=True).take(self.steps_per_epoch)
         batches = batches.skip(start_step).prefetch(tf.data.AUTOTUNE)
-        return name_damage(batches.as_numpy_iterator(), self._source)
+        watch = Watch(
+            self._source, self._prepare, self._again, budget=self._budget, steps_per_epoch=self.steps_per_epoch
+        )
+        return watch.batches(batches.as_numpy_iterator(), start_step)
+
+    def _entries(self) -> tf.data.Dataset:
+        return self._source.reader(self._host.index, self._host.count)()
+
+    def _prepare(self, entry: Entry) -> dict[str, tf.Tensor]:
+        record = self._source.fetch(entry)
+        picture = self._transform(record["image"], tf.zeros(2, tf.int64))
+        # An image that could not be decoded is grey and counts nevertheless, or fewer would be scored than there are.
+        return {"label": record["label"], "mask": tf.constant(True), "name": record["name"], **picture}
+
+    def _again(self, step: int) -> Iterator[tuple]:
+        for entry in self._entries().skip(step * self._rows).take(self._rows):
+            yield (entry,)
 
 
-def train_transform(
-    size: int,
-    *,
-    crop: str,
-    min_area: float,
-    flip: bool,
-    shift: int,
-    rand_augment: str,
-    method: str,
-    antialias: bool,
-) -> Transform:
-    """(encoded image, seed) -> augmented uint8 [size, size, 3]: crop, flip, shift, RandAugment, in this order."""
-    policy = augment.parse_rand_augment(rand_augment) if rand_augment else None
-
-    def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return ops.random_resized_crop(encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area)
-
-    def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        del seed
-        return ops.resize(ops.decode(encoded), (size, size), method=method, antialias=antialias)
-
-    crops = {"random_resized": cropped, "whole": whole}
-    if crop not in crops:
-        raise ValueError(f"data.crop={crop!r} is not one of {', '.join(crops)}")
-    take = crops[crop]
-
-    def transform(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        image = take(encoded, ops.fold_in(seed, 0))
-        if flip:
-            image = ops.random_flip(image, ops.fold_in(seed, 1))
-        if shift:
-            image = ops.random_shift(image, ops.fold_in(seed, 2), pixels=shift)
-        if policy is not None:
-            image = augment.rand_augment(image, ops.fold_in(seed, 3), interpolation=method, **policy)
-        return image
-
-    return transform
+def _plain(function: Callable) -> Callable:
+    """The function as it is: none of ours needs AutoGraph, whose rewriting takes seconds at every start."""
+    return tf.autograph.experimental.do_not_convert(function)
 
 
-def eval_transform(size: int, *, share: float, method: str) -> Transform:
-    """(encoded image, unused seed) -> uint8 [size, size, 3]: resize the short side, cut out the middle."""
-    return lambda encoded, seed: ops.central_crop(ops.decode(encoded), size=size, share=share, method=method)
-
-
-def read_image(path: str, transform: Transform) -> np.ndarray:
-    """The image of a file (JPEG, PNG, GIF, BMP), transformed: uint8 [size, size, 3].
-
-    Raises:
-        ValueError: the file cannot be read, or is no such image.
-    """
-    try:
-        return transform(tf.io.read_file(path), tf.zeros(2, tf.int64)).numpy()
-    except tf.errors.OpError as error:
-        raise ValueError(f"{path} is no image that can be read: {str(error.message).splitlines()[0]}") from error
-
-
-def _concatenate(*parts: Record) -> Record:
+def _concatenate(*parts: Entry) -> Entry:
     return {name: tf.concat([part[name] for part in parts], 0) for name in parts[0]}
-
-
-def _checked(interpolation: str) -> str:
-    if interpolation not in ops.RESIZE_METHODS:
-        raise ValueError(f"data.interpolation={interpolation!r} is not one of {', '.join(ops.RESIZE_METHODS)}")
-    return interpolation

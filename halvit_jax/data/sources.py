@@ -9,10 +9,9 @@ import bisect
 import itertools
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
@@ -89,9 +88,10 @@ class TfrecordSource:
         return self.num_examples // parts
 
     def fetch(self, entry: Entry) -> Record:
-        """The entry, which holds the record already."""
+        """The entry's own record."""
+        example = _parse(self._builder, entry["serialized"])
         name = tf.strings.join([entry["file"], ", record ", tf.strings.as_string(entry["number"])])
-        return _checked(entry["image"], entry["label"], name, len(self.class_names))
+        return _checked(example["image"], example["label"], name, len(self.class_names))
 
     def damaged_file(self) -> str:
         """The first file of the split that cannot be read to its end, for TensorFlow's error does not name it.
@@ -118,10 +118,10 @@ class TfrecordSource:
         records = tf.data.TFRecordDataset(file).skip(skip).take(take).concatenate(too_short).take(take)
         numbers = tf.data.Dataset.range(skip, skip + take)
 
-        def parse(number: tf.Tensor, serialized: tf.Tensor) -> Entry:
-            return _parse(self._builder, serialized) | {"file": file, "number": number}
+        def entry(number: tf.Tensor, serialized: tf.Tensor) -> Entry:
+            return {"serialized": serialized, "file": file, "number": number}
 
-        return tf.data.Dataset.zip((numbers, records)).map(parse)
+        return tf.data.Dataset.zip((numbers, records)).map(entry)
 
 
 class ArrayRecordSource:
@@ -178,32 +178,21 @@ def some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def name_damage(batches: Iterator[dict[str, np.ndarray]], source: Source) -> Iterator[dict[str, np.ndarray]]:
-    """The same batches, and an error that names the damaged TFRecord file where TensorFlow's does not.
-
-    Raises:
-        ValueError: a file is truncated, or its checksums do not fit.
-    """
-    damage = tf.errors.DataLossError  # looked up now: a process may end within the try, when modules are gone already
-    try:
-        yield from batches
-    except damage as error:
-        found = str(error.message).splitlines()[0]
-        raise ValueError(f"{source.damaged_file()} is damaged ({found}); prepare the data set again") from error
-
-
-def open_sources(name: str, data_dir: str, root: str, train_split: str, eval_split: str) -> tuple[Source, Source]:
+def open_sources(
+    name: str, data_dir: str, root: str, train_split: str, eval_name: str, eval_split: str
+) -> tuple[Source, Source]:
     """The sources to train on and to evaluate on; `open_source` says what the words mean.
 
     Raises:
         ValueError: also where the two have other classes, whose numbers would then mean different things.
     """
-    train, evaluation = (open_source(name, data_dir, split, root=root) for split in (train_split, eval_split))
+    train = open_source(name, data_dir, train_split, root=root)
+    evaluation = open_source(eval_name, data_dir, eval_split, root=root)
     differing = sorted(set(train.class_names) ^ set(evaluation.class_names))
     if differing:
         raise ValueError(
-            f"data.train_split={train_split!r} and data.eval_split={eval_split!r} of data.root={root!r} must have the "
-            f"same classes; only one of them has {some(differing)}"
+            f"data.train_split={train_split!r} of {root or name} and data.eval_split={eval_split!r} of "
+            f"{root or eval_name} must have the same classes; only one of them has {some(differing)}"
         )
     return train, evaluation
 

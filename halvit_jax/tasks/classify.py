@@ -14,6 +14,8 @@ from halvit_jax.tasks import mix
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import classification_sums
 
+MIX_PER = ("batch", "image")
+
 
 class Classification:
     """Train `model` to name the class of an image.
@@ -28,6 +30,7 @@ class Classification:
         label_smoothing: share of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mix_switch: probability of CutMix where both are on.
+        mix_per: what draws its own mixing: the "batch", or every "image".
         erase: probability of random erasing.
     """
 
@@ -42,10 +45,13 @@ class Classification:
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mix_switch: float = 0.5,
+        mix_per: str = "batch",
         erase: float = 0.0,
     ) -> None:
         if loss not in LOSSES:
             raise ValueError(f"task.loss={loss!r} is not one of {', '.join(LOSSES)}")
+        if mix_per not in MIX_PER:
+            raise ValueError(f"task.mix_per={mix_per!r} is not one of {', '.join(MIX_PER)}")
         for name, value in {"label_smoothing": label_smoothing, "mix_switch": mix_switch, "erase": erase}.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"task.{name}={value} must lie between 0 and 1")
@@ -59,6 +65,7 @@ class Classification:
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
+        self._mixing["per_image"] = mix_per == "image"
         self._erase = erase
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -3,6 +3,8 @@
 Every function is pure in its key. Shapes: `b` batch, `h w` space, `c` classes; images are normalised floats.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,40 +13,61 @@ from scipy.special import betaincinv
 QUANTILES = 2**14
 
 
-def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """lam x + (1 - lam) x', one lam ~ Beta(alpha, alpha) for the batch; the partner x' is the batch reversed."""
-    lam = _beta(key, alpha)
+def mixup(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float, per_image: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """lam x + (1 - lam) x', lam ~ Beta(alpha, alpha), one for the batch or one for each image.
+
+    The partner x' is the batch reversed.
+    """
+    lam = _beta(key, alpha, _shape(images, per_image))
     return _blend(images, lam), _blend(targets, lam)
 
 
-def cutmix(key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float) -> tuple[jax.Array, jax.Array]:
-    """Paste one box of the reversed batch, of area 1 - lam, lam ~ Beta(alpha, alpha); targets by the area pasted."""
+def cutmix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float, per_image: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Paste a box of the reversed batch, of area 1 - lam, lam ~ Beta(alpha, alpha); targets by the area pasted.
+
+    One box for the batch or one for each image.
+    """
     beta_key, row_key, column_key = jax.random.split(key, 3)
-    lam = _beta(beta_key, alpha)
+    lam = _beta(beta_key, alpha, _shape(images, per_image))
     h, w = images.shape[1:3]
     rows = _span(row_key, h, jnp.sqrt(1.0 - lam))
     columns = _span(column_key, w, jnp.sqrt(1.0 - lam))
-    box = rows[:, None] & columns[None, :]  # [h, w]
-    mixed = jnp.where(box[None, :, :, None], images[::-1], images)
-    return mixed, _blend(targets, 1.0 - box.mean())
+    box = rows[..., :, None] & columns[..., None, :]  # [h, w] or [b, h, w]
+    mixed = jnp.where(box[..., None], images[::-1], images)
+    return mixed, _blend(targets, 1.0 - box.mean((-2, -1)))
 
 
 def mixup_or_cutmix(
-    key: jax.Array, images: jax.Array, targets: jax.Array, *, mixup_alpha: float, cutmix_alpha: float, switch: float
+    key: jax.Array,
+    images: jax.Array,
+    targets: jax.Array,
+    *,
+    mixup_alpha: float,
+    cutmix_alpha: float,
+    switch: float,
+    per_image: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """CutMix with probability `switch`, else Mixup; an alpha of 0 leaves that one out, both 0 change nothing."""
+    """CutMix with probability `switch`, else Mixup; an alpha of 0 leaves that one out, both 0 change nothing.
+
+    The choice and its numbers are drawn for the batch, or anew for each image.
+    """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets
+    mix = functools.partial(mixup, images=images, targets=targets, alpha=mixup_alpha, per_image=per_image)
+    cut = functools.partial(cutmix, images=images, targets=targets, alpha=cutmix_alpha, per_image=per_image)
     if not cutmix_alpha:
-        return mixup(key, images, targets, alpha=mixup_alpha)
+        return mix(key)
     if not mixup_alpha:
-        return cutmix(key, images, targets, alpha=cutmix_alpha)
+        return cut(key)
     choice_key, key = jax.random.split(key)
-    return jax.lax.cond(
-        jax.random.uniform(choice_key) < switch,
-        lambda: cutmix(key, images, targets, alpha=cutmix_alpha),
-        lambda: mixup(key, images, targets, alpha=mixup_alpha),
-    )
+    cuts = jax.random.uniform(choice_key, _shape(images, per_image)) < switch
+    if not per_image:
+        return jax.lax.cond(cuts, lambda: cut(key), lambda: mix(key))
+    return tuple(jnp.where(_beside(cuts, a), a, b) for a, b in zip(cut(key), mix(key), strict=True))
 
 
 def random_erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
@@ -67,23 +90,33 @@ def random_erase(key: jax.Array, images: jax.Array, *, probability: float) -> ja
     return jnp.where(box[..., None], noise, images)
 
 
-def _beta(key: jax.Array, alpha: float) -> jax.Array:
-    """One draw from Beta(alpha, alpha), among 16,384 equally likely quantiles.
+def _shape(images: jax.Array, per_image: bool) -> tuple[int, ...]:
+    return images.shape[:1] if per_image else ()
+
+
+def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
+    """Draws from Beta(alpha, alpha), among 16,384 equally likely quantiles.
 
     jax.random.beta draws by rejection in loops, which take XLA seconds to compile, twice in every training step.
     """
     quantiles = betaincinv(alpha, alpha, (np.arange(QUANTILES) + 0.5) / QUANTILES)
-    return jnp.asarray(quantiles, jnp.float32)[jax.random.randint(key, (), 0, QUANTILES)]
+    return jnp.asarray(quantiles, jnp.float32)[jax.random.randint(key, shape, 0, QUANTILES)]
+
+
+def _beside(number: jax.Array, x: jax.Array) -> jax.Array:
+    """One number, or one for each of [b], as something that x [b, ...] can be multiplied with."""
+    return number.reshape(number.shape + (1,) * (x.ndim - 1))
 
 
 def _blend(x: jax.Array, lam: jax.Array) -> jax.Array:
+    lam = _beside(lam, x)
     return (lam * x + (1.0 - lam) * x[::-1]).astype(x.dtype)
 
 
 def _span(key: jax.Array, size: int, fraction: jax.Array) -> jax.Array:
-    """A stretch of about `fraction * size` places around a uniformly drawn centre, cut at the ends: bool [size]."""
-    half = jnp.floor(size * fraction).astype(jnp.int32) // 2
-    centre = jax.random.randint(key, (), 0, size)
+    """About `fraction * size` places around a uniformly drawn centre, cut at the ends: bool [..., size]."""
+    half = jnp.floor(size * fraction).astype(jnp.int32)[..., None] // 2
+    centre = jax.random.randint(key, fraction.shape, 0, size)[..., None]
     place = jnp.arange(size)
     return (place >= centre - half) & (place < centre + half)
 

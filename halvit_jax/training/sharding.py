@@ -20,9 +20,7 @@ Axes = tuple[str, ...] | str | None  # of one dimension: what it is split over, 
 Rules = Sequence[tuple[str, tuple[Axes, ...]]]
 
 
-def make_mesh(
-    *, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (all there are); -1 stands for what the other axes leave.
 
     Raises:

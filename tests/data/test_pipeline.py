@@ -114,7 +114,7 @@ def test_wrong_values_are_refused(digits_dir: pathlib.Path) -> None:
         "data.interpolation='cubic' is not one of bilinear, bicubic": {"interpolation": "cubic"},
         "batch_size=2048 over 8 readers asks for more than the 1433 examples": {"batch_size": 2048},
         "3 hosts cannot share 8 readers equally": {"host": Host(0, 3)},
-        "data.rand_augment='rand": {"rand_augment": "rand-x9"},
+        "data.augment='rand": {"rand_augment": "rand-x9"},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -119,8 +119,13 @@ def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(mix, "random_erase", erase)
     monkeypatch.setattr(mix, "mixup_or_cutmix", blend)
-    _task(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_switch=0.4, erase=0.25).summary_images(_batch())
-    assert calls == [("erase", 0.25), ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4})]
+    _task(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_switch=0.4, mix_per="image", erase=0.25).summary_images(
+        _batch()
+    )
+    assert calls == [
+        ("erase", 0.25),
+        ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4, "per_image": True}),
+    ]
 
 
 def test_the_randomness_of_the_loss_comes_from_its_key() -> None:

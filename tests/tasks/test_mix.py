@@ -80,7 +80,7 @@ def test_with_both_alphas_zero_nothing_changes() -> None:
 
 def test_an_alpha_of_zero_leaves_that_kind_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mixup", "cutmix"):
-        monkeypatch.setattr(mix, name, lambda key, images, targets, *, alpha, name=name: (name, alpha))
+        monkeypatch.setattr(mix, name, lambda key, *, alpha, name=name, **_: (name, alpha))
     arguments = (KEYS[0], IMAGES, TARGETS)
     assert mix.mixup_or_cutmix(*arguments, mixup_alpha=0.8, cutmix_alpha=0.0, switch=1.0) == ("mixup", 0.8)
     assert mix.mixup_or_cutmix(*arguments, mixup_alpha=0.0, cutmix_alpha=1.0, switch=0.0) == ("cutmix", 1.0)
@@ -94,6 +94,33 @@ def test_with_both_the_switch_is_the_probability_of_cutmix_and_the_key_decides()
     assert cut.mean() == pytest.approx(0.2, abs=0.04)
     np.testing.assert_array_equal(many(KEYS), images)
     assert (np.asarray(many(KEYS[::-1])) != images).any()
+
+
+def test_every_image_can_be_mixed_on_its_own() -> None:
+    """In one batch some images are cut and some blended, each with its own number, and its target says which."""
+    b = 64
+    images = jax.random.uniform(jax.random.key(3), (b, 16, 16, 1))
+    targets = jax.nn.one_hot(jnp.arange(b), b)
+    keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5, "per_image": True}
+    mixed, new = (np.asarray(a) for a in mix.mixup_or_cutmix(KEYS[0], images, targets, **keywords))
+    plain, partner = np.asarray(images), np.asarray(images)[::-1]
+    own = new[np.arange(b), np.arange(b)]
+    np.testing.assert_allclose(own + new[np.arange(b), np.arange(b)[::-1]], 1.0, rtol=1e-6)
+    pasted = mixed == partner
+    cut = (pasted | (mixed == plain)).all((1, 2, 3))
+    assert 0.25 < cut.mean() < 0.75
+    assert len(set(own.round(5))) > b / 2
+    np.testing.assert_allclose(own[cut], 1 - pasted[cut].mean((1, 2, 3)), atol=1e-6)
+    lam = own[~cut][:, None, None, None]
+    np.testing.assert_allclose(mixed[~cut], lam * plain[~cut] + (1 - lam) * partner[~cut], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_one_kind_alone_is_drawn_for_every_image_too(kind: str) -> None:
+    alphas = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0} | {f"{kind}_alpha": 1.0}
+    targets = jax.nn.one_hot(jnp.arange(len(IMAGES)), 99)
+    _, new = mix.mixup_or_cutmix(KEYS[0], IMAGES, targets, **alphas, switch=0.5, per_image=True)
+    assert len(set(np.asarray(new).max(1).round(4).tolist())) > 1
 
 
 def test_mixing_keeps_the_type_of_the_images() -> None:

@@ -1,0 +1,95 @@
+"""Watching over batches: which file is to blame for an error, and how many images had to be replaced."""
+
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from halvit_jax.data.sources import Entry, Source
+from halvit_jax.protocols import DataError
+
+LOG = logging.getLogger("halvit_jax.data")
+
+
+class Watch:
+    """Passes on the batches of one loader, without the fields that are only for this watch (`good`, `name`).
+
+    Args:
+        source: what the batches are read from.
+        prepare: an example's entry, and what stands before it, -> the example.
+        again: step -> the arguments of `prepare` for this host's rows of its batch.
+        budget: the largest share of an epoch's examples that may be replaced; one always may.
+        steps_per_epoch: steps after which counting begins anew.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        prepare: Callable[..., Any],
+        again: Callable[[int], Iterator[tuple]],
+        *,
+        budget: float,
+        steps_per_epoch: int,
+    ) -> None:
+        self._source, self._prepare, self._again = source, prepare, again
+        self._steps_per_epoch = steps_per_epoch
+        self._allowed = max(1, int(budget * source.num_examples))
+        self._replaced: set[str] = set()  # in this epoch; a repeated image is one
+
+    def batches(self, batches: Iterator[dict[str, np.ndarray]], first_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """The batches from step `first_step` on.
+
+        Raises:
+            DataError: a file is damaged, an image cannot be decoded, or more images than allowed had to be replaced.
+        """
+        # Looked up now: a process may end within the try, when modules are gone already.
+        damage, failure, step = tf.errors.DataLossError, tf.errors.OpError, first_step
+        try:
+            for batch in batches:
+                if step % self._steps_per_epoch == 0:
+                    self._replaced.clear()
+                good, names = batch.pop("good"), batch.pop("name")
+                if not good.all():
+                    self._count({name.decode() for name in names[~good]})
+                yield batch
+                step += 1
+        except damage as error:
+            found = str(error.message).splitlines()[0]
+            raise DataError(
+                f"{self._source.damaged_file()} is damaged ({found}); prepare the data set again"
+            ) from error
+        except failure as error:
+            raise DataError(self._blame(step, error)) from error
+
+    def _count(self, names: set[str]) -> None:
+        self._replaced |= names
+        LOG.warning("replaced what cannot be decoded, number %d of this epoch: %s", len(self._replaced), sorted(names))
+        if len(self._replaced) > self._allowed:
+            raise DataError(
+                f"{len(self._replaced)} images of this epoch cannot be decoded, {self._allowed} are allowed: "
+                f"{', '.join(sorted(self._replaced)[:5])}; remove them, or raise data.bad_image_budget"
+            )
+
+    def _blame(self, step: int, error: tf.errors.OpError) -> str:
+        """What went wrong in the batch of this step, and with which record; its examples are prepared once more."""
+        for example in self._again(step):
+            try:
+                self._prepare(*example)
+            except tf.errors.OpError as found:
+                return self._name(example[-1], found)
+        return _first_line(error)  # it could be read this time
+
+    def _name(self, entry: Entry, error: tf.errors.OpError) -> str:
+        try:
+            name = self._source.fetch(entry)["name"].numpy().decode()
+        except tf.errors.OpError as found:  # which names the record itself
+            return _first_line(found)
+        return f"{name} cannot be decoded ({_first_line(error)}); remove it, or set data.on_bad_image='replace'"
+
+
+def _first_line(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without its own names of the place."""
+    return re.sub(r"\{\{.*?\}\} ?| ?\[(?:Op:|\[).*", "", str(error.message).splitlines()[0]).strip()
