@@ -1,4 +1,4 @@
-"""HaLViT-ResNet-50 on ImageNet-1k with torchvision's V1 recipe, 90 epochs.
+"""HaLViT-ResNet-50 on ImageNet-1k with torchvision's V1 recipe, 90 epochs, or with A2, 300 epochs, by adding :a2
 
 python -m halvit_jax.main --config=configs/halvit_resnet50.py --workdir=runs/halvit_resnet50
 
@@ -12,6 +12,6 @@ from ml_collections import ConfigDict
 from halvit_jax import recipes
 
 
-def get_config() -> ConfigDict:
+def get_config(recipe: str = "v1") -> ConfigDict:
     """The ImageNet run of HaLViT-ResNet-50."""
-    return recipes.torchvision_v1("halvit_resnet50")
+    return recipes.resnet("halvit_resnet50", recipe)

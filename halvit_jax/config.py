@@ -47,7 +47,7 @@ def _model() -> dict[str, Any]:
         "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
         "num_classes": 1000,  # size of the classifier
         "image_size": optional(int),  # height and width of the images, for the model and the data
-        "drop_path": optional(float),  # ViT: stochastic depth of the last block
+        "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
         "patch_size": optional(int),  # ViT: pixels of a patch's side
         "width": optional(int),  # ViT: width of the tokens

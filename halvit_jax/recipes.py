@@ -59,6 +59,51 @@ def torchvision_v1(model: str) -> ConfigDict:
     return config
 
 
+def resnet_a2(model: str, *, epochs: int = 300) -> ConfigDict:
+    """A2 of "ResNet strikes back" (Wightman et al., 2021): LAMB, binary cross-entropy, Mixup, CutMix, RandAugment.
+
+    Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as timm's LAMB does by itself.
+    """
+    config = default_config()
+    config.num_epochs = epochs
+    config.batch_size = config.recipe_batch_size = 2048
+    config.model.name = model
+    config.model.drop_path = 0.05
+    config.data.augment = "rand-m7-mstd0.5-inc1"
+    config.data.antialias = True
+    config.data.repeats = 3
+    config.data.eval_crop = 0.95
+    config.task.loss = "binary_cross_entropy"
+    config.task.mixup = 0.1
+    config.task.cutmix = 1.0
+    config.optim.name = "lamb"
+    config.optim.learning_rate = 5e-3
+    config.optim.base_batch_size = 2048
+    config.optim.weight_decay = 0.02
+    config.optim.clip_norm = 1.0
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_start = 1e-4
+    config.optim.floor = 1e-6
+    return config
+
+
+def resnet(model: str, recipe: str) -> ConfigDict:
+    """A convolutional network under one of `RESNET_RECIPES`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if recipe not in RESNET_RECIPES:
+        raise ValueError(
+            f"recipe {recipe!r} is not one of {', '.join(RESNET_RECIPES)}; give it behind the file: x.py:a2"
+        )
+    return RESNET_RECIPES[recipe](model)
+
+
+RESNET_RECIPES = {"v1": torchvision_v1, "a2": resnet_a2}
+
+
 def digits(model: str) -> ConfigDict:
     """The embedded digits in about two minutes on two cores: a ViT of width 96 and depth 4 on patches of 2x2 pixels."""
     config = default_config()

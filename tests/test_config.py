@@ -2,12 +2,15 @@ import ast
 import importlib.util
 import pathlib
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from halvit_jax import door, recipes
 from halvit_jax.config import default_config, from_json, to_json, validate
 from halvit_jax.run import build_task
+from halvit_jax.training.optim import path_mask
+from halvit_jax.training.paths import flat
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -39,6 +42,24 @@ def test_every_config_builds_its_task_and_says_how_it_is_run(path: pathlib.Path)
 def test_every_config_is_what_it_was(path: pathlib.Path) -> None:
     """The whole config as text; after a change that is meant, write `to_json` of it to the golden file."""
     assert to_json(load(path)) + "\n" == (GOLDEN / "configs" / f"{path.stem}.json").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_a_config_decays_is_what_it_was(path: pathlib.Path) -> None:
+    """Every parameter with how it is treated; the golden file is this text."""
+    config = load(path)
+    params = jax.eval_shape(build_task(config).init, jax.random.key(0))[0]
+    mask = flat(path_mask(params, config.optim.no_decay))
+    text = "".join(f"{'decayed' if decayed else 'spared '} {name}\n" for name, decayed in mask.items())
+    assert text == (GOLDEN / "decay" / f"{path.stem}.txt").read_text()
+
+
+def test_the_recipe_is_an_argument_of_the_convolutional_configs() -> None:
+    for name in ("resnet50", "halvit_resnet50"):
+        config = load(ROOT / "configs" / f"{name}.py", "a2")
+        assert (config.model.name, config.optim.name, config.num_epochs) == (name, "lamb", 300)
+    with pytest.raises(ValueError, match="recipe 'a1' is not one of v1, a2"):
+        recipes.resnet("resnet50", "a1")
 
 
 def test_epochs_are_an_argument_of_the_config_file() -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, max_pool
+from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.init import Dtype, Initializer, torch_uniform, torch_uniform_bias
 from halvit_jax.layers.tied import TiedDense
@@ -69,6 +70,7 @@ class ResNet(nn.Module):
     base_width: int = 64  # channels of one group in the first stage
     kernel_init: str = "kaiming_fan_out"  # of every convolution: a key of KERNEL_INITS
     num_classes: int = 1000
+    drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
@@ -89,17 +91,20 @@ class ResNet(nn.Module):
             )
         if min(self.groups, self.base_width) < 1:
             raise ValueError(f"model.groups={self.groups} and model.base_width={self.base_width} must be at least 1")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
         super().__post_init__()
 
     def setup(self) -> None:
         init = KERNEL_INITS[self.kernel_init]
         self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype)
+        rates = linear_rates(self.drop_path, sum(self.depths))
         for i, (kind, depth) in enumerate(zip(self.stages, self.depths, strict=True)):
             mid = 64 * 2**i
             stage = STAGES[kind](
                 out=mid * EXPANSION[kind],
                 width=mid * self.base_width // 64 * self.groups,
-                depth=depth,
+                rates=tuple(rates[sum(self.depths[:i]) :][:depth]),
                 stride=1 if i == 0 else 2,
                 groups=self.groups,
                 kernel_init=init,
@@ -131,7 +136,7 @@ class Stage(nn.Module):
 
     out: int
     width: int
-    depth: int
+    rates: tuple[float, ...]  # stochastic depth of each block
     stride: int  # of the first block
     groups: int
     kernel_init: Initializer
@@ -153,9 +158,9 @@ class BasicStage(Stage):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        for i in range(self.depth):
+        for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            x = self._run(BasicBlock(self.out, stride, **self._common(), name=f"block{i}"), x, train=train)
+            x = self._run(BasicBlock(self.out, stride, rate, **self._common(), name=f"block{i}"), x, train=train)
         return x
 
 
@@ -164,9 +169,9 @@ class BottleneckStage(Stage):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        for i in range(self.depth):
+        for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = Bottleneck(self.out, self.width, stride, self.groups, **self._common(), name=f"block{i}")
+            block = Bottleneck(self.out, self.width, stride, rate, self.groups, **self._common(), name=f"block{i}")
             x = self._run(block, x, train=train)
         return x
 
@@ -189,9 +194,9 @@ class HalvitStage(Stage):
         if self.stride != 1:
             strided = ConvNorm(self.out, 3, self.stride, groups=self.out, **self._common(), name="shortcut")
             shortcut = BatchNorm(dtype=self.dtype, name="shortcut_norm")(strided(x, train=train), train=train)
-        for i in range(self.depth):
+        for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, self.groups, **self._common(), norm_first=False, name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._common(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
@@ -210,9 +215,9 @@ class HalvitPrenormStage(Stage):
             shortcut = ConvNorm(self.out, 1, self.stride, **self._common(), name="shortcut")(x, train=train)
         if channels != self.out:
             x = Conv(self.out, **self._common(), name="widen")(x)
-        for i in range(self.depth):
+        for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, self.groups, **self._common(), norm_first=True, name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._common(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
@@ -231,6 +236,7 @@ class BasicBlock(nn.Module):
 
     out: int
     stride: int
+    drop_path: float
     kernel_init: Initializer
     dtype: Dtype
 
@@ -243,7 +249,7 @@ class BasicBlock(nn.Module):
         y = BatchNorm(dtype=self.dtype, name="norm2")(y, train=train)
         if x.shape != y.shape:
             x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
-        return nn.relu(y + x)
+        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
 
 
 class Bottleneck(nn.Module):
@@ -252,6 +258,7 @@ class Bottleneck(nn.Module):
     out: int
     width: int
     stride: int
+    drop_path: float
     groups: int
     kernel_init: Initializer
     dtype: Dtype
@@ -267,7 +274,7 @@ class Bottleneck(nn.Module):
         y = BatchNorm(dtype=self.dtype, name="norm3")(y, train=train)
         if x.shape != y.shape:
             x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
-        return nn.relu(y + x)
+        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
 
 
 class TiedBottleneck(nn.Module):
@@ -278,6 +285,7 @@ class TiedBottleneck(nn.Module):
 
     tied: TiedDense
     stride: int
+    drop_path: float
     groups: int
     norm_first: bool
     kernel_init: Initializer
@@ -294,7 +302,7 @@ class TiedBottleneck(nn.Module):
         y = Conv(width, 3, self.stride, groups=self.groups, **common, name="conv2")(y)
         y = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(y, train=train))
         y = BatchNorm(dtype=self.dtype, name="norm3")(self.tied.project_back(y), train=train)
-        return nn.relu(y + shortcut)
+        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + shortcut)
 
 
 def _check_choices(field: str, values: Sequence[str], allowed: dict) -> None:

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, ResNet
+from halvit_jax.layers.drop import DropPath
+from halvit_jax.layers.init import torch_uniform
+from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, Bottleneck, ResNet
 from halvit_jax.training.paths import flat, map_paths
 
 SIZE, CLASSES = 32, 5
@@ -88,6 +91,30 @@ def test_weights_start_as_in_the_released_networks() -> None:
     plain = KERNEL_INITS[ResNet.kernel_init](jax.random.key(0), (3, 3, 8, 256))
     assert float(plain.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
     assert not any(a.any() for path, a in flat(variables["batch_stats"]).items() if path.endswith("mean"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", *TIED])
+def test_drop_path_rises_linearly_to_the_last_block(name: str) -> None:
+    model, rates = ResNet(**SIZES[name], drop_path=0.3, num_classes=0), []
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, DropPath) and context.method_name == "__call__":
+            rates.append(context.module.rate)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        _shapes(model)
+    np.testing.assert_allclose(rates, np.linspace(0, 0.3, sum(model.depths)))
+
+
+def test_a_dropped_block_is_its_shortcut() -> None:
+    block = Bottleneck(8, 2, 1, 0.5, 1, torch_uniform, None)
+    x = jnp.abs(jnp.asarray(np.random.default_rng(0).standard_normal((32, 4, 4, 8)), jnp.float32))
+    variables = jax.jit(lambda: block.init(jax.random.key(0), x, train=False))()
+    rngs = {"drop_path": jax.random.key(1)}
+    out, _ = block.apply(variables, x, train=True, rngs=rngs, mutable=["batch_stats"])
+    dropped = np.asarray((out == x).all((1, 2, 3)))
+    assert 0.2 < dropped.mean() < 0.8
 
 
 @pytest.mark.parametrize("name", TIED)
@@ -171,6 +198,7 @@ def test_both_formulations_are_one_network(monkeypatch: pytest.MonkeyPatch) -> N
         ({"kernel_init": "xavier"}, rf"model.kernel_init='xavier' is not one of {', '.join(KERNEL_INITS)}"),
         ({"depths": (2, 2, 2)}, r"model.depths=\(2, 2, 2\) and model.stages=.* must both have four entries"),
         ({"stages": ("basic",) * 5}, r"must both have four entries"),
+        ({"drop_path": 1.0}, r"model.drop_path=1.0 must lie in \[0, 1\)"),
         ({"depths": (2, 2, 0, 2)}, r"model.depths=\(2, 2, 0, 2\) must all be at least 1"),
         ({"base_width": 0}, r"model.groups=1 and model.base_width=0 must be at least 1"),
         ({"stages": ("basic",) * 4, "groups": 32}, r"model.groups=32 and model.base_width=64 must be 1 and 64"),

@@ -1,0 +1,16 @@
+"""DeiT-B on ImageNet-1k, 300 epochs: the untied twin of halvit_small.
+
+python -m halvit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base
+
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Published top-1: 81.8 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of DeiT-B."""
+    return recipes.deit("deit_base", epochs=int(epochs))

@@ -1,0 +1,16 @@
+"""DeiT-Ti on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/deit_tiny.py --workdir=runs/deit_tiny
+
+Hardware: a TPU v5e-4 or 4 GPUs of 16 GB and more. Expected time: not measured.
+Published top-1: 72.2 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of DeiT-Ti."""
+    return recipes.deit("deit_tiny", epochs=int(epochs))
