@@ -11,25 +11,45 @@ import pytest
 from test_main import MAIN, ROOT, one_device, tiny
 
 from halvit_jax.main import work
+from halvit_jax.training.checkpoint import FOLDER
 
 STEPS = 60
 
 
-@pytest.mark.parametrize("model", ["halvit_tiny", "resnet18"])
-def test_going_on_from_any_checkpoint_changes_nothing(
-    model: str, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+EVERYTHING = {  # beside what `tiny` switches on
+    "accumulate": 2,
+    "data.augment": "rand-m9-mstd0.5-inc1",
+    "data.repeats": 3,
+    "optim.clip_norm": 1.0,
+}
+RESNET = {f"model.{field}": None for field in ("patch_size", "width", "depth", "num_heads")} | {
+    "model.name": "resnet18",
+    "model.depths": (1, 1, 1, 1),
+    "model.image_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "every", "broken_at"),
+    [
+        pytest.param({}, 12, 6, (6,), id="halvit"),
+        pytest.param({}, STEPS, 1, (1, 7, 30, 59), id="halvit at four steps", marks=pytest.mark.slow),
+        # BatchNorm's statistics are state too; a checkpoint of this net is 80 MB, hence few.
+        pytest.param(RESNET, 8, 5, (5,), id="resnet", marks=pytest.mark.slow),
+    ],
+)
+def test_broken_at_any_step_it_ends_the_same(
+    model: dict, steps: int, every: int, broken_at: tuple[int, ...], digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    changes = {"total_steps": 12, "eval_every": 12, "checkpoint_every": 5, "keep_checkpoints": 3}
-    if model == "resnet18":  # its BatchNorm statistics are state too
-        vit_fields = ("patch_size", "width", "depth", "num_heads", "drop_path")
-        changes |= {"model.name": model, "model.image_size": 32}
-        changes |= {f"model.{field}": None for field in vit_fields}
-    whole = work(tiny(digits_dir, **changes), tmp_path / "whole")
-    # The schedule needs the whole length, so a broken run is one whose later checkpoints are taken away.
-    for step in ("12", "10"):
-        shutil.rmtree(tmp_path / "whole" / "checkpoints" / step)
-    resumed = work(tiny(digits_dir, **changes), tmp_path / "whole")
-    assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}
+    cadence = {"total_steps": steps, "eval_every": steps, "checkpoint_every": every, "keep_checkpoints": steps}
+    config = tiny(digits_dir, **EVERYTHING | cadence | model)
+    whole = work(config, tmp_path / "whole")
+    for step in broken_at:
+        broken = tmp_path / str(step)
+        (broken / FOLDER).mkdir(parents=True)
+        shutil.move(tmp_path / "whole" / FOLDER / str(step), broken / FOLDER)
+        resumed = work(config, broken)
+        assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}, step
 
 
 def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
