@@ -1,6 +1,7 @@
-"""How fast models run on this machine, and what they weigh.
+"""How fast models run on this machine, and what they weigh; or how fast images are read.
 
 python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
+python -m halvit_jax.bench --what=input [--batch=64]
 
 One device works, however many there are. The models take turns within every round, so that drift of a shared machine
 hits all of them alike; figures are medians over the rounds. A training step is forward, backward and AdamW's update.
@@ -8,6 +9,7 @@ hits all of them alike; figures are medians over the rounds. A training step is 
 
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from halvit_jax.config import default_config
 
 def define_flags() -> None:
     """The flags of this door."""
+    flags.DEFINE_enum("what", "models", ["models", "input"], "Models, or the input pipeline.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
     flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
@@ -112,6 +115,9 @@ def main(argv: list[str]) -> None:
         given = flags.FLAGS
         for name in given.models:
             create_model(name)
+    if given.what == "input":
+        report_input(batch=given.batch, repeats=given.repeats, as_json=given.json)
+        return
     rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
     if given.json:
         for row in rows:
@@ -124,6 +130,24 @@ def main(argv: list[str]) -> None:
         mebibytes = [f"{row[key] / 2**20:,.1f}" for key in ("train_peak_bytes", "params_and_optimizer_bytes")]
         speeds = row["infer_images_per_s"], row["train_images_per_s"]
         print(columns.format(row["model"], row["compile_s"], *speeds, *mebibytes))
+
+
+def report_input(*, batch: int, repeats: int, as_json: bool) -> None:
+    """Measure the input pipeline and print."""
+    from halvit_jax.data import hide_accelerators, speed
+
+    hide_accelerators()
+    rows = speed.measure(batch=batch, rounds=repeats)
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    print(f"{os.cpu_count()} cores, batches of {batch}, JPEGs of 500x375, medians of {repeats} rounds")
+    columns = "{:<20} {:>10} {:>20} {:>10}"
+    print(columns.format("what", "images/s", "images/s per core", "of bare"))
+    for row in rows:
+        share = row["images_per_s_per_core"] / rows[0]["images_per_s_per_core"]
+        print(columns.format(row["what"], row["images_per_s"], row["images_per_s_per_core"], f"{share:.2f}"))
 
 
 def _seconds(run: Callable[[], None]) -> float:

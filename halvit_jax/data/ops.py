@@ -3,6 +3,7 @@
 Every op that draws something takes a stateless seed (int64 [2]) and is a pure function of it. `h w` space.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import tensorflow as tf
 RESIZE_METHODS = ("bilinear", "bicubic")
 CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
+MAX_RATIO = 8  # of the sides: a longer image resized by its short side could be larger than there is memory
 PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
+HEAD = 26  # bytes in which these three say how large they are
 
 
 class Codec(NamedTuple):
@@ -50,16 +53,22 @@ def random_resized_crop(
     """
     codec = codec or STRICT
     shape, readable = codec.shape(encoded)
+    encoded = tf.where(readable, encoded, b"")  # of an image that is too large nothing may be decoded
     crop, decodable = codec.decode_box(encoded, _random_box(shape[0], shape[1], seed, min_area))
     crop.set_shape([None, None, 3])
     return resize(crop, (size, size), method=method, antialias=antialias), readable & decodable
 
 
 def central_crop(image: tf.Tensor, *, size: int, share: float, method: str) -> tf.Tensor:
-    """Resize the short side to size / share (rounded down, antialiased), then cut size x size out of the middle."""
-    if image.shape[:2] == (size, size):
-        return image
+    """Resize the short side to size / share (rounded down, antialiased), then cut size x size out of the middle.
+
+    Of an image longer than MAX_RATIO times its width only the middle is resized.
+    """
     short = int(size / share)
+    height, width = tf.unstack(tf.shape(image)[:2])
+    longest = MAX_RATIO * tf.minimum(height, width)
+    top, left = tf.maximum(height - longest, 0) // 2, tf.maximum(width - longest, 0) // 2
+    image = image[top : top + longest, left : left + longest]
     height, width = tf.unstack(tf.shape(image)[:2])
     new_height = tf.where(height < width, short, short * height // width)
     new_width = tf.where(height < width, short * width // height, short)
@@ -100,14 +109,17 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
         tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP, or one of more than MAX_PIXELS.
     """
 
+    # Filled up, for TensorFlow quotes the bytes where there are too few, and Python cannot read its message.
+    head = tf.strings.substr(tf.strings.substr(encoded, 0, HEAD) + b"\0" * HEAD, 0, HEAD)
+
     def numbers(start: int, width: type, little: bool) -> Callable[[], tf.Tensor]:
         size = 2 * np.dtype(width).itemsize
         return lambda: tf.cast(
-            tf.io.decode_raw(tf.strings.substr(encoded, start, size), width, little_endian=little), tf.int64
+            tf.io.decode_raw(tf.strings.substr(head, start, size), width, little_endian=little), tf.int64
         )
 
     def first(kind: bytes) -> tf.Tensor:
-        return tf.strings.substr(encoded, 0, len(kind)) == kind
+        return tf.strings.substr(head, 0, len(kind)) == kind
 
     shape = tf.case(  # PNG has its width first, and so have GIF and BMP
         [
@@ -118,8 +130,20 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
         default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),
     )
     fits = (tf.reduce_min(shape) > 0) & (shape[0] <= MAX_PIXELS // tf.maximum(shape[1], 1))
-    with tf.control_dependencies([tf.debugging.Assert(fits, ["an image of", shape, "pixels, at most", MAX_PIXELS])]):
+    message = ["an image of", shape[0], "x", shape[1], "pixels, which must be 1 to", MAX_PIXELS]
+    with tf.control_dependencies([tf.debugging.Assert(fits, message)]):
         return tf.ensure_shape(tf.cast(shape, tf.int32), [2])
+
+
+def reason(error: tf.errors.OpError) -> str:
+    """TensorFlow's message as one line, without its own names of the place."""
+    message = str(error.message)
+    summary = re.match(r"Expected '.*' to be true\. Summarized data: (.*)", message, re.DOTALL)  # a check, eagerly
+    if summary:
+        return " ".join(line.removeprefix("b'").removesuffix("'") for line in summary[1].splitlines())
+    line = re.sub(r"\{\{.*?\}\} ?| ?\[(?:Op:|\[).*", "", message.splitlines()[0]).strip()
+    check = re.match(r"assertion failed: (.*)", line)  # in a graph
+    return re.sub(r"\[(.*?)\]", r"\1", check[1]) if check else line
 
 
 def _decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -129,8 +153,9 @@ def _decode(encoded: tf.Tensor) -> tf.Tensor:
 
 def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
     def cut() -> tf.Tensor:
-        top, left, height, width = tf.unstack(box)
-        return _decode(encoded)[top : top + height, left : left + width]
+        image = _decode(encoded)
+        top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than it says
+        return image[top : top + box[2], left : left + box[3]]
 
     return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
 

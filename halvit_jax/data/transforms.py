@@ -10,7 +10,7 @@ from halvit_jax.data import augment, ops
 
 
 class Picture(TypedDict):
-    """`image`: uint8 [size, size, 3]; `good`: False where the bytes could not be decoded and the image is grey."""
+    """`image`: uint8 [size, size, 3]; `good`: False where the bytes could not be decoded and grey was taken instead."""
 
     image: tf.Tensor
     good: tf.Tensor
@@ -43,12 +43,12 @@ def train_transform(
     codec = _codec(on_bad_image)
     _check_method(method)
 
-    def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
+    def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return ops.random_resized_crop(
             encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area, codec=codec
         )
 
-    def whole(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
+    def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         del seed
         image, good = ops.decode(encoded, codec=codec)
         return ops.resize(image, (size, size), method=method, antialias=antialias), good
@@ -110,7 +110,7 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
     try:
         return transform(tf.io.read_file(path), tf.zeros(2, tf.int64))["image"].numpy()
     except tf.errors.OpError as error:
-        raise ValueError(f"{path} is no image that can be read: {str(error.message).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no image that can be read: {ops.reason(error)}") from error
 
 
 def _codec(on_bad_image: str) -> ops.Codec:

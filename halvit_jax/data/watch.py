@@ -1,17 +1,19 @@
 """Watching over batches: which file is to blame for an error, and how many images had to be replaced."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from halvit_jax.data.sources import Entry, Source
+from halvit_jax.data import ops
+from halvit_jax.data.sources import Source, TfrecordSource
 from halvit_jax.protocols import DataError
 
 LOG = logging.getLogger("halvit_jax.data")
+MEND_IMAGE = "remove it, or set data.on_bad_image='replace'"
+MEND_RECORD = "put it right, or prepare the data set again"
 
 
 class Watch:
@@ -45,8 +47,7 @@ class Watch:
         Raises:
             DataError: a file is damaged, an image cannot be decoded, or more images than allowed had to be replaced.
         """
-        # Looked up now: a process may end within the try, when modules are gone already.
-        damage, failure, step = tf.errors.DataLossError, tf.errors.OpError, first_step
+        failure, step = tf.errors.OpError, first_step  # looked up now: when a process ends, modules may be gone already
         try:
             for batch in batches:
                 if step % self._steps_per_epoch == 0:
@@ -56,11 +57,6 @@ class Watch:
                     self._count({name.decode() for name in names[~good]})
                 yield batch
                 step += 1
-        except damage as error:
-            found = str(error.message).splitlines()[0]
-            raise DataError(
-                f"{self._source.damaged_file()} is damaged ({found}); prepare the data set again"
-            ) from error
         except failure as error:
             raise DataError(self._blame(step, error)) from error
 
@@ -75,21 +71,21 @@ class Watch:
 
     def _blame(self, step: int, error: tf.errors.OpError) -> str:
         """What went wrong in the batch of this step, and with which record; its examples are prepared once more."""
-        for example in self._again(step):
-            try:
-                self._prepare(*example)
-            except tf.errors.OpError as found:
-                return self._name(example[-1], found)
-        return _first_line(error)  # it could be read this time
-
-    def _name(self, entry: Entry, error: tf.errors.OpError) -> str:
+        if isinstance(error, tf.errors.DataLossError) and isinstance(self._source, TfrecordSource):
+            return f"{self._source.damaged_file()} is damaged ({ops.reason(error)}); prepare the data set again"
+        # In graphs, as in the loader: eagerly, what Python reads would raise its own errors.
+        fetch, prepare = _graph(self._source.fetch), _graph(self._prepare)
         try:
-            name = self._source.fetch(entry)["name"].numpy().decode()
-        except tf.errors.OpError as found:  # which names the record itself
-            return _first_line(found)
-        return f"{name} cannot be decoded ({_first_line(error)}); remove it, or set data.on_bad_image='replace'"
+            for example in self._again(step):
+                name = fetch(example[-1])["name"].numpy().decode()
+                try:
+                    prepare(*example)
+                except tf.errors.OpError as found:
+                    return f"{name} cannot be decoded ({ops.reason(found)}); {MEND_IMAGE}"
+        except tf.errors.OpError as found:  # of the record itself, which names it
+            return f"{ops.reason(found)}; {MEND_RECORD}"
+        return ops.reason(error)  # it could be read this time
 
 
-def _first_line(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without its own names of the place."""
-    return re.sub(r"\{\{.*?\}\} ?| ?\[(?:Op:|\[).*", "", str(error.message).splitlines()[0]).strip()
+def _graph(function: Callable[..., Any]) -> Callable[..., Any]:
+    return tf.function(function, autograph=False)
