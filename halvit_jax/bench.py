@@ -116,12 +116,15 @@ def main(argv: list[str]) -> None:
         for name in given.models:
             create_model(name)
     if given.what == "input":
-        report_input(batch=given.batch, repeats=given.repeats, as_json=given.json)
-        return
-    rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
+        rows = measure_input(batch=given.batch, repeats=given.repeats)
+    else:
+        rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
     if given.json:
         for row in rows:
             print(json.dumps(row))
+        return
+    if given.what == "input":
+        report_input(rows, batch=given.batch, repeats=given.repeats)
         return
     print(f"{rows[0]['device']}, batch {given.batch}, {given.dtype}, medians of {given.repeats} rounds")
     columns = "{:<26} {:>10} {:>16} {:>16} {:>14} {:>22}"
@@ -132,16 +135,16 @@ def main(argv: list[str]) -> None:
         print(columns.format(row["model"], row["compile_s"], *speeds, *mebibytes))
 
 
-def report_input(*, batch: int, repeats: int, as_json: bool) -> None:
-    """Measure the input pipeline and print."""
+def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """One row for each way of preparing images."""
     from halvit_jax.data import hide_accelerators, speed
 
     hide_accelerators()
-    rows = speed.measure(batch=batch, rounds=repeats)
-    if as_json:
-        for row in rows:
-            print(json.dumps(row))
-        return
+    return speed.measure(batch=batch, rounds=repeats)
+
+
+def report_input(rows: list[dict[str, Any]], *, batch: int, repeats: int) -> None:
+    """The rows of `measure_input` as a table."""
     print(f"{os.cpu_count()} cores, batches of {batch}, JPEGs of 500x375, medians of {repeats} rounds")
     columns = "{:<20} {:>10} {:>20} {:>10}"
     print(columns.format("what", "images/s", "images/s per core", "of bare"))

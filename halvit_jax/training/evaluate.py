@@ -17,7 +17,7 @@ def evaluate(eval_step: Callable, variables: PyTree, loader: Loader, mesh: Mesh)
     """
     variables = (variables["params"], variables["model_state"])
     sums = [eval_step(*variables, to_devices(batch, mesh)) for batch in loader.batches()]
-    totals = total(sums)
+    totals = total(sums) if sums else {"examples": 0.0}
     if round(totals["examples"]) != loader.num_examples:
         raise RuntimeError(f"scored {totals['examples']:.0f} examples where the split holds {loader.num_examples}")
     return averages(totals)

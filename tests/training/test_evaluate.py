@@ -59,3 +59,9 @@ def test_totals_are_exact_beyond_what_float32_can_count() -> None:
 def test_averages_are_sums_over_examples_and_leave_their_number_out() -> None:
     assert averages({"loss": 6.0, "top1": 3.0, "examples": 4.0}) == {"loss": 1.5, "top1": 0.75}
     assert averages({"loss": 0.0, "examples": 0.0}) == {"loss": 0.0}
+
+
+def test_a_loader_without_batches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Batches, "batches", lambda self: iter(()))
+    with pytest.raises(RuntimeError, match="scored 0 examples where the split holds 21"):
+        evaluate(_step, VARIABLES, Batches(), make_mesh())
