@@ -11,7 +11,7 @@ import pytest
 
 # What one test has compiled the next one loads, in processes of its own too.
 CACHE = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE.name)  # a second worker has the first one's
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()

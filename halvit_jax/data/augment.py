@@ -91,7 +91,8 @@ def parse_rand_augment(text: str) -> dict[str, Any]:
     if first != "rand" or len(given) != len(sections):
         raise ValueError(
             f"data.augment={text!r} is not understood; give 'trivial', 'three', or 'rand' and, each at most once, "
-            "joined by '-': m0 to m10, mstd<number>, inc0 or inc1, n1 to n99, p0 to p1; for example 'rand-m9-mstd0.5-inc1'"
+            "joined by '-': m0 to m10, mstd<number>, inc0 or inc1, n1 to n99, p0 to p1; for example "
+            "'rand-m9-mstd0.5-inc1'"
         )
     return {"ops": 2, "magnitude": 10.0, "magnitude_std": 0.0, "increasing": False, "probability": 0.5} | given
 

@@ -5,7 +5,6 @@ Every op that draws something takes a stateless seed (int64 [2]) and is a pure f
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,45 +17,51 @@ PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
 HEAD = 26  # bytes in which these three say how large they are
 
 
-class Codec(NamedTuple):
-    """How bytes become pixels. Each function returns its result and whether the bytes were good."""
-
-    shape: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded -> int32 [2], good
-    decode: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded -> uint8 [h, w, 3], good
-    decode_box: Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]  # encoded, int32 [4] -> the box, good
-
-
-def decode(encoded: tf.Tensor, *, codec: Codec | None = None) -> tuple[tf.Tensor, tf.Tensor]:
-    """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3], good; grey and CMYK become three colours.
+def decode(encoded: tf.Tensor) -> tf.Tensor:
+    """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3]; grey and CMYK become three colours.
 
     As stored: a rotation noted in EXIF is not applied, as in torchvision's and timm's loaders.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the bytes are no such image, a part of one, or claim too many pixels.
     """
-    image, good = (codec or STRICT).decode(encoded)
-    image.set_shape([None, None, 3])
-    return image, good
+    with tf.control_dependencies([image_shape(encoded)]):
+        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
 
 
 def random_resized_crop(
-    encoded: tf.Tensor,
-    seed: tf.Tensor,
-    *,
-    size: int,
-    method: str,
-    antialias: bool,
-    min_area: float,
-    codec: Codec | None = None,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to size x size; good.
+    encoded: tf.Tensor, seed: tf.Tensor, *, size: int, method: str, antialias: bool, min_area: float
+) -> tf.Tensor:
+    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to size x size.
 
     Of a JPEG only the blocks the box needs are decoded. The box is drawn as in torchvision: up to ten tries, the first
     that fits, else the largest central box with an allowed ratio.
+
+    Raises:
+        tf.errors.InvalidArgumentError: as in `decode`; but what a JPEG lacks below the box is not missed.
     """
-    codec = codec or STRICT
-    shape, readable = codec.shape(encoded)
-    encoded = tf.where(readable, encoded, b"")  # of an image that is too large nothing may be decoded
-    crop, decodable = codec.decode_box(encoded, _random_box(shape[0], shape[1], seed, min_area))
-    crop.set_shape([None, None, 3])
-    return resize(crop, (size, size), method=method, antialias=antialias), readable & decodable
+    shape = image_shape(encoded)
+    crop = _decode_box(encoded, _random_box(shape[0], shape[1], seed, min_area))
+    return resize(crop, (size, size), method=method, antialias=antialias)
+
+
+def attempt(
+    function: Callable[..., tf.Tensor], *arguments: tf.Tensor, instead: np.ndarray
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """(function(*arguments), True), or (`instead`, False) where it fails.
+
+    The function is mapped over a data set of one element, which is left out where it fails and then replaced: so
+    nothing is lost. In Python, which tf.data can run as well, it would take several times as long, and a process that
+    ends while images are read ahead would hang.
+    """
+
+    def succeed(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return tf.ensure_shape(function(*arguments), instead.shape), tf.constant(True)
+
+    one = tf.data.Dataset.from_tensors(arguments).map(tf.autograph.experimental.do_not_convert(succeed))
+    other = tf.data.Dataset.from_tensors((tf.constant(instead), tf.constant(False)))
+    return one.ignore_errors(log_warning=False).concatenate(other).take(1).get_single_element()
 
 
 def central_crop(image: tf.Tensor, *, size: int, share: float, method: str) -> tf.Tensor:
@@ -108,7 +113,6 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP, or one of more than MAX_PIXELS.
     """
-
     # Filled up, for TensorFlow quotes the bytes where there are too few, and Python cannot read its message.
     head = tf.strings.substr(tf.strings.substr(encoded, 0, HEAD) + b"\0" * HEAD, 0, HEAD)
 
@@ -135,57 +139,26 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(tf.cast(shape, tf.int32), [2])
 
 
-def reason(error: tf.errors.OpError) -> str:
-    """TensorFlow's message as one line, without its own names of the place."""
-    message = str(error.message)
-    summary = re.match(r"Expected '.*' to be true\. Summarized data: (.*)", message, re.DOTALL)  # a check, eagerly
-    if summary:
-        return " ".join(line.removeprefix("b'").removesuffix("'") for line in summary[1].splitlines())
-    line = re.sub(r"\{\{.*?\}\} ?| ?\[(?:Op:|\[).*", "", message.splitlines()[0]).strip()
-    check = re.match(r"assertion failed: (.*)", line)  # in a graph
-    return re.sub(r"\[(.*?)\]", r"\1", check[1]) if check else line
-
-
-def _decode(encoded: tf.Tensor) -> tf.Tensor:
-    with tf.control_dependencies([image_shape(encoded)]):
-        return tf.io.decode_image(encoded, channels=3, expand_animations=False)
+def reason(error: Exception) -> str:
+    """What an error says as one line; of TensorFlow's message without its own names of the place."""
+    message = str(getattr(error, "message", error))
+    checked = re.match(r"Expected '.*' to be true\. Summarized data: (.*)", message, re.DOTALL)  # what failed eagerly
+    if checked:
+        return " ".join(line.removeprefix("b'").removesuffix("'") for line in checked[1].splitlines())
+    place = r"\{\{.*?\}\} ?|Error in user-defined function passed to .*? with iterator: \S+: | ?\[(?:Op:|\[).*"
+    line = re.sub(place, "", message.splitlines()[0]).strip()
+    checked = re.match(r"assertion failed: (.*)", line)  # the same in a pipeline
+    return re.sub(r"\[(.*?)\]", r"\1", checked[1]) if checked else line
 
 
 def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
     def cut() -> tf.Tensor:
-        image = _decode(encoded)
+        image = decode(encoded)
         top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than it says
         return image[top : top + box[2], left : left + box[3]]
 
-    return tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
-
-
-def _strict(function: Callable[..., tf.Tensor]) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    return lambda *arguments: (function(*arguments), tf.constant(True))
-
-
-def _forgiving(function: Callable[..., tf.Tensor], instead: np.ndarray) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-    """`function`, or `instead` where it fails. Through Python, which costs a few per cent of the loader's speed."""
-
-    def run(*arguments: np.ndarray) -> tuple[np.ndarray, bool]:
-        try:
-            return function(*map(tf.constant, arguments)).numpy(), True
-        except tf.errors.OpError:
-            return instead, False
-
-    def forgiving(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        value, good = tf.numpy_function(run, arguments, (instead.dtype, tf.bool), stateful=False)
-        value.set_shape([None] * instead.ndim)
-        return value, tf.ensure_shape(good, [])
-
-    return forgiving
-
-
-GREY = np.full((1, 1, 3), 128, np.uint8)
-STRICT = Codec(_strict(image_shape), _strict(_decode), _strict(_decode_box))
-FORGIVING = Codec(
-    _forgiving(image_shape, np.ones(2, np.int32)), _forgiving(_decode, GREY), _forgiving(_decode_box, GREY)
-)
+    crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
+    return tf.ensure_shape(crop, [None, None, 3])
 
 
 def _random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:

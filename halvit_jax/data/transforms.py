@@ -19,7 +19,8 @@ class Picture(TypedDict):
 Transform = Callable[[tf.Tensor, tf.Tensor], Picture]  # (encoded image, seed [2]) -> picture
 Change = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (image, seed [2]) -> image
 
-ON_BAD_IMAGE = {"error": ops.STRICT, "replace": ops.FORGIVING}
+ON_BAD_IMAGE = ("error", "replace")
+GREY = 128
 
 
 def train_transform(
@@ -40,18 +41,14 @@ def train_transform(
     Raises:
         ValueError: a value that is not allowed, naming its field.
     """
-    codec = _codec(on_bad_image)
     _check_method(method)
 
-    def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return ops.random_resized_crop(
-            encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area, codec=codec
-        )
+    def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return ops.random_resized_crop(encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area)
 
-    def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        image, good = ops.decode(encoded, codec=codec)
-        return ops.resize(image, (size, size), method=method, antialias=antialias), good
+        return ops.resize(ops.decode(encoded), (size, size), method=method, antialias=antialias)
 
     crops = {"random_resized": cropped, "whole": whole}
     if crop not in crops:
@@ -71,13 +68,14 @@ def train_transform(
         changes.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
     if policy:
         changes.append((3, augment.parse_policy(policy, interpolation=method)))
-    take = crops[crop]
+    take = _square(crops[crop], size, on_bad_image)
 
     def transform(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
-        image, good = take(encoded, ops.fold_in(seed, 0))
+        picture = take(encoded, ops.fold_in(seed, 0))
+        image = picture["image"]
         for number, change in changes:
             image = change(image, ops.fold_in(seed, number))
-        return {"image": image, "good": good}
+        return {"image": image, "good": picture["good"]}
 
     return transform
 
@@ -88,17 +86,15 @@ def eval_transform(size: int, *, share: float, method: str, on_bad_image: str = 
     Raises:
         ValueError: a value that is not allowed, naming its field.
     """
-    codec = _codec(on_bad_image)
     _check_method(method)
     if not 0.0 < share <= 1.0:
         raise ValueError(f"data.eval_crop={share} must lie in (0, 1]")
 
-    def transform(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
+    def middle(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        image, good = ops.decode(encoded, codec=codec)
-        return {"image": ops.central_crop(image, size=size, share=share, method=method), "good": good}
+        return ops.central_crop(ops.decode(encoded), size=size, share=share, method=method)
 
-    return transform
+    return _square(middle, size, on_bad_image)
 
 
 def read_image(path: str, transform: Transform) -> np.ndarray:
@@ -113,10 +109,20 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
         raise ValueError(f"{path} is no image that can be read: {ops.reason(error)}") from error
 
 
-def _codec(on_bad_image: str) -> ops.Codec:
+def _square(take: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: int, on_bad_image: str) -> Transform:
+    """What makes a square of the encoded image, as a transform that fails or gives grey where it cannot."""
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"data.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
-    return ON_BAD_IMAGE[on_bad_image]
+    grey = np.full((size, size, 3), GREY, np.uint8)
+
+    def strict(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
+        return {"image": take(encoded, seed), "good": tf.constant(True)}
+
+    def forgiving(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
+        image, good = ops.attempt(take, encoded, seed, instead=grey)
+        return {"image": image, "good": good}
+
+    return strict if on_bad_image == "error" else forgiving
 
 
 def _check_method(method: str) -> None:

@@ -73,19 +73,13 @@ class Watch:
         """What went wrong in the batch of this step, and with which record; its examples are prepared once more."""
         if isinstance(error, tf.errors.DataLossError) and isinstance(self._source, TfrecordSource):
             return f"{self._source.damaged_file()} is damaged ({ops.reason(error)}); prepare the data set again"
-        # In graphs, as in the loader: eagerly, what Python reads would raise its own errors.
-        fetch, prepare = _graph(self._source.fetch), _graph(self._prepare)
         try:
             for example in self._again(step):
-                name = fetch(example[-1])["name"].numpy().decode()
+                name = self._source.fetch(example[-1])["name"].numpy().decode()
                 try:
-                    prepare(*example)
+                    self._prepare(*example)
                 except tf.errors.OpError as found:
                     return f"{name} cannot be decoded ({ops.reason(found)}); {MEND_IMAGE}"
-        except tf.errors.OpError as found:  # of the record itself, which names it
+        except (tf.errors.OpError, ValueError) as found:  # of the record itself, and these name it
             return f"{ops.reason(found)}; {MEND_RECORD}"
         return ops.reason(error)  # it could be read this time
-
-
-def _graph(function: Callable[..., Any]) -> Callable[..., Any]:
-    return tf.function(function, autograph=False)

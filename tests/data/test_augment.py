@@ -248,7 +248,7 @@ def test_deits_name_gives_the_defaults(small: np.ndarray) -> None:
     ],
 )
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(ValueError, match=r"data\.rand_augment='.*' is not understood"):
+    with pytest.raises(ValueError, match=r"data\.augment='.*' is not understood"):
         augment.parse_rand_augment(text)
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import runpy
+import shutil
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from halvit_jax.config import default_config
 from halvit_jax.data.pipeline import Host, Loaders, make_loaders
 from halvit_jax.data.sources import open_source, open_sources
 from halvit_jax.main import work
+from halvit_jax.protocols import DataError
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs/halvit_folder.py"
 NAMES = [f"digit {i}" for i in range(10)]
@@ -126,7 +128,8 @@ def test_resuming_reads_no_skipped_file(root: pathlib.Path, reference: list[str]
     loader = _loaders(root, flip=False, shift=0).train
     source = loader._source
     read = []
-    loader._source = type("Spy", (), {"reader": source.reader, "fetch": lambda _, entry: _noted(source, entry, read)})()
+    spied = {"fetch": lambda _, entry: _noted(source, entry, read)}
+    loader._source = type("Spy", (), {"reader": source.reader, "num_examples": source.num_examples, **spied})()
     next(loader.batches(14))
     assert len(read) <= 3 * BATCH  # the batch and what is read ahead of it, of 240
 
@@ -165,7 +168,7 @@ def test_all_kinds_of_images_are_read_and_other_files_passed_over(own: pathlib.P
 def test_a_file_that_is_gone_is_named(own: pathlib.Path) -> None:
     loaders = _loaders(own, batch_size=2, readers=2)
     (own / "val/dog/1.png").unlink()
-    with pytest.raises(tf.errors.NotFoundError, match=r"val/dog/1\.png"):
+    with pytest.raises(DataError, match=r"val/dog/1\.png; No such file or directory; put it right"):
         list(loaders.eval.batches())
 
 
@@ -207,7 +210,7 @@ def test_classes_of_only_one_split_are_named(own: pathlib.Path) -> None:
         (own / "val" / name).mkdir()
         Image.new("RGB", (8, 8)).save(own / "val" / name / "1.png")
     with pytest.raises(ValueError, match=r"same classes; only one of them has eel, x0, x1, x2, x3 and 2 more"):
-        open_sources("folder", "", str(own), "train", "val")
+        open_sources("folder", "", str(own), "train", "folder", "val")
 
 
 def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
@@ -235,6 +238,42 @@ def test_the_config_for_own_images_needs_only_their_folder(root: pathlib.Path, t
     assert np.isfinite(result["eval"]["loss"])
     assert json.loads((tmp_path / "run/classes.json").read_text()) == NAMES
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["root"] == str(root)
+
+
+@pytest.fixture
+def spoilt(root: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """The digits, and a page that is named as an image."""
+    shutil.copytree(root, tmp_path / "images")
+    (tmp_path / "images/train/digit 3/005.png").write_text("<html>")
+    return tmp_path / "images"
+
+
+EVERY_IMAGE = {"batch_size": 48, "data.readers": 16}  # in every epoch
+
+
+def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
+    spoilt: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        work(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
+    assert ended.value.code == door.BAD_INPUT
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(
+        f"error: {spoilt}/train/digit 3/005.png cannot be decoded (Invalid JPEG data, size 6); remove"
+    )
+
+
+def test_the_command_finishes_where_images_are_replaced(
+    spoilt: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = work(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
+    assert result["step"] == 10
+    assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
+    messages = [record.getMessage() for record in caplog.records if record.name == "halvit_jax.data"]
+    assert (
+        messages[:2]
+        == [f"replaced what cannot be decoded, number 1 of this epoch: ['{spoilt}/train/digit 3/005.png']"] * 2
+    )
 
 
 def test_another_number_of_classes_is_answered_with_the_field(

@@ -1,3 +1,6 @@
+import io
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -5,9 +8,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from halvit_jax.data import ops
-from halvit_jax.data.pipeline import eval_transform, read_image, train_transform
 
-PHOTO = load_sample_image("china.jpg")  # [427, 640, 3]
+PHOTOS = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}  # [427, 640, 3]
+PHOTO = PHOTOS["china"]
 
 
 def _seed(number: int) -> tf.Tensor:
@@ -20,19 +23,50 @@ def _crop(encoded: tf.Tensor, number: int, *, size: int = 32) -> np.ndarray:
     ).numpy()
 
 
+def _file(kind: str, image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("share", [0.875, 0.95])
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-def test_evaluation_equals_pillow(method: str) -> None:
-    ours = ops.central_crop(tf.constant(PHOTO), size=224, share=0.875, method=method).numpy().astype(int)
+@pytest.mark.parametrize("name", PHOTOS)
+def test_evaluation_equals_pillow(name: str, method: str, share: float, turned: bool) -> None:
+    photo = PHOTOS[name].transpose(1, 0, 2) if turned else PHOTOS[name]
+    ours = ops.central_crop(tf.constant(photo), size=224, share=share, method=method).numpy().astype(int)
     kernel = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[method]
-    resized = Image.fromarray(PHOTO).resize((256 * 640 // 427, 256), kernel)
+    short = int(224 / share)
+    long = short * 640 // 427
+    resized = Image.fromarray(photo).resize((short, long) if turned else (long, short), kernel)
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
     theirs = np.asarray(resized.crop((left, top, left + 224, top + 224))).astype(int)
     assert np.abs(ours - theirs).mean() <= 1.0
 
 
-def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
+def test_the_whole_of_an_image_of_the_right_size_is_left_as_it_is() -> None:
     image = tf.constant(PHOTO[:64, :64])
-    np.testing.assert_array_equal(ops.central_crop(image, size=64, share=0.875, method="bicubic"), image)
+    np.testing.assert_array_equal(ops.central_crop(image, size=64, share=1.0, method="bicubic"), image)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "bicubic"])
+def test_of_a_very_long_image_only_the_middle_is_resized(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of 2**27 pixels may come as a small file; resized by its height it would fill 400 GB."""
+    line = np.zeros((2, 3_000, 3), np.uint8)
+    line[:, 1_500:] = 255
+    expected = ops.central_crop(tf.constant(line[:, 1_400:1_600]), size=32, share=0.875, method=method)
+    resized, resize = [], ops.resize
+    monkeypatch.setattr(
+        ops,
+        "resize",
+        lambda image, shape, **how: (resized.append(tuple(map(int, shape))), resize(image, shape, **how))[1],
+    )
+    for image in (line, line.transpose(1, 0, 2)):
+        found = ops.central_crop(tf.constant(image), size=32, share=0.875, method=method)
+        upright = found if image is line else tf.transpose(found, (1, 0, 2))
+        np.testing.assert_array_equal(upright, expected)
+    assert resized == [(36, 8 * 36), (8 * 36, 36)]
 
 
 def test_crop_of_undecoded_jpeg_equals_crop_of_decoded() -> None:
@@ -43,8 +77,8 @@ def test_crop_of_undecoded_jpeg_equals_crop_of_decoded() -> None:
 
 
 def test_crops_cover_areas_and_ratios_as_asked() -> None:
-    boxes = np.array([ops._random_box(400, 600, _seed(n), 0.08).numpy() for n in range(500)])
-    top, left, height, width = boxes.T
+    boxes = tf.data.Dataset.range(500).map(lambda n: ops._random_box(400, 600, tf.stack([5, n]), 0.08))
+    top, left, height, width = np.array(list(boxes.as_numpy_iterator())).T
     assert (top >= 0).all()
     assert (left >= 0).all()
     assert (top + height <= 400).all()
@@ -77,37 +111,109 @@ def test_shift_moves_by_whole_pixels_and_fills_with_black() -> None:
     assert found == expected
 
 
-def test_transform_is_a_function_of_the_seed() -> None:
-    transform = train_transform(
-        32,
-        crop="random_resized",
-        min_area=0.08,
-        flip=True,
-        shift=2,
-        rand_augment="rand-m9-mstd0.5-inc1",
-        method="bicubic",
-        antialias=False,
-    )
-    jpeg = tf.io.encode_jpeg(PHOTO)
-    first = transform(jpeg, _seed(1)).numpy()
-    assert first.shape == (32, 32, 3)
-    assert first.dtype == np.uint8
-    np.testing.assert_array_equal(first, transform(jpeg, _seed(1)))
-    assert (first != transform(jpeg, _seed(2)).numpy()).any()
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_every_kind_of_file_says_its_size_and_is_decoded(kind: str) -> None:
+    encoded = tf.constant(_file(kind, Image.fromarray(PHOTO[:30, :50])))
+    assert ops.image_shape(encoded).numpy().tolist() == [30, 50]
+    whole = ops.decode(encoded).numpy()
+    assert np.abs(whole.astype(int) - PHOTO[:30, :50]).mean() < 20  # GIF has few colours
+    np.testing.assert_array_equal(ops._decode_box(encoded, tf.constant([1, 2, 3, 4])), whole[1:4, 2:6])
 
 
-def test_unknown_crop_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.crop='middle' is not one of random_resized, whole"):
-        train_transform(
-            8, crop="middle", min_area=0.1, flip=False, shift=0, rand_augment="", method="bicubic", antialias=False
-        )
+def test_a_bitmap_that_is_stored_upside_down_has_a_size() -> None:
+    bitmap = bytearray(_file("BMP", Image.fromarray(PHOTO[:30, :50])))
+    bitmap[22:26] = (-30).to_bytes(4, "little", signed=True)
+    assert ops.image_shape(tf.constant(bytes(bitmap))).numpy().tolist() == [30, 50]
+    np.testing.assert_array_equal(ops.decode(tf.constant(bytes(bitmap))), PHOTO[:30, :50][::-1])
 
 
-def test_a_file_that_is_no_image_is_refused(tmp_path: object) -> None:
-    path = f"{tmp_path}/page.jpg"
-    tf.io.write_file(path, "<html>")
-    transform = eval_transform(8, share=1.0, method="bilinear")
-    with pytest.raises(ValueError, match=r"page.jpg is no image"):
-        read_image(path, transform)
-    with pytest.raises(ValueError, match=r"nowhere.jpg is no image"):
-        read_image(f"{tmp_path}/nowhere.jpg", transform)
+def test_a_gif_smaller_than_it_says_gives_what_there_is() -> None:
+    gif = bytearray(_file("GIF", Image.fromarray(PHOTO[:30, :50])))
+    gif[6:10] = b"\xe8\x03\xe8\x03"
+    assert ops.image_shape(tf.constant(bytes(gif))).numpy().tolist() == [1000, 1000]
+    for box, shape in (([900, 900, 100, 100], (1, 1, 3)), ([20, 0, 900, 900], (10, 50, 3))):
+        assert ops._decode_box(tf.constant(bytes(gif)), tf.constant(box)).shape == shape
+
+
+def _too_large(kind: str) -> bytes:
+    """A picture whose file claims 20000 x 20000 pixels."""
+    data = bytearray(_file(kind, Image.fromarray(PHOTO[:8, :8])))
+    size = 20_000
+    at, claim = {
+        "PNG": (16, size.to_bytes(4, "big")),
+        "JPEG": (data.find(b"\xff\xc0") + 5, size.to_bytes(2, "big")),
+        "GIF": (6, size.to_bytes(2, "little")),
+        "BMP": (18, size.to_bytes(4, "little")),
+    }[kind]
+    data[at : at + 2 * len(claim)] = claim * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("use", [ops.image_shape, ops.decode, lambda encoded: _crop(encoded, 0)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_an_image_that_claims_too_many_pixels_is_refused(kind: str, use: Callable[[tf.Tensor], object]) -> None:
+    with pytest.raises(tf.errors.InvalidArgumentError) as found:
+        use(tf.constant(_too_large(kind)))
+    assert ops.reason(found.value) == "an image of 20000 x 20000 pixels, which must be 1 to 134217728"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_bytes_cut_off_anywhere_or_changed_are_an_image_or_refused(kind: str) -> None:
+    """Also where TensorFlow would quote the bytes in its message, which Python then cannot read."""
+    rng = np.random.default_rng(0)
+    whole = _file(kind, Image.fromarray(PHOTO[:20, :30]))
+    files = [whole[:length] for length in range(0, 60, 2)]
+    for _ in range(60):
+        changed = bytearray(whole)
+        changed[rng.integers(min(len(whole), 200))] = rng.integers(256)
+        files.append(bytes(changed))
+    refused = 0
+    for file in files:
+        for use in (ops.decode, lambda encoded: _crop(encoded, 0)):
+            try:
+                assert use(tf.constant(file)).dtype == np.uint8
+            except tf.errors.InvalidArgumentError:
+                refused += 1
+    assert 60 <= refused < 2 * len(files)
+
+
+@pytest.mark.parametrize("where", ["eagerly", "in a pipeline"])
+def test_an_attempt_gives_what_is_asked_for_or_something_instead(where: str) -> None:
+    instead = np.full((4, 4, 3), 7, np.uint8)
+
+    def attempt(encoded: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        plus = lambda encoded, number: ops.decode(encoded) + tf.cast(number, tf.uint8)  # noqa: E731
+        return ops.attempt(plus, encoded, number, instead=instead)
+
+    files = [
+        tf.io.encode_png(PHOTO[:4, :4]),
+        tf.constant(b"<html>"),
+        tf.io.encode_png(PHOTO[4:8, :4]),
+        tf.constant(b""),
+    ]
+    numbers = tf.range(4)
+    if where == "eagerly":
+        found = [attempt(*both) for both in zip(files, numbers, strict=True)]
+    else:
+        data = tf.data.Dataset.from_tensor_slices((tf.stack(files), numbers)).map(attempt, num_parallel_calls=2)
+        assert data.element_spec[0].shape == (4, 4, 3)
+        found = list(data)
+    assert [bool(good) for _, good in found] == [True, False, True, False]
+    expected = [PHOTO[:4, :4], instead, PHOTO[4:8, :4] + np.uint8(2), instead]
+    np.testing.assert_array_equal([image for image, _ in found], expected)
+
+
+def test_a_reason_is_one_line_without_names_of_the_place() -> None:
+    def checked(label: tf.Tensor) -> tf.Tensor:
+        with tf.control_dependencies([tf.debugging.Assert(label < 10, ["file a, record 3", "has the label", label])]):
+            return tf.identity(label)
+
+    reasons = []
+    for function, value in ((ops.image_shape, tf.constant(b"")), (checked, tf.constant(12))):
+        pipeline = tf.data.Dataset.from_tensors(value).map(function, num_parallel_calls=2).batch(1).prefetch(1)
+        for run in (lambda function=function, value=value: function(value), pipeline.as_numpy_iterator().next):
+            with pytest.raises(tf.errors.InvalidArgumentError) as found:
+                run()
+            reasons.append(ops.reason(found.value))
+    assert reasons == ["Invalid JPEG data, size 0"] * 2 + ["file a, record 3 has the label 12"] * 2
+    assert ops.reason(ValueError("file b cannot be read\nTraceback")) == "file b cannot be read"

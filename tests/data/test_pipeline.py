@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from halvit_jax.config import default_config
-from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, eval_transform, make_loaders
+from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, make_loaders
 from halvit_jax.data.sources import open_source
+from halvit_jax.data.transforms import eval_transform
 
 BATCH = 48
 
@@ -85,7 +86,7 @@ def test_repeats_put_copies_of_an_example_into_one_batch(digits_dir: pathlib.Pat
     assert len({image.tobytes() for image in augmented["image"]}) > BATCH // 2
 
 
-@pytest.mark.parametrize(("batch_size", "hosts"), [(48, 1), (50, 1), (48, 3), (364, 1), (1000, 4), (2, 2)])
+@pytest.mark.parametrize(("batch_size", "hosts"), [(48, 1), (50, 1), (48, 3), (364, 1), (1000, 4), (1000, 8), (2, 2)])
 def test_evaluation_counts_every_example_once(digits_dir: pathlib.Path, batch_size: int, hosts: int) -> None:
     source = open_source("digits", str(digits_dir), "test")
     transform = eval_transform(8, share=1.0, method="bilinear")
@@ -95,7 +96,8 @@ def test_evaluation_counts_every_example_once(digits_dir: pathlib.Path, batch_si
     assert {batch["image"].shape for own in batches for batch in own} == {(batch_size // hosts, 8, 8, 3)}
     real = [row.tobytes() for own in batches for batch in own for row in batch["image"][batch["mask"]]]
     assert len(real) == 364
-    assert sorted(real) == sorted(bytes(transform(r["image"], None).numpy()) for r in source.reader(0, 1)())
+    records = source.reader(0, 1)().map(source.fetch)
+    assert sorted(real) == sorted(bytes(transform(record["image"], None)["image"].numpy()) for record in records)
 
 
 def test_a_host_without_examples_still_gets_as_many_batches(digits_dir: pathlib.Path) -> None:
@@ -114,7 +116,10 @@ def test_wrong_values_are_refused(digits_dir: pathlib.Path) -> None:
         "data.interpolation='cubic' is not one of bilinear, bicubic": {"interpolation": "cubic"},
         "batch_size=2048 over 8 readers asks for more than the 1433 examples": {"batch_size": 2048},
         "3 hosts cannot share 8 readers equally": {"host": Host(0, 3)},
-        "data.augment='rand": {"rand_augment": "rand-x9"},
+        "data.augment='rand-x9' is not understood": {"augment": "rand-x9"},
+        "data.on_bad_image='skip' is not one of error, replace": {"on_bad_image": "skip"},
+        "data.bad_image_budget=-0.1 must lie between 0 and 1": {"bad_image_budget": -0.1},
+        "data.bad_image_budget=1.1 must lie between 0 and 1": {"bad_image_budget": 1.1},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):

@@ -80,7 +80,7 @@ def _float64() -> Iterator[None]:
         yield
 
 
-SLOW = {("halvit_resnet50", "fsdp"), ("halvit_resnet50", "tensor")}  # half a minute to compile, each
+SLOW = {("halvit_resnet50", mesh) for mesh in ("data", "fsdp", "tensor")}  # half a minute to compile, each
 CASES = [
     pytest.param(name, mesh, marks=pytest.mark.slow if (name, mesh) in SLOW else ())
     for name in MODELS
