@@ -1,8 +1,9 @@
 """Every field the library reads, with its default and one line each, and the checks between fields.
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` of
-Classification, `optim` of make_optimizer, `mesh` of make_mesh. Each constructor checks its own values; what concerns
-several sub-trees is checked here. The tree is locked: a name that is not below is refused.
+Classification, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog, `spikes` of
+make_limit. Each constructor checks its own values; what concerns several sub-trees is checked here. The tree is locked:
+a name that is not below is refused.
 """
 
 import json
@@ -27,7 +28,9 @@ def default_config() -> ConfigDict:
             "log_every": 50,  # steps between two points of the training curves
             "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
             "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
-            "keep_checkpoints": 2,  # how many of the newest checkpoints to keep
+            "keep_checkpoints": 2,  # how many of the newest checkpoints to keep; the best is kept beside them
+            "save_attempts": 3,  # saves in a row that may fail before the run ends; each failure is said
+            "save_timeout": 600,  # seconds in which all hosts must have written their part of a checkpoint
             "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
@@ -35,6 +38,9 @@ def default_config() -> ConfigDict:
             "task": _task(),
             "optim": _optim(),
             "mesh": _mesh(),
+            "cluster": _cluster(),
+            "watchdog": _watchdog(),
+            "spikes": _spikes(),
         }
     )
     return config.lock()
@@ -140,6 +146,28 @@ def _mesh() -> dict[str, int]:
     }
 
 
+def _cluster() -> dict[str, int]:
+    return {
+        "start_timeout": 300,  # seconds in which all processes must have found each other
+        "heartbeat_timeout": 100,  # seconds of silence after which a process counts as dead
+    }
+
+
+def _watchdog() -> dict[str, float]:
+    return {
+        "timeout": 900.0,  # seconds without a step, a batch or a save after which a run counts as stuck, and ends
+        "compile_timeout": 3600.0,  # the same while a step is compiled
+    }
+
+
+def _spikes() -> dict[str, Any]:
+    return {
+        "factor": 0.0,  # leave an update out whose gradient is so many times longer than usual, or not finite; 0: never
+        "most": 10,  # so many may be left out
+        "window": 1000,  # in so many steps
+    }
+
+
 def validate(config: ConfigDict) -> None:
     """Refuse values that no constructor sees alone.
 
@@ -151,9 +179,14 @@ def validate(config: ConfigDict) -> None:
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
             "the other at 0"
         )
-    for name in ("batch_size", "accumulate", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints"):
+    cadences = ("log_every", "eval_every", "checkpoint_every")
+    for name in ("batch_size", "accumulate", *cadences, "keep_checkpoints", "save_attempts", "save_timeout"):
         if config[name] < 1:
             raise ValueError(f"{name}={config[name]} must be at least 1")
+    for tree in ("cluster", "watchdog"):
+        for name, value in config[tree].items():
+            if value <= 0:
+                raise ValueError(f"{tree}.{name}={value} must be a positive number of seconds")
     for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")

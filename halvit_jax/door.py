@@ -1,6 +1,8 @@
 """What all doors (`python -m halvit_jax.<door>`) share: parsing flags, and answering bad input with one line.
 
-Exit codes: 0 done, 1 done in part, 2 bad input.
+Exit codes: 0 done; 1 done in part, or an error of ours with its traceback; 2 bad input; 3 the run cannot go on as it is
+(not finite, or no checkpoint can be written); 70 stuck, or other processes were lost; 75 stopped by a signal, and the
+same command goes on.
 """
 
 import contextlib
@@ -17,7 +19,7 @@ from halvit_jax.config import default_config
 from halvit_jax.memory import keep_freed_memory
 from halvit_jax.protocols import DataError
 
-BAD_INPUT = 2
+BAD_INPUT, BROKEN_RUN, STOPPED = 2, 3, 75
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -47,10 +49,27 @@ def bad_data() -> Iterator[None]:
         fail(str(error))
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with this message and the code for bad input."""
+@contextlib.contextmanager
+def broken_run() -> Iterator[None]:
+    """A run that cannot go on as it is says why, and ends."""
+    from halvit_jax.training.checkpoint import SaveError
+
+    try:
+        yield
+    except (ArithmeticError, SaveError) as error:
+        fail(str(error), code=BROKEN_RUN)
+
+
+def fail(message: str, *, code: int = BAD_INPUT) -> NoReturn:
+    """End the program with this message."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(BAD_INPUT)
+    sys.exit(code)
+
+
+def stopped(message: str) -> NoReturn:
+    """End the program as one that was asked to stop."""
+    print(f"stopped by {message}", flush=True)
+    sys.exit(STOPPED)
 
 
 def check_overrides(arguments: list[str], config: ConfigDict) -> None:

@@ -1,94 +1,180 @@
 """Train or evaluate: flags -> config -> devices -> loop; nothing else.
 
-python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvit_digits [--mode=train|eval]
+python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvit_digits [--mode=train|eval] [--cluster]
 """
 
+import contextlib
 import json
 import pathlib
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from halvit_jax import cluster, door, lock
 from halvit_jax import config as config_lib
-from halvit_jax import door
+
+if TYPE_CHECKING:
+    from halvit_jax.run import Run
+
+DEBUG_FOLDER = "debug"  # of the workdir: what is written where a run ends badly
 
 
 def define_flags() -> None:
     """The flags of this door."""
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
     flags.DEFINE_string("workdir", None, "Where checkpoints, curves and results of the run are kept.")
-    flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate the newest checkpoint.")
+    flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
+    flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
+    flags.DEFINE_bool("restart_if_damaged", False, "Begin anew where every checkpoint is damaged.")
+    cluster.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Work on the parsed flags."""
+    values = flags.FLAGS
     with door.bad_input():
         if argv[1:]:
             raise ValueError(f"unexpected arguments {argv[1:]}; flags look like --config.batch_size=64")
-        if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
+        if values.config is None or values.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
-    work(flags.FLAGS.config, pathlib.Path(flags.FLAGS.workdir), mode=flags.FLAGS.mode)
+        if values.step is not None and values.mode != "eval":
+            raise ValueError(f"--step={values.step} is for --mode=eval; training goes on from the newest checkpoint")
+    work(
+        values.config,
+        pathlib.Path(values.workdir),
+        mode=values.mode,
+        step=values.step,
+        restart_if_damaged=values.restart_if_damaged,
+        processes={name: values[name].value for name in cluster.FLAGS},
+    )
 
 
-def work(config: ConfigDict, workdir: pathlib.Path, *, mode: str = "train") -> dict[str, Any]:
-    """Train to the end, or evaluate the newest checkpoint; print the result and return it.
+def work(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    mode: str = "train",
+    step: int | None = None,
+    restart_if_damaged: bool = False,
+    processes: Mapping[str, Any] = cluster.ALONE,
+) -> dict[str, Any]:
+    """Train to the end, or evaluate a checkpoint; print the result and return it.
 
-    Bad input ends the program with one line and exit code 2, before anything is compiled.
+    Bad input ends the program with one line and exit code 2, before anything is compiled; `door` lists the other codes.
     """
+    with contextlib.ExitStack() as stack:
+        with door.bad_input():
+            config_lib.validate(config)
+            stack.enter_context(cluster.joined(**processes, **config.cluster))
+            from halvit_jax import run as run_lib
+
+            run = run_lib.build(config)
+            run_lib.create_workdir(workdir)
+            if mode == "train" and cluster.is_first():
+                stack.enter_context(lock.held(workdir))
+        if mode == "eval":
+            return _evaluate(config, workdir, run, step)
+        return _train(config, workdir, run, restart_if_damaged=restart_if_damaged)
+
+
+def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
+    # Orbax and CLU take seconds to import, so what is wrong with the config has been said by now.
+    from halvit_jax.training import loop
+    from halvit_jax.training.checkpoint import Checkpointer
+    from halvit_jax.training.report import Report
+
     with door.bad_input():
-        config_lib.validate(config)
-        from halvit_jax import run as run_lib
-
-        run = run_lib.build(config)
-        run_lib.create_workdir(workdir)
-
-        # Orbax and CLU take seconds to import, so what is wrong with the config has been said by now.
-        from halvit_jax.training import loop
-        from halvit_jax.training.checkpoint import Checkpointer
-        from halvit_jax.training.report import Report
-
-        checkpointer = Checkpointer(workdir, keep=config.keep_checkpoints)
-        if mode == "eval" and checkpointer.latest_step is None:
+        checkpointer = Checkpointer(workdir, read_only=True)
+        restored = checkpointer.restore(run.abstract_state(), step=step)
+        if restored is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-        state = loop.begin(
-            run.task, run.optimizer, checkpointer, report, mesh=run.mesh, seed=config.seed, ema_decay=config.ema_decay
+        for line in restored.damaged.values():
+            report.say(f"WARNING: {line}; passed over")
+    with door.bad_data(), _attended(config, workdir) as attention:
+        result = loop.evaluate_state(
+            run.task, restored.state, run.eval_loader, mesh=run.mesh, report=report, **attention
         )
-
-    with door.bad_data():
-        if mode == "eval":
-            result = loop.evaluate_state(run.task, state, run.eval_loader, mesh=run.mesh, report=report)
-        else:
-            for line in run_lib.departures(config):
-                report.say(f"WARNING: {line}")
-            run_lib.write_description(workdir, config, run.class_names)
-            report.hyperparameters(config.to_dict())
-            result = loop.train(
-                run.task,
-                run.optimizer,
-                state,
-                run.train_loader,
-                run.eval_loader,
-                mesh=run.mesh,
-                checkpointer=checkpointer,
-                report=report,
-                seed=config.seed,
-                total_steps=run.total_steps,
-                accumulate=config.accumulate,
-                log_every=config.log_every,
-                eval_every=config.eval_every,
-                checkpoint_every=config.checkpoint_every,
-                ema_decay=config.ema_decay,
-            )
     checkpointer.close()
     report.close()
-    if mode == "eval":
-        report.say(json.dumps(result))
-    else:
-        run_lib.write_result(workdir, result)
-        report.result(result, workdir)
+    report.say(json.dumps(result))
     return result
+
+
+def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
+    from halvit_jax import run as run_lib
+    from halvit_jax.training import loop
+    from halvit_jax.training.checkpoint import Checkpointer
+    from halvit_jax.training.report import Report
+
+    with door.bad_input():
+        report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
+        checkpointer = Checkpointer(
+            workdir,
+            keep=config.keep_checkpoints,
+            attempts=config.save_attempts,
+            timeout=config.save_timeout,
+            say=report.say,
+        )
+        beginning = loop.begin(
+            checkpointer,
+            report,
+            run.abstract_state(),
+            run.fresh_state,
+            eval_every=config.eval_every,
+            restart_if_damaged=restart_if_damaged,
+        )
+    for line in run_lib.departures(config):
+        report.say(f"WARNING: {line}")
+    run_lib.write_description(workdir, config, run.class_names)
+    report.hyperparameters(config.to_dict())
+    with door.bad_data(), door.broken_run(), _attended(config, workdir) as attention:
+        result = loop.train(
+            run.task,
+            run.optimizer,
+            beginning,
+            run.train_loader,
+            run.eval_loader,
+            mesh=run.mesh,
+            checkpointer=checkpointer,
+            report=report,
+            debug_folder=workdir / DEBUG_FOLDER,
+            seed=config.seed,
+            total_steps=run.total_steps,
+            log_every=config.log_every,
+            eval_every=config.eval_every,
+            checkpoint_every=config.checkpoint_every,
+            ema_decay=config.ema_decay,
+            accumulate=config.accumulate,
+            limit=run.limit,
+            **attention,
+        )
+        checkpointer.close()
+    if "stopped" in result:
+        report.close()
+        door.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command goes on from there")
+    run_lib.write_result(workdir, result)
+    report.result(result, workdir)
+    report.close()
+    return result
+
+
+@contextlib.contextmanager
+def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Signals are listened to and the watchdog watches, both as keywords for the loop."""
+    from halvit_jax.training.signals import Signals
+    from halvit_jax.training.watchdog import Watchdog
+
+    signals = Signals()
+    watchdog = Watchdog(workdir / DEBUG_FOLDER, **config.watchdog, name=cluster.name(), explain=cluster.roll_call)
+    watchdog.start()
+    try:
+        with signals.listen():
+            yield {"signals": signals, "watchdog": watchdog}
+    finally:
+        watchdog.stop()
 
 
 if __name__ == "__main__":

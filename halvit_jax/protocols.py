@@ -43,6 +43,9 @@ class Task(Protocol):
     partition_rules: tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
     """(regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
 
+    headline: str
+    """The score of an evaluation by which the best checkpoint is chosen; more is better."""
+
     def init(self, key: Array) -> tuple[PyTree, PyTree]:
         """Fresh (params, model_state)."""
         ...

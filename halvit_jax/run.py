@@ -5,6 +5,7 @@ The one place where a ConfigDict is taken apart; each sub-tree becomes the keywo
 
 import json
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,10 @@ from halvit_jax import config as config_lib
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loader, PyTree
 from halvit_jax.tasks.classify import Classification
+from halvit_jax.training.health import Limit, make_limit
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import check_batch_size, make_mesh
-from halvit_jax.training.state import TrainState, abstract_state
+from halvit_jax.training.state import TrainState, abstract_state, init_state
 
 CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
 
@@ -32,6 +34,18 @@ class Run(NamedTuple):
     eval_loader: Loader
     class_names: list[str]
     total_steps: int
+    limit: Limit
+    seed: int
+    ema_decay: float
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the train state."""
+        return abstract_state(self.task, self.optimizer, mesh=self.mesh, use_ema=self.ema_decay > 0, limit=self.limit)
+
+    def fresh_state(self, abstract: TrainState) -> TrainState:
+        """The train state that the run begins with."""
+        use_ema = self.ema_decay > 0
+        return init_state(self.task, self.optimizer, abstract, seed=self.seed, use_ema=use_ema, limit=self.limit)
 
 
 def build_task(config: ConfigDict) -> Classification:
@@ -54,6 +68,7 @@ def build(config: ConfigDict) -> Run:
     task = build_task(config)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
+    limit = make_limit(**config.spikes)
 
     from halvit_jax import data
 
@@ -78,7 +93,18 @@ def build(config: ConfigDict) -> Run:
         steps_per_epoch=loaders.train.steps_per_epoch,
         total_steps=total_steps,
     )
-    return Run(task, optimizer, mesh, loaders.train, loaders.eval, loaders.class_names, total_steps)
+    return Run(
+        task=task,
+        optimizer=optimizer,
+        mesh=mesh,
+        train_loader=loaders.train,
+        eval_loader=loaders.eval,
+        class_names=loaders.class_names,
+        total_steps=total_steps,
+        limit=limit,
+        seed=config.seed,
+        ema_decay=config.ema_decay,
+    )
 
 
 def departures(config: ConfigDict) -> list[str]:
@@ -165,22 +191,28 @@ def load_trained(workdir: str | pathlib.Path) -> Trained:
 
 
 def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """The state of the newest checkpoint in `workdir`, whole on the first device of this host.
+    """The state of the newest checkpoint in `workdir` that verifies, whole on the first device of this host.
 
     Raises:
-        ValueError: there is no checkpoint, or it does not fit.
+        ValueError: there is no checkpoint, none verifies, or it does not fit.
     """
     from halvit_jax.training.checkpoint import Checkpointer
 
     any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
     optimizer = make_optimizer(**config.optim, **any_length)
     mesh = make_mesh(devices=jax.local_devices()[:1])
-    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0)
-    checkpointer = Checkpointer(workdir)
+    limit = make_limit(**config.spikes)
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0, limit=limit)
+    checkpointer = Checkpointer(workdir, read_only=True)
     try:
-        return checkpointer.restore(abstract)
+        restored = checkpointer.restore(abstract)
     finally:
         checkpointer.close()
+    if restored is None:
+        raise ValueError(f"{workdir} has no checkpoint yet")
+    for line in restored.damaged.values():
+        print(f"WARNING: {line}; passed over", file=sys.stderr)
+    return restored.state
 
 
 def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -34,6 +34,8 @@ class Classification:
         erase: probability of random erasing.
     """
 
+    headline = "top1"
+
     def __init__(
         self,
         model: nn.Module,

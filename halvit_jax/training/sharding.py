@@ -90,6 +90,15 @@ def to_host(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
+def from_first_process(array: np.ndarray) -> np.ndarray:
+    """The array as process 0 has it, on all processes, none of which goes on before all have come here."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
 def bytes_of(tree: PyTree) -> int:
     """Bytes of all arrays of a tree (or of their shapes), each counted once."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in flat(tree).values())

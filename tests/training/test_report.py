@@ -1,3 +1,4 @@
+import functools
 import itertools
 import pathlib
 import time
@@ -18,6 +19,9 @@ from halvit_jax.training.checkpoint import Checkpointer
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import GRID, Report, grid
 from halvit_jax.training.sharding import make_mesh
+from halvit_jax.training.signals import Signals
+from halvit_jax.training.state import abstract_state, init_state
+from halvit_jax.training.watchdog import Watchdog
 
 BATCH, STEPS = 16, 6
 
@@ -54,15 +58,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
     report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
     report.hyperparameters(config.to_dict())
     checkpointer = Checkpointer(workdir)
-    common = {"mesh": make_mesh(), "seed": 0, "ema_decay": 0.9}
-    state = loop.begin(task, optimizer, checkpointer, report, **common)
+    mesh = make_mesh()
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True)
+    fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True)
+    beginning = loop.begin(checkpointer, report, abstract, fresh, eval_every=3)
+    watchdog = Watchdog(workdir / "debug", timeout=600.0, compile_timeout=600.0)
     result = loop.train(
         task,
         optimizer,
-        state,
+        beginning,
         Noise(endless=True),
         Noise(endless=False),
-        **common,
+        mesh=mesh,
+        seed=0,
+        ema_decay=0.9,
+        signals=Signals(),
+        watchdog=watchdog,
+        debug_folder=workdir / "debug",
         checkpointer=checkpointer,
         report=report,
         total_steps=STEPS,

@@ -63,9 +63,9 @@ def _run(steps: int, *, seed: int = 0, ema_decay: float = 0.0) -> tuple[list[Tra
     step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay)
     states, draws = [jax.device_get(state)], []
     for _ in range(steps):
-        state, sums = step(state, task.frozen, MASK)
+        state, outcome = step(state, task.frozen, MASK)
         states.append(jax.device_get(state))
-        draws.append(float(sums["draw"]))
+        draws.append(float(outcome.sums["draw"]))
     return states, draws
 
 
@@ -99,8 +99,8 @@ def test_a_resumed_step_draws_what_the_step_drew_before() -> None:
     task = Draws()
     state, optimizer = _begin(task, make_mesh(), **SGD)
     state = state.replace(step=jax.device_put(states[2].step, state.step.sharding))
-    _, sums = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.frozen, MASK)
-    assert float(sums["draw"]) == draws[2]
+    _, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.frozen, MASK)
+    assert float(outcome.sums["draw"]) == draws[2]
 
 
 def test_the_old_state_is_donated() -> None:
@@ -115,7 +115,8 @@ def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_ta
     task = Draws()
     step = make_eval_step(task)
     batch = {"image": jnp.arange(4.0), "mask": jnp.array([True, True, True, False])}
-    sums = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
+    sums, wish = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
+    assert int(wish) == 0
     assert float(sums["score"]) == 2.0 * (0 + 1 + 2) + 3 * 10.0
     assert make_eval_step(task) is step
     assert make_eval_step(Draws()) is not step
@@ -124,7 +125,8 @@ def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_ta
 def test_an_accumulated_step_passes_the_model_state_through_the_parts_and_draws_in_each() -> None:
     task = Draws()
     state, optimizer = _begin(task, make_mesh(), **SGD)
-    new, sums = make_train_step(task, optimizer, seed=0, ema_decay=0.0, accumulate=2)(state, task.frozen, MASK)
+    new, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0, accumulate=2)(state, task.frozen, MASK)
+    sums = outcome.sums
     np.testing.assert_allclose(new.params["w"], [2.0 * 0.7], rtol=1e-6)  # the mean of two equal gradients
     assert float(new.model_state["seen"][0]) == 2
     assert int(sums["examples"]) == BATCH
@@ -137,11 +139,11 @@ def test_an_accumulated_step_is_the_whole_step() -> None:
     for parts in (1, 2):
         state, step, batch = _tiny(make_mesh(), accumulate=parts, **SGD)
         results.append(jax.device_get(step(state, {}, batch)))
-    (whole, sums), (cut, cut_sums) = results
+    (whole, outcome), (cut, cut_outcome) = results
     for path, value in flat(whole.params).items():
         np.testing.assert_allclose(flat(cut.params)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
-    for name, value in sums.items():
-        assert float(cut_sums[name]) == pytest.approx(float(value), rel=1e-5), name
+    for name, value in outcome.sums.items():
+        assert float(cut_outcome.sums[name]) == pytest.approx(float(value), rel=1e-5), name
 
 
 # One step on eight devices against one.
@@ -178,8 +180,8 @@ def _losses(mesh: Mesh) -> tuple[list[float], tuple[int, ...]]:
     state, step, batch = _tiny(mesh, drop_path=0.3, cutmix=1.0)
     losses = []
     for _ in range(3):
-        state, sums = step(state, {}, batch)
-        losses.append(float(sums["loss"]) / BATCH)
+        state, outcome = step(state, {}, batch)
+        losses.append(float(outcome.sums["loss"]) / BATCH)
     kernel = state.params["block0"]["ffn"]["tied"]["kernel"]
     return losses, kernel.sharding.shard_shape(kernel.shape)
 

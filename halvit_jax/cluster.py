@@ -1,0 +1,154 @@
+"""The processes of a run: how they find each other, and what is said when one is missing.
+
+The runtime is JAX's own (`jax.distributed`). A process is called by its rank, 0 to the number of processes - 1; rank 0
+is the coordinator.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+from absl import flags
+
+FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
+ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
+LOST = 70  # exit code of a process that lost its peers; that of the watchdog too
+PATIENCE = 6.0  # seconds in which every process answers a roll call
+
+
+def define_flags() -> None:
+    """The flags by which a process finds the others."""
+    flags.DEFINE_bool("cluster", False, "Several processes that find each other: TPU pods, SLURM, Kubernetes.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where they are told of each other by hand.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on, with --coordinator.", lower_bound=0)
+
+
+@contextlib.contextmanager
+def joined(
+    *,
+    cluster: bool = False,
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    start_timeout: int = 300,
+    heartbeat_timeout: int = 100,
+) -> Iterator[None]:
+    """Be one of the processes that the flags speak of; without any, be alone.
+
+    An error inside ends this process at once, for the others cannot be waited for, after it has said who is missing.
+
+    Raises:
+        ValueError: the flags do not fit each other, or the processes did not come together in `start_timeout` seconds.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if not cluster and len(missing) == len(given):
+        yield
+        return
+    if not cluster:
+        if missing:
+            raise ValueError(
+                f"--coordinator, --num_processes and --process_id go together; {', '.join(missing)} missing"
+            )
+        if not 0 <= int(process_id or 0) < int(num_processes or 0):
+            raise ValueError(f"--process_id={process_id} must be below --num_processes={num_processes}")
+        if not str(coordinator).rpartition(":")[2].isdigit() or ":" not in str(coordinator):
+            raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, the same for all processes")
+    _connect(given, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
+    try:
+        print(f"{name()}on {socket.gethostname()} with {_devices()}", flush=True)
+        yield
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else 1)
+    except BaseException as error:
+        line = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+        traceback.print_exc()
+        print(f"error: {name()}{line}\n{roll_call(line)}", file=sys.stderr, flush=True)
+        _leave(LOST)
+    jax.distributed.shutdown()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what is written once."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """How this process begins a line: "rank 1 of 4: ", or nothing where it is alone."""
+    return f"rank {jax.process_index()} of {jax.process_count()}: " if jax.process_count() > 1 else ""
+
+
+def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> str:
+    """Ask every process where it stands, and say who did not answer and who is behind.
+
+    `step` is how far this process is; `waiting`, whether it does nothing but wait for the others.
+    """
+    if jax.process_count() == 1:
+        return ""
+    from jax._src import distributed  # there is no public way to the key-value store of the runtime
+
+    own = json.dumps([step if step is not None else 1 << 60, waiting, line])
+    answers: dict[int, list] = {}
+    try:
+        client = distributed.global_state.client
+        client.key_value_set(f"halvit_jax/roll_call/{jax.process_index()}", own, allow_overwrite=True)
+        end = time.monotonic() + PATIENCE
+        while len(answers) < jax.process_count() and time.monotonic() < end:
+            time.sleep(0.2)
+            for key, value in client.key_value_dir_get("halvit_jax/roll_call/"):
+                answers[int(key.rsplit("/", 1)[-1])] = json.loads(value)
+    except Exception as error:  # the coordinator itself may be what is missing
+        return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
+    lines = [f"  rank {rank}: {answers[rank][2]}" for rank in sorted(answers)]
+    silent = [rank for rank in range(jax.process_count()) if rank not in answers]
+    if silent:
+        lines.append(f"{_ranks(silent)} did not answer within {PATIENCE:.0f} s")
+    elif step is not None:
+        least = min(answer[:2] for answer in answers.values())
+        lines.append(f"{_ranks([rank for rank in sorted(answers) if answers[rank][:2] == least])} held the others up")
+    return "\n".join(lines)
+
+
+def _connect(given: dict, *, start_timeout: int, heartbeat_timeout: int) -> None:
+    told = {"coordinator_address": given["coordinator"], "num_processes": given["num_processes"]}
+    told["process_id"] = given["process_id"]
+    try:
+        jax.distributed.initialize(
+            **told,
+            initialization_timeout=start_timeout,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
+        jax.devices()
+    except (RuntimeError, ValueError) as error:
+        who = f"process {given['process_id']} of {given['num_processes']} could not join {given['coordinator']}"
+        if given["coordinator"] is None:
+            who = "the processes could not be found or did not come together"
+        raise ValueError(
+            f"{who} within cluster.start_timeout={start_timeout} s: {str(error).splitlines()[0]}; start as many "
+            "processes as --num_processes says, each with its own --process_id, all with the same --coordinator"
+        ) from error
+
+
+def _devices() -> str:
+    return f"{jax.local_device_count()} of the {jax.device_count()} devices ({jax.devices()[0].device_kind})"
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {jax.process_count()}"
+
+
+def _leave(code: int) -> NoReturn:
+    """End without waiting for the others, as the runtime would at a normal end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

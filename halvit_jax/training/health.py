@@ -1,0 +1,125 @@
+"""Is everything finite? Flags made on the device in the training step, and the limit on sudden gradients.
+
+`flags` looks at the loss, every gradient and the new state; the loop reads one scalar of the step before, so that
+nothing waits. `Limit` leaves the updates of single bad batches out, counted and bounded.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from halvit_jax.protocols import Array, PyTree
+from halvit_jax.training.paths import flat
+
+AVERAGED = 0.98  # weight of the past in the average of the gradient's norm
+MOST_NAMED = 5
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss, a gradient or the state holds NaN or infinity; the message names which."""
+
+
+class SpikesError(ArithmeticError):
+    """More updates were left out than the limit allows."""
+
+
+def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
+    """{"parts/path": whether all of it is finite} for the floating-point arrays of all parts."""
+    leaves = flat(dict(parts))
+    return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+
+def check(step: int, finite: Mapping[str, Array]) -> None:
+    """Read the flags of a step.
+
+    Raises:
+        NotFiniteError: naming the arrays that are not finite, the loss first, then gradients, then the state.
+    """
+    bad = not_finite(finite)
+    if not bad:
+        return
+    named = ", ".join(bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else "")
+    raise NotFiniteError(f"not finite at step {step}: {named}")
+
+
+def not_finite(finite: Mapping[str, Array]) -> list[str]:
+    """The paths whose flag is down: the loss first, then gradients, then the state."""
+    bad = [path for path, good in jax.device_get(dict(finite)).items() if not good]
+    order = {"loss": 0, "gradient": 1}
+    return sorted(bad, key=lambda path: order.get(path.split("/")[0], 2))
+
+
+def write_bundle(
+    folder: pathlib.Path, step: int, finite: Mapping[str, Array], batches: Mapping[int, Mapping[str, Array]]
+) -> None:
+    """What there is to look at after a run that was not healthy: all bad paths, and this host's last batches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, batch in batches.items():
+        rows = {name: np.concatenate([shard.data for shard in x.addressable_shards]) for name, x in batch.items()}
+        np.savez(folder / f"batch_{number}_{jax.process_index()}.npz", **rows)
+    if jax.process_index() == 0:
+        facts = {"step": step, "not_finite": not_finite(finite), "batches": sorted(batches)}
+        (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+class Limit(NamedTuple):
+    """Leave an update out whose gradient is not finite or `factor` times longer than usual; 0 switches this off.
+
+    More than `most` such updates in `window` steps end the run.
+    """
+
+    factor: float = 0.0
+    most: int = 10
+    window: int = 1000
+
+    def init(self) -> dict[str, Array]:
+        """What is remembered, as a part of the train state: the usual norm, and when updates were left out last."""
+        if not self.factor:
+            return {}
+        return {"norm": jnp.zeros(()), "left_out": jnp.full(self.most + 1, -self.window - 1, jnp.int32)}
+
+    def judge(self, memory: Mapping[str, Array], norm: Array, step: Array) -> "Verdict":
+        """Whether the update of this step is left out, whether these are too many now, and what to remember."""
+        usual, left_out = memory["norm"], memory["left_out"]
+        known = usual > 0
+        skip = ~jnp.isfinite(norm) | (known & (norm > self.factor * usual))
+        mean = jnp.where(known, AVERAGED * usual + (1 - AVERAGED) * norm, norm)
+        pushed = jnp.roll(left_out, -1).at[-1].set(step)
+        new = {"norm": jnp.where(skip, usual, mean), "left_out": jnp.where(skip, pushed, left_out)}
+        return Verdict(skip, skip & (step - pushed[0] < self.window), new)
+
+    def exceeded(self, step: int) -> SpikesError:
+        """The error that ends the run."""
+        return SpikesError(
+            f"more than spikes.most={self.most} updates left out within spikes.window={self.window} at step {step}"
+        )
+
+
+NO_LIMIT = Limit()
+
+
+def make_limit(*, factor: float, most: int, window: int) -> Limit:
+    """The limit of `config.spikes`.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+    if factor and factor <= 1.0:
+        raise ValueError(f"spikes.factor={factor} must be 0 (off) or above 1")
+    for name, value in {"most": most, "window": window}.items():
+        if value < 1:
+            raise ValueError(f"spikes.{name}={value} must be at least 1")
+    return Limit(factor, most, window)
+
+
+class Verdict(NamedTuple):
+    """What `Limit.judge` says of one update."""
+
+    skip: Array
+    too_many: Array
+    memory: dict[str, Array]
