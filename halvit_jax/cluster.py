@@ -21,7 +21,7 @@ from absl import flags
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
 LOST = 70  # exit code of a process that lost its peers; that of the watchdog too
-PATIENCE = 6.0  # seconds in which every process answers a roll call
+PATIENCE = 4.0  # seconds in which every process answers a roll call
 
 
 def define_flags() -> None:
@@ -106,6 +106,7 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
             time.sleep(0.2)
             for key, value in client.key_value_dir_get("halvit_jax/roll_call/"):
                 answers[int(key.rsplit("/", 1)[-1])] = json.loads(value)
+        time.sleep(1.0 if is_first() else 0.0)  # the others read what is kept here
     except Exception as error:  # the coordinator itself may be what is missing
         return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
     lines = [f"  rank {rank}: {answers[rank][2]}" for rank in sorted(answers)]

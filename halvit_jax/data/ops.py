@@ -59,7 +59,7 @@ def attempt(
     def succeed(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return tf.ensure_shape(function(*arguments), instead.shape), tf.constant(True)
 
-    one = tf.data.Dataset.from_tensors(arguments).map(tf.autograph.experimental.do_not_convert(succeed))
+    one = tf.data.Dataset.from_tensors(arguments).map(plain(succeed))
     other = tf.data.Dataset.from_tensors((tf.constant(instead), tf.constant(False)))
     return one.ignore_errors(log_warning=False).concatenate(other).take(1).get_single_element()
 
@@ -100,6 +100,11 @@ def random_shift(image: tf.Tensor, seed: tf.Tensor, *, pixels: int) -> tf.Tensor
     offset = tf.random.stateless_uniform((2,), seed, maxval=2 * pixels + 1, dtype=tf.int32)
     moved = tf.image.crop_to_bounding_box(padded, offset[0], offset[1], height, width)
     return tf.ensure_shape(moved, image.shape)
+
+
+def plain(function: Callable) -> Callable:
+    """The function as it is: none of ours needs AutoGraph, whose rewriting takes seconds at every start."""
+    return tf.autograph.experimental.do_not_convert(function)
 
 
 def fold_in(seed: tf.Tensor, data: int) -> tf.Tensor:

@@ -8,7 +8,7 @@ owns readers / hosts of them, in order. So the global batch of a step is the sam
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -152,7 +152,7 @@ class TrainLoader:
         """
         rows = self._batch_size // self._host.count
         examples = self._entries(start_step).map(
-            _plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+            ops.plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
         batches = examples.batch(rows, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
         watch = Watch(
@@ -171,10 +171,10 @@ class TrainLoader:
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
             skip = tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), tf.constant(0, tf.int64))
             ordered = tuple(self._order(read, part, epoch, skip) for part, read in readers.items())
-            entries = tf.data.Dataset.zip(ordered).map(_plain(_concatenate)).unbatch()
-            return entries.enumerate(skip * rows).map(_plain(lambda n, entry: (epoch, n, entry)))
+            entries = tf.data.Dataset.zip(ordered).map(ops.plain(_concatenate)).unbatch()
+            return entries.enumerate(skip * rows).map(ops.plain(lambda n, entry: (epoch, n, entry)))
 
-        return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(_plain(one_epoch))
+        return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(ops.plain(one_epoch))
 
     def _prepare(self, epoch: tf.Tensor, n: tf.Tensor, entry: Entry) -> dict[str, tf.Tensor]:
         record = self._source.fetch(entry)
@@ -194,7 +194,7 @@ class TrainLoader:
         records = read(seed[0]).shuffle(self._buffer, seed=seed[0])
         if self._repeats > 1:
             records = records.flat_map(
-                _plain(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
+                ops.plain(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
             )
         return records.take(self.steps_per_epoch * self._share).batch(self._share, drop_remainder=True).skip(skip)
 
@@ -224,7 +224,9 @@ class EvalLoader:
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of the batches from number `start_step` on."""
-        examples = self._entries().map(_plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        examples = self._entries().map(
+            ops.plain(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        )
         blank = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), examples.element_spec)
         blank["good"] = tf.constant(True)  # it only fills up
         examples = examples.concatenate(tf.data.Dataset.from_tensors(blank).repeat())
@@ -247,11 +249,6 @@ class EvalLoader:
     def _again(self, step: int) -> Iterator[tuple]:
         for entry in self._entries().skip(step * self._rows).take(self._rows):
             yield (entry,)
-
-
-def _plain(function: Callable) -> Callable:
-    """The function as it is: none of ours needs AutoGraph, whose rewriting takes seconds at every start."""
-    return tf.autograph.experimental.do_not_convert(function)
 
 
 def _concatenate(*parts: Entry) -> Entry:

@@ -15,7 +15,7 @@ from typing import Protocol
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from halvit_jax.data import digits  # registers the builder `digits` with TFDS
+from halvit_jax.data import digits, ops  # digits registers the builder `digits` with TFDS
 
 EMBEDDED = (digits.Digits.name,)  # made on the spot where they are missing, in seconds
 CACHE_BYTES = 256 * 2**20  # a data set up to this size stays in memory after its first reading
@@ -75,8 +75,8 @@ class TfrecordSource:
 
         def shuffled(seed: tf.Tensor | None = None) -> tf.data.Dataset:
             if seed is None:
-                return files.flat_map(self._open_file)
-            return files.shuffle(max(len(names), 1), seed=seed).interleave(self._open_file, OPEN_FILES)
+                return files.flat_map(ops.plain(self._open_file))
+            return files.shuffle(max(len(names), 1), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
 
         if self._builder.info.dataset_size > CACHE_BYTES:
             return shuffled
@@ -114,14 +114,14 @@ class TfrecordSource:
             with tf.control_dependencies([tf.debugging.Assert(False, [file, "ends before its record", last])]):
                 return tf.constant(b"")
 
-        too_short = tf.data.Dataset.from_tensors(skip + take - 1).map(too_few)
+        too_short = tf.data.Dataset.from_tensors(skip + take - 1).map(ops.plain(too_few))
         records = tf.data.TFRecordDataset(file).skip(skip).take(take).concatenate(too_short).take(take)
         numbers = tf.data.Dataset.range(skip, skip + take)
 
         def entry(number: tf.Tensor, serialized: tf.Tensor) -> Entry:
             return {"serialized": serialized, "file": file, "number": number}
 
-        return tf.data.Dataset.zip((numbers, records)).map(entry)
+        return tf.data.Dataset.zip((numbers, records)).map(ops.plain(entry))
 
 
 class ArrayRecordSource:

@@ -34,6 +34,11 @@ def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
+def norm(tree: PyTree) -> Array:
+    """The Euclidean norm of all arrays of a tree together."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
+
+
 def check(step: int, finite: Mapping[str, Array]) -> None:
     """Read the flags of a step.
 

@@ -135,7 +135,7 @@ def train(
             rows = signals.stamp(next(batches), save_again=checkpointer.failed())
             batch = to_devices(rows, mesh)
         if step == 0:
-            report.images(0, jax.jit(task.summary_images)(batch))
+            report.images(0, to_host(jax.jit(task.summary_images)(batch)))
 
         # A step is only dispatched: while the device works on it, the step before is looked at and the next batch is
         # fetched. So at most two steps are under way, and what is wrong or wished is known one step later.

@@ -62,11 +62,11 @@ def make_train_step(
         new = state.replace(step=state.step + 1, params=params, model_state=result.model_state, opt_state=opt_state)
         if state.ema:
             new = new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - ema_decay))
-        changed = {"model_state": new.model_state, "params": new.params, "opt_state": new.opt_state}
+        changed = {**new.raw, "opt_state": new.opt_state, "ema": new.ema}
         finite = health.flags({"loss": result.loss, "gradient": result.grads, **changed})
         healthy, skipped = jnp.stack(list(finite.values())).all(), jnp.zeros((), bool)
         if limit.factor:
-            norm = optax.global_norm(result.grads) + 0 * result.loss  # not finite where the loss is not
+            norm = health.norm(result.grads) + 0 * result.loss  # not finite where the loss is not
             verdict = limit.judge(state.limit, norm, state.step)
             kept = state.replace(step=new.step)
             new = jax.tree.map(functools.partial(jnp.where, verdict.skip), kept, new).replace(limit=verdict.memory)
