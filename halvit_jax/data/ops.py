@@ -118,6 +118,18 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     Raises:
         tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP, or one of more than MAX_PIXELS.
     """
+    shape = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),
+        lambda: _shape_of_others(encoded),
+    )
+    fits = (tf.reduce_min(shape) > 0) & (shape[0] <= MAX_PIXELS // tf.maximum(shape[1], 1))
+    message = ["an image of", shape[0], "x", shape[1], "pixels, which must be 1 to", MAX_PIXELS]
+    with tf.control_dependencies([tf.debugging.Assert(fits, message)]):
+        return tf.ensure_shape(tf.cast(shape, tf.int32), [2])
+
+
+def _shape_of_others(encoded: tf.Tensor) -> tf.Tensor:
     # Filled up, for TensorFlow quotes the bytes where there are too few, and Python cannot read its message.
     head = tf.strings.substr(tf.strings.substr(encoded, 0, HEAD) + b"\0" * HEAD, 0, HEAD)
 
@@ -130,18 +142,14 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     def first(kind: bytes) -> tf.Tensor:
         return tf.strings.substr(head, 0, len(kind)) == kind
 
-    shape = tf.case(  # PNG has its width first, and so have GIF and BMP
+    return tf.case(  # PNG has its width first, and so have GIF and BMP
         [
             (first(PNG), lambda: numbers(16, np.int32, False)()[::-1]),
             (first(GIF), lambda: numbers(6, np.uint16, True)()[::-1]),
             (first(BMP), lambda: tf.abs(numbers(18, np.int32, True)()[::-1])),
         ],
-        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),
+        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),  # which says that it is none
     )
-    fits = (tf.reduce_min(shape) > 0) & (shape[0] <= MAX_PIXELS // tf.maximum(shape[1], 1))
-    message = ["an image of", shape[0], "x", shape[1], "pixels, which must be 1 to", MAX_PIXELS]
-    with tf.control_dependencies([tf.debugging.Assert(fits, message)]):
-        return tf.ensure_shape(tf.cast(shape, tf.int32), [2])
 
 
 def reason(error: Exception) -> str:
@@ -167,18 +175,22 @@ def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
 
 
 def _random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:
-    h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    limits = tf.cast(tf.stack([height, width]), tf.float32)
     draws = tf.random.stateless_uniform((4, CROP_ATTEMPTS), seed)
-    area = h * w * (min_area + (1.0 - min_area) * draws[0])
-    ratio = tf.exp(tf.math.log(3 / 4) + (tf.math.log(4 / 3) - tf.math.log(3 / 4)) * draws[1])  # width / height
-    widths, heights = tf.round(tf.sqrt(area * ratio)), tf.round(tf.sqrt(area / ratio))
-    fits = (widths >= 1) & (heights >= 1) & (widths <= w) & (heights <= h)
+    area = tf.reduce_prod(limits) * (min_area + (1.0 - min_area) * draws[0])
+    # The square root of width / height, which lies between 3/4 and 4/3, one over it for the height.
+    stretch = tf.exp(np.log(4 / 3) * (draws[1] - 0.5) * np.array([[-1], [1]], np.float32))
+    sides = tf.round(tf.sqrt(area) * stretch)  # [2, CROP_ATTEMPTS]: heights and widths
+    fits = tf.reduce_all((sides >= 1) & (sides <= limits[:, None]), 0)
     first = tf.argmax(fits)  # the first True
-    own = tf.stack([draws[2, first] * (h - heights[first] + 1), draws[3, first] * (w - widths[first] + 1)])
-    drawn = tf.concat([tf.floor(own), [heights[first], widths[first]]], 0)
-    central_w, central_h = tf.minimum(w, tf.round(h * 4 / 3)), tf.minimum(h, tf.round(w * 4 / 3))
-    central = tf.stack([tf.floor((h - central_h) / 2), tf.floor((w - central_w) / 2), central_h, central_w])
-    return tf.cast(tf.where(fits[first], drawn, central), tf.int32)
+    extent = sides[:, first]
+    drawn = tf.concat([tf.floor(draws[2:, first] * (limits - extent + 1)), extent], 0)
+
+    def central() -> tf.Tensor:
+        extent = tf.minimum(limits, tf.round(limits[::-1] * np.float32(4 / 3)))
+        return tf.concat([tf.floor((limits - extent) / 2), extent], 0)
+
+    return tf.cast(tf.cond(fits[first], lambda: drawn, central), tf.int32)
 
 
 def _round_half(difference: tf.Tensor) -> tf.Tensor:

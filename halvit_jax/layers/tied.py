@@ -28,14 +28,16 @@ class TiedDense(nn.Module):
     dtype: Dtype = None
 
     def setup(self) -> None:
-        self.kernel = self.param("kernel", self.kernel_init, (self.in_features, self.features))
+        kernel = self.param("kernel", self.kernel_init, (self.in_features, self.features))
+        # Cast once for both uses: their gradients are then added before the devices exchange them, not after.
+        self._cast = kernel if self.dtype is None else kernel.astype(self.dtype)
 
     def project(self, x: jax.Array) -> jax.Array:
         """x @ W: [..., d] -> [..., f]."""
-        x, kernel = promote_dtype(x, self.kernel, dtype=self.dtype)
+        x, kernel = promote_dtype(x, self._cast, dtype=self.dtype)
         return x @ kernel
 
     def project_back(self, h: jax.Array) -> jax.Array:
         """h @ W.T: [..., f] -> [..., d]."""
-        h, kernel = promote_dtype(h, self.kernel, dtype=self.dtype)
+        h, kernel = promote_dtype(h, self._cast, dtype=self.dtype)
         return h @ kernel.T

@@ -23,9 +23,11 @@ def _apply(method: Callable[..., jax.Array], kernel: np.ndarray, x: np.ndarray, 
 class Pair(nn.Module):
     """Both uses of one kernel, and a second user who is handed the submodule."""
 
+    dtype: str | None = None
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        tied = TiedDense(D, F, name="tied")
+        tied = TiedDense(D, F, dtype=self.dtype, name="tied")
         return Guest(tied)(tied.project_back(jnp.sin(tied.project(x))))
 
 
@@ -85,3 +87,11 @@ def test_without_a_dtype_the_input_decides() -> None:
     assert _apply(TiedDense.project, kernel, x).dtype == jnp.float32
     with jax.enable_x64(True):
         assert _apply(TiedDense.project, kernel, x.astype(np.float64)).dtype == jnp.float64
+
+
+def test_in_bfloat16_all_uses_share_one_cast() -> None:
+    """So that the kernel's gradient is exchanged between devices once, at half of the untied traffic."""
+    module, x = Pair(dtype="bfloat16"), jnp.ones((2, D))
+    variables = module.init(jax.random.key(0), x)
+    jaxpr = str(jax.make_jaxpr(module.apply)(variables, x))
+    assert jaxpr.count(f"bf16[{D},{F}] = convert_element_type") == 1
