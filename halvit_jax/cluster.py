@@ -7,8 +7,10 @@ is the coordinator.
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import sys
+import threading
 import time
 import traceback
 import types
@@ -21,6 +23,8 @@ from absl import flags
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
 LOST = 70  # exit code of a process that lost its peers; that of the watchdog too
+BAD_INPUT = 2
+GRACE = 10  # seconds by which the runtime's own limit is later than ours
 PATIENCE = 4.0  # seconds in which every process answers a roll call
 
 
@@ -39,10 +43,13 @@ def joined(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    folder: pathlib.Path | None = None,
     start_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> Iterator[None]:
     """Be one of the processes that the flags speak of; without any, be alone.
+
+    `folder` is one that all of them see; there they say that they have started.
 
     An error inside ends this process at once, for the others cannot be waited for, after it has said who is missing.
 
@@ -63,7 +70,7 @@ def joined(
             raise ValueError(f"--process_id={process_id} must be below --num_processes={num_processes}")
         if not str(coordinator).rpartition(":")[2].isdigit() or ":" not in str(coordinator):
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, the same for all processes")
-    _connect(given, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
+    _connect(given, folder, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
     try:
         print(f"{name()}on {socket.gethostname()} with {_devices()}", flush=True)
         yield
@@ -119,25 +126,71 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
     return "\n".join(lines)
 
 
-def _connect(given: dict, *, start_timeout: int, heartbeat_timeout: int) -> None:
+def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, heartbeat_timeout: int) -> None:
+    """Meet the others. Where they are many, JAX's runtime ends the process without a word of who is missing, so each
+    announces itself by a file in the workdir, and this process ends by itself a little earlier.
+    """
     told = {"coordinator_address": given["coordinator"], "num_processes": given["num_processes"]}
     told["process_id"] = given["process_id"]
+    announced = _announce(folder, given)
+    met = threading.Event()
+
+    def give_up() -> None:
+        if not met.wait(start_timeout):
+            print(f"error: {_missing(folder, given, start_timeout)}", file=sys.stderr, flush=True)
+            os._exit(BAD_INPUT)
+
+    threading.Thread(target=give_up, daemon=True).start()
     try:
         jax.distributed.initialize(
             **told,
-            initialization_timeout=start_timeout,
+            initialization_timeout=start_timeout + GRACE,
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
         )
         jax.devices()
     except (RuntimeError, ValueError) as error:
-        who = f"process {given['process_id']} of {given['num_processes']} could not join {given['coordinator']}"
-        if given["coordinator"] is None:
-            who = "the processes could not be found or did not come together"
-        raise ValueError(
-            f"{who} within cluster.start_timeout={start_timeout} s: {str(error).splitlines()[0]}; start as many "
-            "processes as --num_processes says, each with its own --process_id, all with the same --coordinator"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{_missing(folder, given, start_timeout)} ({reason})") from error
+    finally:
+        met.set()
+        if announced is not None:
+            announced.unlink(missing_ok=True)
+
+
+def _announce(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
+    """Say in the workdir that this rank has started; warn where another process says that it is the same."""
+    rank = given["process_id"]
+    if folder is None or rank is None:
+        return None
+    print(f"rank {rank} of {given['num_processes']}: looking for the others at {given['coordinator']}", flush=True)
+    file = folder / f"starting_{rank}"
+    own = f"process {os.getpid()} on {socket.gethostname()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.is_file():
+            print(f"WARNING: rank {rank} has also been started as {file.read_text()}", file=sys.stderr, flush=True)
+        file.write_text(own)
+    except OSError:  # a workdir that cannot be written to is said later
+        return None
+    return file
+
+
+def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> str:
+    """Who did not come, as far as this process can know."""
+    if given["coordinator"] is None:
+        return f"the processes did not find each other within cluster.start_timeout={start_timeout} s"
+    rank, count = given["process_id"], given["num_processes"]
+    since = time.time() - start_timeout - GRACE
+    files = {} if folder is None else {n: folder / f"starting_{n}" for n in range(count)}
+    there = [n for n, file in files.items() if file.is_file() and file.stat().st_mtime > since]
+    absent = ", ".join(str(n) for n in range(count) if n not in there)
+    who = f"only {', '.join(map(str, there))} of the ranks 0 to {count - 1} have started, not {absent}"
+    who = who if absent else "all ranks have started, but cannot reach it, or not as they are numbered"
+    return (
+        f"rank {rank} of {count}: not all met at {given['coordinator']} within cluster.start_timeout={start_timeout} s:"
+        f" {who}; start --num_processes={count} processes with the same --coordinator, each with its own --process_id"
+    )
 
 
 def _devices() -> str:

@@ -67,7 +67,7 @@ def work(
     with contextlib.ExitStack() as stack:
         with door.bad_input():
             config_lib.validate(config)
-            stack.enter_context(cluster.joined(**processes, **config.cluster))
+            stack.enter_context(cluster.joined(**processes, folder=workdir, **config.cluster))
             from halvit_jax import run as run_lib
 
             run = run_lib.build(config)
