@@ -24,6 +24,7 @@ Capsys = pytest.CaptureFixture[str]
 def small(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
     """One block, two steps, a checkpoint of each."""
     fields = {"total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 1, "model.depth": 1}
+    fields["recipe_batch_size"] = 0  # any
     return tiny(digits_dir, **fields | changes)
 
 
@@ -215,3 +216,133 @@ def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
     done = run_door(*CHECK, f"--workdir={workdir}", "--files_only", code=1)
     assert "2 checkpoints, 1 good; damaged: step 2" in done.stdout
     assert done.stderr == ""
+
+
+def test_a_run_that_would_go_well(
+    digits_dir: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys
+) -> None:
+    lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, compile_step=True)
+    said = [tuple(line.split()[:2]) for line in lines[:-1]]
+    names = "config model devices data classes batches optimizer state workdir space lock checkpoint step"
+    assert said == [("ok", name) for name in names.split()]
+    assert lines[-1] == "all is well"
+    assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
+    assert line_of(lines, "ok", "devices").endswith(
+        "8 of the 8 devices (cpu), mesh data=8 fsdp=1 tensor=1, 4 examples of a batch on each"
+    )
+    assert "1,433 images to train on, 364 to evaluate on; 44 steps an epoch, 2 in all" in line_of(lines, "ok", "data")
+    assert line_of(lines, "ok", "classes").endswith("10, of 139 to 146 images")
+    assert re.search(r"training 32x8x8x3 in [\d.]+ s, evaluation 32x8x8x3 in", line_of(lines, "ok", "batches"))
+    assert line_of(lines, "ok", "workdir").endswith("is not there; the run will create it")
+    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run begins with step 0")
+    step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it works; [\d,.]+ MiB"
+    assert re.search(step, line_of(lines, "ok", "step"))
+    assert not (tmp_path / "new").exists()  # nothing was written
+
+    before = listing(finished)
+    lines = tried(small(digits_dir), finished, capsys, code=0)
+    assert listing(finished) == before
+    assert line_of(lines, "ok", "checkpoint").endswith("that of step 2 fits; --workdir alone verifies it")
+    assert "finished with step 2 of 2 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
+    assert line_of(lines, "skip", "step").endswith("left out by --no_compile")
+
+
+FAILS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "config": ({"eval_every": 0}, "eval_every=0 must be at least 1", ""),
+    "model": ({"model.num_heads": 5}, "model.num_heads=5 does not divide model.width=32", "state needs model"),
+    "devices": (
+        {"batch_size": 30},
+        "batch_size=30 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 24 or 32",
+        "state needs devices",
+    ),
+    "data": (
+        {"data.name": "mnist"},
+        "data.name='mnist' is not prepared in data.data_dir=.*; prepare it with: ",
+        "batches needs data",
+    ),
+    "classes": ({"model.num_classes": 12}, "model.num_classes=12, but data.name='digits' has 10 classes; set", ""),
+    "optimizer": ({"optim.name": "adam"}, "optim.name='adam' is not one of adamw, lamb, sgd", "state needs optimizer"),
+}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_what_is_wrong_is_named_and_hides_nothing_else(name: str, digits_dir: pathlib.Path, capsys: Capsys) -> None:
+    changes, message, skipped = FAILS[name]
+    lines = tried(small(digits_dir, **changes), None, capsys)
+    assert re.search(message, line_of(lines, "FAIL", name))
+    assert lines[-1] == f"FAIL: {name}"
+    assert skipped in [" ".join(line.split()[1:]) for line in lines if line.startswith("skip")] + [""]
+    for other in FAILS.keys() - {name, "data", "classes"}:
+        line_of(lines, "ok", other)
+
+
+def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsys) -> None:
+    lines = tried(small(digits_dir, **{"batch_size": -32, "optim.schedule": "linear"}), None, capsys)
+    assert "batch_size=-32 must be at least 1" in line_of(lines, "FAIL", "config")
+    assert "optim.schedule='linear' is not one of" in line_of(lines, "FAIL", "optimizer")
+    line_of(lines, "ok", "model")
+
+
+def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir: pathlib.Path, capsys: Capsys) -> None:
+    changes = {"data.train_split": "train[:8]", "batch_size": 8, "data.readers": 1, "recipe_batch_size": 64}
+    lines = tried(small(digits_dir, **changes), None, capsys, code=0)
+    warning = line_of(lines, "warn", "classes")
+    assert re.search(r"\d classes of data.train_split='train\[:8\]' have no image: ", warning)
+    assert "batch_size=8, but this recipe was made for 64" in line_of(lines, "warn", "optimizer")
+
+
+def test_a_checkpoint_of_another_model_is_compared_by_path(
+    digits_dir: pathlib.Path, finished: pathlib.Path, capsys: Capsys
+) -> None:
+    lines = tried(small(digits_dir, **{"model.width": 64}), finished, capsys)
+    failed = line_of(lines, "FAIL", "checkpoint")
+    assert f"the checkpoint of step 2 in --workdir={finished} is of another model or optimizer; use another" in failed
+    differences = [line for line in lines if " saved, " in line]
+    assert "  params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model" in differences
+    assert any(line.startswith("  ema/params/") for line in differences)
+    assert any(line.startswith("  opt_state/") for line in differences)
+
+
+def test_damaged_metadata_are_passed_over_or_end_it(
+    digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
+) -> None:
+    (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    lines = tried(small(digits_dir), workdir, capsys, code=0)
+    assert "that of step 1 fits" in line_of(lines, "ok", "checkpoint")
+    assert "step 2: its metadata cannot be read" in line_of(lines, "warn", "checkpoint")
+    (workdir / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{")
+    lines = tried(small(digits_dir), workdir, capsys)
+    failed = line_of(lines, "FAIL", "checkpoint")
+    assert "none is good: step 2: its metadata cannot be read" in failed
+    assert failed.endswith("begin anew with --restart_if_damaged")
+
+
+def test_a_workdir_that_cannot_be_used(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    lines = tried(small(digits_dir), file, capsys)
+    assert f"--workdir={file} cannot be written to (File exists); name" in line_of(lines, "FAIL", "workdir")
+    lines = tried(small(digits_dir), file / "run", capsys)
+    failed = line_of(lines, "FAIL", "workdir")
+    assert f"--workdir={file}/run cannot be created, for {file} is no folder; name another one" in failed
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    with lock.held(tmp_path):
+        lines = tried(small(digits_dir), tmp_path, capsys)
+    failed = line_of(lines, "FAIL", "space")
+    assert re.search(r"checkpoints need [\d,]+ bytes; 100 are free, 0 are theirs now; free some, name another", failed)
+    failed = line_of(lines, "FAIL", "lock")
+    assert f"is in use by process {os.getpid()} on " in failed
+    assert failed.endswith("; wait for it, or name another one")
+    assert lines[-1] == "FAIL: space, lock"
+    line_of(lines, "ok", "workdir")
+
+
+def test_a_step_that_does_not_fit_names_what_to_lower(
+    digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halvit_jax.preflight._room", lambda: (1000, "there"))
+    lines = tried(small(digits_dir), None, capsys, compile_step=True)
+    failed = line_of(lines, "FAIL", "step")
+    assert failed.endswith("MiB are there; lower batch_size, raise accumulate or mesh.fsdp, or set model.remat=True")
