@@ -83,6 +83,7 @@ def test_gradients_are_the_references(case: dict[str, Any]) -> None:
     assert len(norms) == len(jax.tree.leaves(case["variables"]["params"]))
 
 
+@pytest.mark.slow  # 40 s to compile
 @pytest.mark.parametrize("case", ["halvit_resnet50"], indirect=True)
 def test_gradients_through_batch_normalisation_are_the_references(case: dict[str, Any], golden: pathlib.Path) -> None:
     """In float64, against the authors' network run by PyTorch in float64.
