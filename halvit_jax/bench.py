@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 
 from halvit_jax import door
+from halvit_jax.compiled import memory_of
 from halvit_jax.config import default_config
 
 
@@ -108,8 +109,7 @@ def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[d
 def main(argv: list[str]) -> None:
     """Measure and print."""
     with door.bad_input():
-        if argv[1:]:
-            raise ValueError(f"unexpected arguments {argv[1:]}; name models with --models=a,b")
+        door.no_arguments(argv, "name models with --models=a,b")
         from halvit_jax.models import create_model
 
         given = flags.FLAGS
@@ -162,9 +162,8 @@ def _seconds(run: Callable[[], None]) -> float:
 
 def _peak_bytes(compiled: Any) -> int:
     """Memory the compiled step needs on a device: its arguments, outputs and temporaries, donated ones once."""
-    memory = compiled.memory_analysis()
-    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
-    return int(total - memory.alias_size_in_bytes)
+    sizes = memory_of(compiled)
+    return sizes["arguments"] + sizes["temporaries"] + sizes["output"]
 
 
 if __name__ == "__main__":

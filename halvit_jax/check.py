@@ -16,18 +16,14 @@ from typing import Any
 
 import jax
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from halvit_jax import cluster, door, lock
 from halvit_jax import run as run_lib
 from halvit_jax.preflight import bytes_in, preflight
 from halvit_jax.protocols import PyTree
 from halvit_jax.training import manifest
-from halvit_jax.training.health import make_limit
 from halvit_jax.training.manifest import DamagedError
-from halvit_jax.training.optim import make_optimizer
-from halvit_jax.training.sharding import make_mesh
-from halvit_jax.training.state import abstract_state
 
 DAMAGED = 1  # exit code
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
@@ -47,8 +43,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     logging.set_verbosity(logging.ERROR)  # Orbax warns of reading only
     with door.bad_input():
-        if argv[1:]:
-            raise ValueError(f"unexpected arguments {argv[1:]}; flags look like --config.batch_size=64")
+        door.no_arguments(argv, "flags look like --config.batch_size=64")
         if values.config is None and values.workdir is None:
             raise ValueError("give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run")
         wrong = "no_compile" if values.config is None else "files_only"
@@ -83,7 +78,7 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     abstract, damaged, good = None, [], []
     try:
         config = run_lib.read_config(workdir)
-        abstract = None if files_only else _state_of(config)
+        abstract = None if files_only else run_lib.stored_state(run_lib.build_task(config), config)
     except ValueError as error:
         damaged.append(file.name)
         print(f"{file.name}  damaged: {error}" + ("" if files_only else "; so the arrays were not verified"))
@@ -109,15 +104,6 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     elif good:
         print(f"a run would go on from {good[-1]}")
     return DAMAGED if damaged else 0
-
-
-def _state_of(config: ConfigDict) -> PyTree:
-    """What a checkpoint of this config holds, to be restored to the first device."""
-    any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
-    optimizer = make_optimizer(**config.optim, **any_length)
-    mesh, limit = make_mesh(devices=jax.local_devices()[:1]), make_limit(**config.spikes)
-    use_ema = config.ema_decay > 0
-    return abstract_state(run_lib.build_task(config), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
 
 
 def _verify_step(

@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
+from halvit_jax.protocols import BAD_INPUT, STOPPED, STUCK
+
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
-LOST = 70  # exit code of a process that lost its peers; that of the watchdog too
-BAD_INPUT = 2
 GRACE = 10  # seconds by which the runtime's own limit is later than ours
+FAREWELL = 1.0  # seconds by which the coordinator ends later than an error would have it
 PATIENCE = 4.0  # seconds in which every process answers a roll call
 
 
@@ -51,7 +52,7 @@ def joined(
 
     `folder` is one that all of them see; there they say that they have started.
 
-    An error inside ends this process at once, for the others cannot be waited for, after it has said who is missing.
+    An error inside ends this process without waiting for the others, after it has said who is missing.
 
     Raises:
         ValueError: the flags do not fit each other, or the processes did not come together in `start_timeout` seconds.
@@ -72,15 +73,19 @@ def joined(
             raise ValueError(f"--coordinator={coordinator} must be HOST:PORT, the same for all processes")
     _connect(given, folder, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
     try:
-        print(f"{name()}on {socket.gethostname()} with {_devices()}", flush=True)
+        print(f"{name()}on {socket.gethostname()} with {devices()}", flush=True)
         yield
     except SystemExit as end:
-        _leave(end.code if isinstance(end.code, int) else 1)
+        if end.code != STOPPED:
+            _leave(end.code if isinstance(end.code, int) else 1)
+        # That was agreed on, so all come here, and none of them takes the coordinator from the others.
+        jax.distributed.shutdown()
+        raise
     except BaseException as error:
         line = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
         traceback.print_exc()
         print(f"error: {name()}{line}\n{roll_call(line)}", file=sys.stderr, flush=True)
-        _leave(LOST)
+        _leave(STUCK)
     jax.distributed.shutdown()
 
 
@@ -113,7 +118,7 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
             time.sleep(0.2)
             for key, value in client.key_value_dir_get("halvit_jax/roll_call/"):
                 answers[int(key.rsplit("/", 1)[-1])] = json.loads(value)
-        time.sleep(1.0 if is_first() else 0.0)  # the others read what is kept here
+        time.sleep(FAREWELL if is_first() else 0)  # the others read what is kept here
     except Exception as error:  # the coordinator itself may be what is missing
         return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
     lines = [f"  rank {rank}: {answers[rank][2]}" for rank in sorted(answers)]
@@ -130,8 +135,6 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
     """Meet the others. Where they are many, JAX's runtime ends the process without a word of who is missing, so each
     announces itself by a file in the workdir, and this process ends by itself a little earlier.
     """
-    told = {"coordinator_address": given["coordinator"], "num_processes": given["num_processes"]}
-    told["process_id"] = given["process_id"]
     announced = _announce(folder, given)
     met = threading.Event()
 
@@ -143,7 +146,9 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
     threading.Thread(target=give_up, daemon=True).start()
     try:
         jax.distributed.initialize(
-            **told,
+            coordinator_address=given["coordinator"],
+            num_processes=given["num_processes"],
+            process_id=given["process_id"],
             initialization_timeout=start_timeout + GRACE,
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=heartbeat_timeout,
@@ -193,7 +198,8 @@ def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> st
     )
 
 
-def _devices() -> str:
+def devices() -> str:
+    """How many devices this process has of all, and of which kind."""
     return f"{jax.local_device_count()} of the {jax.device_count()} devices ({jax.devices()[0].device_kind})"
 
 
@@ -202,7 +208,11 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    """End without waiting for the others, as the runtime would at a normal end."""
+    """End without waiting for the others, as the runtime would at a normal end.
+
+    They are ended by the runtime when the coordinator is gone, hence its moment for those that end by themselves.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(FAREWELL if is_first() else 0)
     os._exit(code)

@@ -17,9 +17,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
 from halvit_jax.memory import keep_freed_memory
-from halvit_jax.protocols import DataError
-
-BAD_INPUT, BROKEN_RUN, STOPPED = 2, 3, 75
+from halvit_jax.protocols import BAD_INPUT, BROKEN_RUN, STOPPED, DataError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -70,6 +68,16 @@ def stopped(message: str) -> NoReturn:
     """End the program as one that was asked to stop."""
     print(f"stopped by {message}", flush=True)
     sys.exit(STOPPED)
+
+
+def no_arguments(argv: list[str], hint: str) -> None:
+    """Refuse what is neither a flag nor the value of one.
+
+    Raises:
+        ValueError: with a hint at what a flag looks like.
+    """
+    if argv[1:]:
+        raise ValueError(f"unexpected arguments {argv[1:]}; {hint}")
 
 
 def check_overrides(arguments: list[str], config: ConfigDict) -> None:

@@ -35,8 +35,7 @@ def main(argv: list[str]) -> None:
     """Work on the parsed flags."""
     values = flags.FLAGS
     with door.bad_input():
-        if argv[1:]:
-            raise ValueError(f"unexpected arguments {argv[1:]}; flags look like --config.batch_size=64")
+        door.no_arguments(argv, "flags look like --config.batch_size=64")
         if values.config is None or values.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
         if values.step is not None and values.mode != "eval":
@@ -91,8 +90,6 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
         if restored is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-        for line in restored.damaged.values():
-            report.say(f"WARNING: {line}; passed over")
     with door.bad_data(), _attended(config, workdir) as attention:
         result = loop.evaluate_state(
             run.task, restored.state, run.eval_loader, mesh=run.mesh, report=report, **attention

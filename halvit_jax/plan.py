@@ -20,12 +20,11 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import door
+from halvit_jax.compiled import bytes_named, collectives, memory_of
 from halvit_jax.protocols import PyTree
 
 GIB = 2**30
@@ -79,8 +78,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for the run it may be at
     values = flags.FLAGS
     with door.bad_input():
-        if argv[1:]:
-            raise ValueError(f"unexpected arguments {argv[1:]}; flags look like --config.batch_size=4096")
+        door.no_arguments(argv, "flags look like --config.batch_size=4096")
         if values.config is None or values.topology is None:
             raise ValueError("give both --config=configs/NAME.py and --topology=v5e:4x4")
         topology = parse_topology(values.topology)
@@ -161,10 +159,9 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     from halvit_jax import run as run_lib
     from halvit_jax.training.health import make_limit
     from halvit_jax.training.optim import make_optimizer
-    from halvit_jax.training.sharding import BATCH, check_batch_size, make_mesh
-    from halvit_jax.training.signals import WISH
+    from halvit_jax.training.sharding import check_batch_size, make_mesh
     from halvit_jax.training.state import abstract_state
-    from halvit_jax.training.step import make_train_step
+    from halvit_jax.training.step import abstract_batch, make_train_step
 
     config = config.copy_and_resolve_references()
     if config.compute_dtype == "auto":
@@ -186,12 +183,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     limit = make_limit(**config.spikes)
     settings = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
     step = make_train_step(task, optimizer, **settings, limit=limit)
-    size, sharding = task.model.image_size, NamedSharding(mesh, BATCH)
-    rows = {"image": ((size, size, 3), jnp.uint8), "label": ((), jnp.int32), "mask": ((), bool), WISH: ((), jnp.int32)}
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in rows.items()
-    }
+    batch = abstract_batch(mesh, batch_size=config.batch_size, image_size=task.model.image_size)
     state = abstract_state(task, optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
     twin, fields = None, untied(task.model)
     if fields:
@@ -262,11 +254,9 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
         fits, memory["peak"] = False, bytes_named(str(error))
         told["compiler"] = str(error).splitlines()[0]
     else:
-        found = compiled.memory_analysis()
-        new = found.output_size_in_bytes - found.alias_size_in_bytes  # the old state's memory becomes the new one's
-        sizes = found.argument_size_in_bytes, found.temp_size_in_bytes, new, found.generated_code_size_in_bytes
-        memory = dict(zip(memory, sizes, strict=True)) | {"peak": sum(sizes)}
-        fits = sum(sizes) <= usable_bytes
+        sizes = memory_of(compiled)
+        memory = {**sizes, "peak": sum(sizes.values())}
+        fits = memory["peak"] <= usable_bytes
         told["collectives"] = collectives(compiled.as_text())
         told["compiled_flops"] = (compiled.cost_analysis() or {}).get("flops")
     seconds = round(time.perf_counter() - started, 1)
@@ -286,37 +276,6 @@ def shard_bytes(tree: PyTree) -> int:
     """Bytes of a tree of sharded shapes on one device, without the padding of the device's own layouts."""
     shapes = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree))
     return sum(math.prod(shape) * itemsize for shape, itemsize in shapes)
-
-
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast"
-_COLLECTIVE = re.compile(rf"^\s*(?:ROOT )?%?[\w.-]+ = (.*?) ({KINDS})(-start)?\(", re.MULTILINE)
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
-
-
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """{kind: {"count", "bytes"}} of a compiled module's text; bytes are those of the results on one device.
-
-    Each instruction counts once, also one in a loop (`accumulate`) or in a branch that may not be taken. A reduction
-    whose result a TPU slices at once is still listed as an all-reduce.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for shape, kind, start in _COLLECTIVE.findall(hlo):
-        arrays = [_array_bytes(*array) for array in _ARRAY.findall(re.sub(r"u32\[\](?:{[^}]*})?", "", shape))]
-        if start and kind != "all-reduce":
-            arrays = arrays[len(arrays) // 2 :]  # the operands come first
-        row = found.setdefault(kind, {"count": 0, "bytes": 0})
-        row["count"] += 1
-        row["bytes"] += sum(arrays)
-    return dict(sorted(found.items()))
-
-
-def bytes_named(message: str) -> int | None:
-    """All bytes that the compiler says it would need, None where it does not say.
-
-    It calls them "HLO temporaries (16.13G) exceeds ...", but arguments and outputs are counted in.
-    """
-    match = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
-    return None if match is None else int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2] or " ")))
 
 
 def table(report: dict[str, Any]) -> str:
@@ -345,11 +304,6 @@ def table(report: dict[str, Any]) -> str:
         "it fits" if report["fits"] else f"IT DOES NOT FIT: {KNOBS}",
     ]
     return "\n".join([*lines, report["compiler"]] if report["compiler"] else lines)
-
-
-def _array_bytes(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])  # the first number of bf16, s32, f8e4m3fn
-    return math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8
 
 
 def _mebibytes(size: int | None) -> str:

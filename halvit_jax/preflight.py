@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from halvit_jax import cluster, door, lock
 from halvit_jax import config as config_lib
 from halvit_jax import run as run_lib
+from halvit_jax.compiled import memory_of
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classify import Classification
@@ -27,10 +27,9 @@ from halvit_jax.training.health import make_limit
 from halvit_jax.training.manifest import DamagedError
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.paths import count, flat
-from halvit_jax.training.sharding import BATCH, bytes_of, check_batch_size, make_mesh
-from halvit_jax.training.signals import WISH
+from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh
 from halvit_jax.training.state import abstract_state
-from halvit_jax.training.step import make_train_step
+from halvit_jax.training.step import abstract_batch, make_train_step
 
 COUNTED = 10_000  # images up to which a training split is read once to count its classes
 MOST_NAMED = 5  # classes that are named
@@ -67,7 +66,7 @@ def preflight(
         items.check("classes", _classes, config=config, data=loaders)
         items.check("batches", _batches, data=loaders)
         epoch = loaders.train.steps_per_epoch if loaders else 1
-        total = (config.total_steps or config.num_epochs * epoch) if loaders else 10**9
+        total = run_lib.length(config, epoch) if loaders else 10**9
         optimizer = items.check("optimizer", _optimizer, config=config, epoch=epoch, total=total)
         state = items.check("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if workdir is None:
@@ -140,34 +139,24 @@ def _model(config: ConfigDict) -> Finding:
 def _devices(config: ConfigDict) -> Finding:
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
-    own = f"{jax.local_device_count()} of the {jax.device_count()} devices ({jax.devices()[0].device_kind})"
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    return Finding(f"{own}, mesh {axes}, {share} examples of a batch on each", mesh)
+    return Finding(f"{cluster.devices()}, mesh {axes}, {share} examples of a batch on each", mesh)
 
 
 def _data(config: ConfigDict, size: int) -> Finding:
-    from halvit_jax import data
-
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size} must be at least 1")
-    data.hide_accelerators()
-    host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "image_size": size, "seed": config.seed, "host": host}
-    loaders = data.make_loaders(**config.data, **given)
+    loaders = run_lib.build_loaders(config, image_size=size)
     epoch = loaders.train.steps_per_epoch
-    total = config.total_steps or config.num_epochs * epoch
+    total = run_lib.length(config, epoch)
     counts = f"{loaders.train.num_examples:,} images to train on, {loaders.eval.num_examples:,} to evaluate on"
     return Finding(f"{counts}; {epoch:,} steps an epoch, {total:,} in all ({total / epoch:.1f} epochs)", loaders)
 
 
 def _classes(config: ConfigDict, data: Any) -> Finding:
     names = data.class_names
-    if len(names) != config.model.num_classes:
-        raise ValueError(
-            f"model.num_classes={config.model.num_classes}, but data.name={config.data.name!r} has {len(names)} "
-            f"classes; set model.num_classes={len(names)}"
-        )
+    run_lib.check_classes(config, names)
     if data.train.num_examples > COUNTED:
         return Finding(f"{len(names)}; not counted in more than {COUNTED:,} images")
     from halvit_jax.data import open_source
@@ -267,29 +256,22 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
 
 
 def _step(config: ConfigDict, model: Any, optimizer: Any, devices: Any, state: PyTree) -> Finding:
-    size, sharding = model.model.image_size, NamedSharding(devices, BATCH)
-    rows = {"image": ((size, size, 3), "uint8"), "label": ((), "int32"), "mask": ((), "bool"), WISH: ((), "int32")}
-    batch = {
-        name: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in rows.items()
-    }
+    batch = abstract_batch(devices, batch_size=config.batch_size, image_size=model.model.image_size)
     settings = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
     step = make_train_step(model, optimizer, **settings, limit=make_limit(**config.spikes))
     started = time.perf_counter()
     try:
-        memory = step.lower(state, model.frozen, batch).compile().memory_analysis()
+        sizes = memory_of(step.lower(state, model.frozen, batch).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ValueError(f"the step does not fit: {str(error).splitlines()[0]}; {MEND_MEMORY}") from error
     seconds = time.perf_counter() - started
-    # What is donated is counted once.
-    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + new
+    needed = sizes["arguments"] + sizes["temporaries"] + sizes["output"]
     room, where = _room()
     line = (
         f"compiled in {seconds:.1f} s; needs {needed / 2**20:,.1f} MiB on a device, of which "
-        f"{memory.temp_size_in_bytes / 2**20:,.1f} MiB only while it works"
+        f"{sizes['temporaries'] / 2**20:,.1f} MiB only while it works"
     )
     if room is None:
         return Finding(f"{line}; the device does not say what it has")

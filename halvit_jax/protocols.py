@@ -5,6 +5,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+BAD_INPUT, BROKEN_RUN, STUCK, STOPPED = 2, 3, 70, 75
+"""Exit codes, which `door` explains."""
+
 Array = Any  # a jax or NumPy array; this file imports neither framework
 PyTree = Any
 Batch = Mapping[str, Array]

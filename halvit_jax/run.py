@@ -6,7 +6,7 @@ The one place where a ConfigDict is taken apart; each sub-tree becomes the keywo
 import json
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -20,6 +20,9 @@ from halvit_jax.training.health import Limit, make_limit
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import check_batch_size, make_mesh
 from halvit_jax.training.state import TrainState, abstract_state, init_state
+
+if TYPE_CHECKING:
+    from halvit_jax.data.pipeline import Loaders
 
 CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
 
@@ -70,23 +73,9 @@ def build(config: ConfigDict) -> Run:
     check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
     limit = make_limit(**config.spikes)
 
-    from halvit_jax import data
-
-    data.hide_accelerators()
-    loaders = data.make_loaders(
-        **config.data,
-        batch_size=config.batch_size,
-        image_size=task.model.image_size,
-        seed=config.seed,
-        host=data.Host(jax.process_index(), jax.process_count()),
-    )
-    classes = len(loaders.class_names)
-    if classes != task.model.num_classes:
-        raise ValueError(
-            f"model.num_classes={task.model.num_classes}, but data.name={config.data.name!r} has {classes} classes; "
-            f"set model.num_classes={classes}"
-        )
-    total_steps = config.total_steps or config.num_epochs * loaders.train.steps_per_epoch
+    loaders = build_loaders(config, image_size=task.model.image_size)
+    check_classes(config, loaders.class_names)
+    total_steps = length(config, loaders.train.steps_per_epoch)
     optimizer = make_optimizer(
         **config.optim,
         batch_size=config.batch_size,
@@ -105,6 +94,39 @@ def build(config: ConfigDict) -> Run:
         seed=config.seed,
         ema_decay=config.ema_decay,
     )
+
+
+def build_loaders(config: ConfigDict, *, image_size: int) -> "Loaders":
+    """The loaders of `config.data` for this process.
+
+    Raises:
+        ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
+    """
+    from halvit_jax import data
+
+    data.hide_accelerators()
+    host = data.Host(jax.process_index(), jax.process_count())
+    given = {"batch_size": config.batch_size, "image_size": image_size, "seed": config.seed, "host": host}
+    return data.make_loaders(**config.data, **given)
+
+
+def check_classes(config: ConfigDict, class_names: list[str]) -> None:
+    """Refuse a classifier of another size than the data have classes.
+
+    Raises:
+        ValueError: with the number to set.
+    """
+    classes = len(class_names)
+    if classes != config.model.num_classes:
+        raise ValueError(
+            f"model.num_classes={config.model.num_classes}, but data.name={config.data.name!r} has {classes} classes; "
+            f"set model.num_classes={classes}"
+        )
+
+
+def length(config: ConfigDict, steps_per_epoch: int) -> int:
+    """The steps of a run."""
+    return config.total_steps or config.num_epochs * steps_per_epoch
 
 
 def departures(config: ConfigDict) -> list[str]:
@@ -198,21 +220,23 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
     """
     from halvit_jax.training.checkpoint import Checkpointer
 
-    any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
-    optimizer = make_optimizer(**config.optim, **any_length)
-    mesh = make_mesh(devices=jax.local_devices()[:1])
-    limit = make_limit(**config.spikes)
-    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0, limit=limit)
-    checkpointer = Checkpointer(workdir, read_only=True)
+    abstract = stored_state(task, config)
+    checkpointer = Checkpointer(workdir, read_only=True, say=lambda line: print(line, file=sys.stderr))
     try:
         restored = checkpointer.restore(abstract)
     finally:
         checkpointer.close()
     if restored is None:
         raise ValueError(f"{workdir} has no checkpoint yet")
-    for line in restored.damaged.values():
-        print(f"WARNING: {line}; passed over", file=sys.stderr)
     return restored.state
+
+
+def stored_state(task: Classification, config: ConfigDict) -> TrainState:
+    """What a checkpoint of this config holds, to be restored whole to the first device of this host."""
+    any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
+    optimizer = make_optimizer(**config.optim, **any_length)
+    mesh, limit = make_mesh(devices=jax.local_devices()[:1]), make_limit(**config.spikes)
+    return abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0, limit=limit)
 
 
 def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:

@@ -36,13 +36,12 @@ while [ ${#running[@]} -gt 0 ]; do
       ended=$?
       if [ $ended -ne 0 ] && [ $code -eq 0 ]; then
         code=$ended
-        (sleep "${GRACE:-60}" && kill -KILL "${pids[@]}" 2>/dev/null) &
-        killer=$!
+        deadline=$((SECONDS + ${GRACE:-60}))
       fi
     fi
   done
   running=("${left[@]}")
   [ ${#running[@]} -eq 0 ] || sleep 0.2
+  [ $code -eq 0 ] || [ $SECONDS -lt $deadline ] || kill -KILL "${running[@]}" 2>/dev/null
 done
-[ -z "${killer:-}" ] || kill "$killer" 2>/dev/null
 exit $code

@@ -295,7 +295,7 @@ def test_alone_nothing_is_said() -> None:
 def test_the_script_starts_a_cluster_and_ends_with_its_code(tmp_path: pathlib.Path) -> None:
     script = ["bash", "launch/local_cluster.sh"]
     environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stderr[:6]) == (2, "usage:")
     done = subprocess.run(
         [*script, "2", "--", "--config=configs/halvit_digits.py"],
@@ -303,7 +303,7 @@ def test_the_script_starts_a_cluster_and_ends_with_its_code(tmp_path: pathlib.Pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=50,  # below the script's GRACE, for it leaves nobody behind who keeps its output open
         check=False,
     )
     assert done.returncode == 2

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from halvit_jax import plan, recipes
+from halvit_jax import compiled, plan, recipes
 from halvit_jax.models import create_model
 from halvit_jax.training.paths import count
 from halvit_jax.training.sharding import make_mesh
@@ -190,13 +190,13 @@ HloModule jit_train_step
 
 
 def test_collectives_are_read_from_the_compiled_text() -> None:
-    assert plan.collectives(HLO) == {
+    assert compiled.collectives(HLO) == {
         "all-gather": {"count": 1, "bytes": 4 * 32 * 4},
         "all-reduce": {"count": 3, "bytes": 384 * 384 * 2 + 384 * 4 + 4 + 400},
         "collective-permute": {"count": 1, "bytes": 16},
         "reduce-scatter": {"count": 1, "bytes": 10},
     }
-    assert plan.collectives("HloModule nothing") == {}
+    assert compiled.collectives("HloModule nothing") == {}
 
 
 class _Lowered:

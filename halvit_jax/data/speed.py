@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_sample_images
 
+from halvit_jax.data import ops
 from halvit_jax.data.pipeline import TrainLoader
 from halvit_jax.data.sources import Entry, Reader, Record, positions
 from halvit_jax.data.transforms import Transform, train_transform
@@ -120,6 +121,5 @@ def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
 
 def _batches(encoded: list[bytes], batch: int, prepare: Callable[..., tf.Tensor]) -> Iterator[Any]:
     images = tf.data.Dataset.from_tensor_slices(encoded).repeat().enumerate()
-    prepare = tf.autograph.experimental.do_not_convert(prepare)
-    prepared = images.map(prepare, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    prepared = images.map(ops.plain(prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return prepared.batch(batch, drop_remainder=True).as_numpy_iterator()

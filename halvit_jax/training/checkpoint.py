@@ -45,7 +45,7 @@ class Checkpointer:
     """The checkpoints of one workdir. Saving is asynchronous; at most one save is under way.
 
     `keep` is how many of the newest checkpoints to keep; the one with the best score is kept beside them. `attempts` is
-    how many saves in a row may fail. `say` gets a line for each failure.
+    how many saves in a row may fail. `say` gets a line for each failure, and for each step that is passed over.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class Checkpointer:
                 damaged[candidate] = f"the checkpoint of step {candidate} is damaged: {error}"
             else:
                 self._saved = candidate
+                for line in damaged.values():
+                    self._say(f"WARNING: {line}; passed over")
                 return Restored(state, candidate, facts, damaged)
         if damaged:
             raise DamagedError("; ".join(damaged.values()))

@@ -25,6 +25,8 @@ from halvit_jax.training.state import TrainState
 from halvit_jax.training.step import Outcome, make_eval_step, make_train_step
 from halvit_jax.training.watchdog import COMPILING, TRAINING, Watchdog
 
+UNEVALUATED: dict[str, Any] = {"evaluated": False, "score": None}  # what is saved with a step beside its state
+
 
 class Beginning(NamedTuple):
     """The state to go on from, and whether an evaluation is due that it was stopped before."""
@@ -60,8 +62,6 @@ def begin(
         restored = None
     if restored is None:
         return Beginning(fresh_state(abstract))
-    for line in restored.damaged.values():
-        report.say(f"WARNING: {line}; passed over")
     checkpointer.set_aside(list(restored.damaged))
     report.say(f"going on from the checkpoint of step {restored.step}")
     return Beginning(restored.state, restored.step % eval_every == 0 and not restored.facts["evaluated"])
@@ -114,6 +114,7 @@ def train(
 
     train_step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay, accumulate=accumulate, limit=limit)
     batches = train_loader.batches(step)
+    facts = UNEVALUATED  # of the newest step
     unreported: list[Outcome] = []
     before: Outcome | None = None  # of the step before the newest
     recent: collections.deque[tuple[int, dict[str, Array]]] = collections.deque(maxlen=3)
@@ -155,31 +156,30 @@ def train(
             report.first_step_done()
 
         if step % log_every == 0 or last:
-            scalars = {**averages(total([each.sums for each in unreported]))}
+            scalars = averages(total([each.sums for each in unreported]))
             scalars["learning_rate"] = float(optimizer.schedule(step - 1))
             if limit.factor:
                 scalars["left_out"] = sum(float(each.skipped) for each in unreported)
             report.training(step, scalars, steps=len(unreported))
             unreported = []
         # Evaluate before saving: a run killed in between evaluates this step again rather than never.
-        evaluated = False
+        facts = UNEVALUATED
         if (step % eval_every == 0 or last) and not stop:
             look_at(outcome, step - 1)
             try:
                 results = evaluate_state(task, state, eval_loader, **evaluating)
-                evaluated = True
+                facts = {"evaluated": True, "score": results[best_of(results)][task.headline]}
             except StoppedError:
                 stop = True
         if step % checkpoint_every == 0 or last or stop or wish == SAVE_AGAIN:
             look_at(outcome, step - 1)
             watchdog.at("saving", step)
             with report.pausing():
-                score = results[best_of(results)][task.headline] if evaluated else None
-                checkpointer.save(step, state, score=score, evaluated=evaluated, again=wish == SAVE_AGAIN)
+                checkpointer.save(step, state, **facts, again=wish == SAVE_AGAIN)
 
     watchdog.at("saving", step)
     while not checkpointer.wait():
-        checkpointer.save(step, state, evaluated=bool(results), again=True)
+        checkpointer.save(step, state, **facts, again=True)
     if stop:
         return {"step": step, "stopped": signals.name or "another process"}
     return {"step": step, **results, **digest(state), "images_per_s": report.images_per_s}

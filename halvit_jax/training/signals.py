@@ -14,11 +14,10 @@ from contextlib import contextmanager
 import jax.numpy as jnp
 import numpy as np
 
-from halvit_jax.protocols import Array, Batch
+from halvit_jax.protocols import STOPPED, Array, Batch
 
 NONE, SAVE_AGAIN, STOP = 0, 1, 2  # what a host wishes; of several the largest counts
 WISH = "wish"  # its name in a batch and among a step's outputs
-STOPPED = 75  # exit code of a run that is stopped and can go on (EX_TEMPFAIL)
 
 
 def wish_of(batch: Batch) -> Array:

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
 
 from halvit_jax.protocols import Array, Batch, PyTree, Task
 from halvit_jax.training import health
 from halvit_jax.training.optim import Optimizer
-from halvit_jax.training.signals import wish_of
+from halvit_jax.training.sharding import BATCH
+from halvit_jax.training.signals import WISH, wish_of
 from halvit_jax.training.state import TrainState
 
 
@@ -74,6 +76,16 @@ def make_train_step(
         return new, Outcome(result.sums, wish_of(batch), healthy, finite, skipped)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def abstract_batch(mesh: Mesh, *, batch_size: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the batches of images that a step is given."""
+    size, sharding = image_size, NamedSharding(mesh, BATCH)
+    rows = {"image": ((size, size, 3), jnp.uint8), "label": ((), jnp.int32), "mask": ((), bool), WISH: ((), jnp.int32)}
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in rows.items()
+    }
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,8 @@ import threading
 import time
 from collections.abc import Callable
 
-STUCK = 70  # exit code of a run that did not move
+from halvit_jax.protocols import STUCK
+
 COMPILING, TRAINING = "compiling", "training"
 
 
