@@ -1,7 +1,12 @@
 """Watching over batches: which file is to blame for an error, and how many images had to be replaced."""
 
+import atexit
+import contextlib
+import functools
 import logging
-from collections.abc import Callable, Iterator
+import traceback
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +18,7 @@ from halvit_jax.protocols import DataError
 
 LOG = logging.getLogger("halvit_jax.data")
 MEND_IMAGE = "remove it, or set data.on_bad_image='replace'"
+UNDER_WAY: weakref.WeakSet[Generator] = weakref.WeakSet()  # what is iterated over at this moment
 MEND_RECORD = "put it right, or prepare the data set again"
 
 
@@ -47,7 +53,14 @@ class Watch:
         Raises:
             DataError: a file is damaged, an image cannot be decoded, or more images than allowed had to be replaced.
         """
-        failure, step = tf.errors.OpError, first_step  # looked up now: when a process ends, modules may be gone already
+        watched = self._watched(batches, first_step)
+        UNDER_WAY.add(watched)
+        _end_before_python_does()
+        return watched
+
+    def _watched(
+        self, batches: Iterator[dict[str, np.ndarray]], step: int
+    ) -> Generator[dict[str, np.ndarray], None, None]:
         try:
             for batch in batches:
                 if step % self._steps_per_epoch == 0:
@@ -57,8 +70,11 @@ class Watch:
                     self._count({name.decode() for name in names[~good]})
                 yield batch
                 step += 1
-        except failure as error:
+        except tf.errors.OpError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the iterator, as this frame does
             raise DataError(self._blame(step, error)) from error
+        finally:
+            del batches
 
     def _count(self, names: set[str]) -> None:
         self._replaced |= names
@@ -83,3 +99,19 @@ class Watch:
         except (tf.errors.OpError, ValueError) as found:  # of the record itself, and these name it
             return f"{ops.reason(found)}; {MEND_RECORD}"
         return ops.reason(error)  # it could be read this time
+
+
+@functools.cache
+def _end_before_python_does() -> None:
+    """When the process ends, no batch may be in the making.
+
+    TensorFlow's threads call Python to read ArrayRecord; where Python is being taken down they wait for it for ever,
+    and it for them.
+    """
+
+    def end() -> None:
+        for batches in list(UNDER_WAY):
+            with contextlib.suppress(ValueError):  # another thread is inside
+                batches.close()
+
+    atexit.register(end)
