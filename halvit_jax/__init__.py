@@ -5,7 +5,8 @@ variables = model.init(jax.random.key(0), images, train=False)   # images [b, h,
 logits = model.apply(variables, images, train=False)
 variables = halvit_jax.from_torch("deit_tiny", state)            # state: {official PyTorch name: numpy array}
 state = halvit_jax.to_torch("deit_tiny", variables)
-model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run
+model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run, or of a file
+maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [b, heads, tokens, tokens], ...}
 """
 
 import os
@@ -15,9 +16,10 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
+from halvit_jax.intermediates import capture
 from halvit_jax.models import create_model, list_models
 
-__all__ = ["create_model", "from_torch", "list_models", "load", "to_torch"]
+__all__ = ["capture", "create_model", "from_torch", "list_models", "load", "to_torch"]
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -44,16 +46,27 @@ def to_torch(
     return convert.to_torch(name, variables, as_deit=as_deit, **overrides)
 
 
-def load(workdir: str | os.PathLike[str]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model of a run and its trained variables: the averages where the run kept them, of the newest checkpoint.
+def load(source: str | os.PathLike[str], name: str | None = None, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """A model and its variables.
 
-    The model computes in float32 and wants images normalised with the mean and deviation of the run's config.
+    `source` is the workdir of a run (the averages where it kept them, of the newest checkpoint); a .safetensors file of
+    `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
+    `name` with `overrides`.
+
+    The model computes in float32 and wants images normalised with the mean and deviation of its recipe.
 
     Raises:
-        ValueError: no run or no checkpoint in this workdir.
+        ValueError: no run or no checkpoint in a workdir, or what reading a file refuses.
     """
-    from halvit_jax.run import load_trained  # imports the trainer, which not everybody needs
+    if os.path.isdir(source):
+        if name is not None or overrides:
+            raise ValueError(f"{source} is the workdir of a run, which knows its model; name nothing else")
+        from halvit_jax.run import load_trained  # imports the trainer, which not everybody needs
 
-    trained = load_trained(os.fspath(workdir))
-    params, model_state = trained.variables
-    return trained.task.model, {"params": params, **model_state}
+        trained = load_trained(os.fspath(source))
+        params, model_state = trained.variables
+        return trained.task.model, {"params": params, **model_state}
+    from halvit_jax.convert import files, native
+
+    found = native.of_any(os.fspath(source), files.read(source), name, overrides)
+    return create_model(found.name, **found.fields), found.variables

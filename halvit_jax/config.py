@@ -32,6 +32,8 @@ def default_config() -> ConfigDict:
             "save_attempts": 3,  # saves in a row that may fail before the run ends; each failure is said
             "save_timeout": 600,  # seconds in which all hosts must have written their part of a checkpoint
             "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
+            "init_from": "",  # weights to begin with: a workdir, or a file of halvit_jax.convert or of PyTorch's names
+            "init_fresh": (),  # paths (regular expressions) that begin fresh all the same, e.g. ("^head/",)
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
@@ -120,6 +122,7 @@ def _optim() -> dict[str, Any]:
         "base_batch_size": 512,  # the batch that learning_rate is given for
         "weight_decay": 0.05,
         "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"class_token$"),  # paths spared from weight decay
+        "frozen": (),  # paths that are not trained; BatchNorm's statistics still follow the data
         "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
         "layers": (r"^(?:embed|class_token|position|stem)", r"^block(\d+)/", r"^stage(\d+)/", r""),  # from the input on
         "beta1": 0.9,  # adamw, lamb

@@ -4,6 +4,7 @@ python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvi
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,7 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
+    from halvit_jax import initial
     from halvit_jax import run as run_lib
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint import Checkpointer
@@ -119,7 +121,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             checkpointer,
             report,
             run.abstract_state(),
-            run.fresh_state,
+            functools.partial(initial.fresh_state, run=run, config=config, workdir=workdir, say=report.say),
             eval_every=config.eval_every,
             restart_if_damaged=restart_if_damaged,
         )

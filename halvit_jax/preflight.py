@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from halvit_jax import cluster, door, lock
+from halvit_jax import cluster, door, initial, lock
 from halvit_jax import config as config_lib
 from halvit_jax import run as run_lib
 from halvit_jax.compiled import memory_of
@@ -69,6 +69,8 @@ def preflight(
         total = run_lib.length(config, epoch) if loaders else 10**9
         optimizer = items.check("optimizer", _optimizer, config=config, epoch=epoch, total=total)
         state = items.check("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
+        if config.init_from:
+            items.check("init_from", _initial, config=config, model=task)
         if workdir is None:
             items.say("skip", "workdir", "not given with --workdir=DIR")
         else:
@@ -194,6 +196,11 @@ def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> Find
     limit = make_limit(**config.spikes)
     state = abstract_state(model, optimizer, mesh=devices, use_ema=config.ema_decay > 0, limit=limit)
     return Finding(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
+
+
+def _initial(config: ConfigDict, model: Any) -> Finding:
+    found = initial.read(config.init_from, config.model.name, model.model, fresh=config.init_fresh)
+    return Finding("; ".join(found.lines()))
 
 
 def _workdir(workdir: pathlib.Path) -> Finding:

@@ -23,7 +23,9 @@ ROOMS: dict[str, set[str] | None] = {
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu", "halvit_jax.protocols"},
     # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.
     "convert": {"numpy", "jax", "torch", "halvit_jax.models"},
-    **dict.fromkeys(("__init__", "run", "door", "cluster", "lock", "memory", "macs", "compiled")),
+    **dict.fromkeys(
+        ("__init__", "run", "door", "cluster", "lock", "memory", "macs", "compiled", "initial", "intermediates")
+    ),
     **dict.fromkeys(("main", "predict", "export", "bench", "summary", "check", "preflight", "plan")),
 }
 ONLY_IN_DATA = {"tensorflow", "tensorflow_datasets"}

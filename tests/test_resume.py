@@ -71,6 +71,7 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
         "--config=configs/halvit_digits.py",
         f"--config.data.data_dir={digits_dir}",
         f"--config.total_steps={STEPS}",
+        "--config.batch_size=32",
         "--config.eval_every=1000",
         "--config.checkpoint_every=10",
         "--config.log_every=10",

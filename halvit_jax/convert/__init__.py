@@ -4,8 +4,8 @@ variables = from_torch("deit_tiny", state)        # state: {official PyTorch nam
 state = to_torch("deit_tiny", variables)          # the same names, values and types
 state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_small_patch16_224 loads
 
-`files` reads and writes the files, `native` keeps a model's variables in one; `python -m halvit_jax.convert` does it
-from a shell.
+`files` reads and writes the files, `native` keeps a model's variables in one, `transfer` fits weights to another
+classifier or resolution; `python -m halvit_jax.convert` converts from a shell.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from halvit_jax.models import create_model
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.vit import VisionTransformer
 
-__all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "shapes_of", "to_torch", "torch_shapes"]
+__all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "to_torch", "torch_shapes"]
 
 TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     VisionTransformer: vit.rules,
@@ -44,7 +44,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
         ValueError: all ambiguous, missing, left-over and misshapen entries by name, or what `create_model` refuses.
     """
     model = create_model(name, **overrides)
-    return engine.nest(_owned(engine.to_ours(name, _rules(name, model), state, shapes_of(model))))
+    return engine.nest(_owned(engine.to_ours(name, rules_of(name, model), state, shapes_of(model))))
 
 
 def to_torch(
@@ -65,7 +65,7 @@ def to_torch(
         ValueError: all missing, left-over and misshapen arrays by path, or a model that cannot be written as a DeiT.
     """
     model = create_model(name, **overrides)
-    rules, arrays = _rules(name, model), engine.flatten(variables)
+    rules, arrays = rules_of(name, model), engine.flatten(variables)
     engine.check_tree(name, arrays, shapes_of(model))
     if as_deit:
         if not isinstance(model, VisionTransformer):
@@ -78,7 +78,7 @@ def torch_shapes(name: str, **overrides: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of the PyTorch state of a model: {official name: shape}. Nothing is computed."""
     model = create_model(name, **overrides)
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in shapes_of(model).items()}
-    return {key: array.shape for key, array in engine.to_torch(_rules(name, model), zeros).items()}
+    return {key: array.shape for key, array in engine.to_torch(rules_of(name, model), zeros).items()}
 
 
 def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
@@ -89,7 +89,12 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(key.key) for key in keys): leaf.shape for keys, leaf in leaves}
 
 
-def _rules(name: str, model: Any) -> tuple[Rule, ...]:
+def rules_of(name: str, model: Any) -> tuple[Rule, ...]:
+    """The table of a model's PyTorch names.
+
+    Raises:
+        ValueError: its family has none.
+    """
     if type(model) not in TABLES:
         raise ValueError(f"{name} has no table of PyTorch names yet")
     return TABLES[type(model)](model)

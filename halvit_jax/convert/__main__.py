@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from halvit_jax import door
-from halvit_jax.convert import engine, files, from_torch, native, to_torch
+from halvit_jax.convert import engine, files, native, to_torch
 
 TARGETS = ("jax", "torch", "deit")
 
@@ -36,16 +36,7 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
         ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
     """
     weights = files.read(source)
-    known = native.from_weights(weights)
-    fields = {field: value for field, value in fields.items() if value is not None}
-    if known is None:
-        if name is None:
-            raise ValueError(f"{source} does not say which model it is of; give --model=NAME")
-        variables = from_torch(name, weights.arrays, **fields)
-    else:
-        if name not in (None, known.name):
-            raise ValueError(f"{source} is of {known.name}, but --model={name}")
-        name, fields, variables = known.name, known.fields | fields, known.variables
+    name, fields, variables = native.of_any(source, weights, name, fields)
     if to == "jax":
         native.save(target, name, variables, **fields)
         written = engine.flatten(variables)

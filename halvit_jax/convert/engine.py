@@ -7,7 +7,7 @@ copies an array: what comes out are views of what went in.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,10 +92,13 @@ def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def to_ours(model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted: Shapes) -> dict[str, np.ndarray]:
+def to_ours(
+    model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted: Shapes, *, free: Set[str] = frozenset()
+) -> dict[str, np.ndarray]:
     """The arrays of a PyTorch state under our paths and in our layouts.
 
-    Counters may be missing, since older files have none.
+    Counters may be missing, since older files have none. Those at the paths of `free` may be missing too, and may have
+    other sizes.
 
     Raises:
         ValueError: every ambiguous, missing, left-over and misshapen entry and every unfit type, by name.
@@ -115,7 +118,7 @@ def to_ours(model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted:
             continue
         names[path].append(name)
         array, shape = np.asarray(value), torch_shape(rule, wanted[path])
-        if array.shape != shape:
+        if array.shape != shape and not (path in free and array.ndim == len(shape)):
             problems.add("misshapen", f"{name} (is {array.shape}, must be {shape})")
         elif array.dtype.name not in FLOATS:
             problems.add("of a wrong type", f"{name} (is {array.dtype.name}, must be {' or '.join(FLOATS)})")
@@ -124,7 +127,7 @@ def to_ours(model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted:
     for path, found in names.items():
         if len(found) > 1:
             problems.add("ambiguous", f"{path} (is {' and '.join(found)})")
-        if not found:
+        if not found and path not in free:
             problems.add("missing", first_name(rules, path) or f"{path} (no rule names it)")
     problems.raise_any()
     return arrays

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from halvit_jax.convert import engine, files, shapes_of
+from halvit_jax.convert import engine, files, from_torch, shapes_of
 from halvit_jax.models import create_model
 
 FORMAT = "halvit_jax"  # marks the files that are ours
@@ -45,6 +45,26 @@ def load(path: str | os.PathLike[str]) -> Native:
     if native is None:
         raise ValueError(f"{path} is no file of halvit_jax; python -m halvit_jax.convert makes one of PyTorch's")
     return native
+
+
+def of_any(path: str, weights: files.Weights, name: str | None, fields: Mapping[str, Any]) -> Native:
+    """The variables in a weight file's content: of the model it says, or, of a PyTorch state, of the model `name`.
+
+    Raises:
+        ValueError: no model is named, or the file knows that it is of another one or of other fields; what converting
+            refuses.
+    """
+    given = {field: value for field, value in fields.items() if value is not None}
+    known = from_weights(weights)
+    if known is None:
+        if name is None:
+            raise ValueError(f"{path} does not say which model it is of; name it (--model=NAME)")
+        return Native(name, given, from_torch(name, weights.arrays, **given))
+    if name not in (None, known.name):
+        raise ValueError(f"{path} is of {known.name}, not of {name}")
+    fields = known.fields | given
+    engine.check_tree(known.name, engine.flatten(known.variables), shapes_of(create_model(known.name, **fields)))
+    return known._replace(fields=fields)
 
 
 def from_weights(weights: files.Weights) -> Native | None:

@@ -24,7 +24,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
         query, key, value = jnp.split(nn.Dense(3 * self.width, **dense, name="qkv")(x), 3, axis=-1)
-        out = attend(query, key, value, num_heads=self.num_heads)
+        weights = attention_weights(query, key, num_heads=self.num_heads)
+        _keep(self, weights)
+        out = average(weights, value)
         return nn.Dense(self.width, **dense, name="output")(out)
 
 
@@ -43,7 +45,9 @@ class TiedAttention(nn.Module):
         query, key, value = query_output.project(x), key_value.project(x), key_value.project_back(x)
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
-        out = query_output.project_back(attend(query, key, value, num_heads=self.num_heads))
+        weights = attention_weights(query, key, num_heads=self.num_heads)
+        _keep(self, weights)
+        out = query_output.project_back(average(weights, value))
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
@@ -53,18 +57,28 @@ class TiedAttention(nn.Module):
 ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAttention}
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, num_heads: int) -> jax.Array:
-    """softmax(Q K^T / sqrt(k)) V, head by head; all of shape [b, n, d].
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int) -> jax.Array:
+    """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] twice -> [b, h, n, n], whose rows sum to 1.
 
-    The softmax is computed in float32 whatever the type of the input. Heads come before tokens so that every product is
-    one of plain matrices: on a CPU twice as fast as with the heads in between. The
-    queries are scaled because they are fewer numbers than the logits.
+    The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens
+    so that every product is one of plain matrices: on a CPU twice as fast as with the heads in between. The queries are
+    scaled because they are fewer numbers than the logits.
     """
-    query, key, value = (_split_heads(x, num_heads) for x in (query, key, value))
+    query, key = _split_heads(query, num_heads), _split_heads(key, num_heads)
     logits = jnp.einsum("bhqk,bhnk->bhqn", query * query.shape[-1] ** -0.5, key)
-    weights = jax.nn.softmax(logits.astype(jnp.float32)).astype(value.dtype)
-    out = jnp.einsum("bhqn,bhnk->bhqk", weights, value).transpose(0, 2, 1, 3)  # [b, n, h, k]
-    return out.reshape(*out.shape[:2], -1)  # [b, n, d]
+    return jax.nn.softmax(logits.astype(jnp.float32)).astype(query.dtype)
+
+
+def average(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """The values [b, n, d] averaged with the weights [b, h, n, n] of their head: [b, n, d]."""
+    out = jnp.einsum("bhqn,bhnk->bhqk", weights, _split_heads(value, weights.shape[1])).transpose(0, 2, 1, 3)
+    return out.reshape(*out.shape[:2], -1)  # [b, n, h, k] -> [b, n, d]
+
+
+def _keep(module: nn.Module, weights: jax.Array) -> None:
+    """Hand the weights to a caller who asks for intermediates; nobody else pays for it."""
+    if not module.is_initializing():
+        module.sow("intermediates", "weights", weights)
 
 
 def _split_heads(x: jax.Array, num_heads: int) -> jax.Array:

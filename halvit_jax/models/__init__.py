@@ -10,6 +10,7 @@ from flax import linen as nn
 from halvit_jax.models import resnet, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
+TransferRules = tuple[tuple[str, str], ...]
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     **{name: (vit.VisionTransformer, size) for name, size in vit.SIZES.items()},
     **{name: (resnet.ResNet, size) for name, size in resnet.SIZES.items()},
@@ -48,6 +49,11 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 def partition_rules(model: nn.Module) -> Rules:
     """(regex of a parameter path, mesh axis of each dimension) for every parameter of the model; first match wins."""
     return {vit.VisionTransformer: vit.PARTITION_RULES, resnet.ResNet: resnet.PARTITION_RULES}[type(model)]
+
+
+def transfer_rules(model: nn.Module) -> TransferRules:
+    """(regex of a path, what may differ there in weights that the model begins with): see `convert.transfer`."""
+    return {vit.VisionTransformer: vit.TRANSFER_RULES, resnet.ResNet: resnet.TRANSFER_RULES}[type(model)]
 
 
 def fields_of(family: type[nn.Module]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ PARTITION_RULES = (
     (r"(bias|scale|mean|var)$", ()),
 )
 
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "colours"))
+
 STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image
 
 _kaiming_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")

@@ -180,6 +180,9 @@ PARTITION_RULES = (
 )
 
 
+TRANSFER_RULES = ((r"^head/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
+
+
 def _check_choice(field: str, value: str, allowed: Any) -> None:
     if value not in allowed:
         raise ValueError(f"model.{field}={value!r} is not one of {', '.join(allowed)}")

@@ -4,6 +4,7 @@ optax does the arithmetic; here stand the choices that make a published recipe c
 schedule starts and ends, and how the learning rate follows the batch size.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ def make_optimizer(
     base_batch_size: int,
     weight_decay: float,
     no_decay: Sequence[str],
+    frozen: Sequence[str],
     layer_decay: float,
     layers: Sequence[str],
     beta1: float,
@@ -55,10 +57,11 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of `config.optim`, whose fields say what each keyword is.
 
-    In this order: clip the gradient (whole, then adaptively, Brock et al., 2021), optimizer, weight decay, layer-wise
-    decay, learning rate. Weight decay spares every parameter whose path matches one of `no_decay`. AdamW and LAMB decay
-    the weights themselves; SGD adds the decay to the gradient, as PyTorch does. LAMB leaves the parameters without
-    decay unadapted, as timm does.
+    What a path of `frozen` is found in is not trained, and the rest is as if it were not there. In this order: clip
+    the gradient (whole, then adaptively, Brock et al., 2021), optimizer, weight decay, layer-wise decay, learning
+    rate. Weight decay spares every parameter whose path matches one of `no_decay`. AdamW and LAMB decay the weights
+    themselves; SGD adds the decay to the gradient, as PyTorch does. LAMB leaves the parameters without decay
+    unadapted, as timm does.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
@@ -74,7 +77,12 @@ def make_optimizer(
     _check_choice("scaling", scaling, SCALINGS)
     if scaling != "none" and not base_batch_size:
         raise ValueError(f"optim.scaling={scaling!r} needs optim.base_batch_size, the batch optim.learning_rate is for")
-    for field, patterns in {"no_decay": no_decay, "no_clip_adaptive": no_clip_adaptive, "layers": layers}.items():
+    for field, patterns in {
+        "no_decay": no_decay,
+        "frozen": frozen,
+        "no_clip_adaptive": no_clip_adaptive,
+        "layers": layers,
+    }.items():
         _check_patterns(field, patterns)
 
     factor = SCALINGS[scaling](batch_size / base_batch_size) if base_batch_size else 1.0
@@ -110,6 +118,9 @@ def make_optimizer(
     clip = optax.chain(*clips) if clips else optax.identity()
     slowing = (_scale_layers(layer_decay, layers),) if layer_decay != 1.0 else ()
     chain = optax.chain(clip, *parts[name], *slowing, optax.scale_by_learning_rate(rate))
+    if frozen:
+        parts_of = functools.partial(_trained_or_frozen, frozen)
+        chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, parts_of)
     return Optimizer(chain.init, chain.update, rate)
 
 
@@ -185,6 +196,18 @@ def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]
     places = {path: place(path) for path in paths}
     ordered = sorted(set(places.values()))
     return {path: ordered.index(found) for path, found in places.items()}
+
+
+def _trained_or_frozen(frozen: Sequence[str], params: PyTree) -> PyTree:
+    """Which parameters are "trained" and which "frozen"."""
+    paths = list(flat(params))
+    for pattern in frozen:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"optim.frozen holds {pattern!r}, which is in no path; they are like {paths[0]}")
+    trained = path_mask(params, frozen)
+    if not any(flat(trained).values()):
+        raise ValueError(f"optim.frozen={tuple(frozen)} leaves nothing to train")
+    return map_paths(lambda _, train: "trained" if train else "frozen", trained)
 
 
 def _scale_layers(decay: float, layers: Sequence[str]) -> optax.GradientTransformation:

@@ -1,13 +1,17 @@
 """The train state: everything that changes, and so everything that a checkpoint holds."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import PyTree, Task
 from halvit_jax.training.health import NO_LIMIT, Limit
 from halvit_jax.training.optim import Optimizer
+from halvit_jax.training.paths import map_paths
 from halvit_jax.training.sharding import partition
 
 
@@ -45,6 +49,18 @@ def init_state(
     """A fresh state, born in the shardings of `abstract`: no device ever holds more than its share."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, limit), out_shardings=shardings)()
+
+
+def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
+    """The state with these values of parameters and statistics, {"params/head/bias": ...}, and of their averages."""
+
+    def place(path: str, leaf: jax.Array) -> jax.Array:
+        array = arrays.get(path.removeprefix("ema/").removeprefix("model_state/"))
+        if array is None or not path.startswith(("params/", "model_state/", "ema/")):
+            return leaf
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return map_paths(place, state)
 
 
 def _fresh(task: Task, optimizer: Optimizer, seed: int, use_ema: bool, limit: Limit) -> TrainState:

