@@ -151,7 +151,7 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             process_id=given["process_id"],
             initialization_timeout=start_timeout + GRACE,
             heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=start_timeout,  # for those that end while rank 0 still writes
         )
         jax.devices()
     except (RuntimeError, ValueError) as error:

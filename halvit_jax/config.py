@@ -151,7 +151,7 @@ def _mesh() -> dict[str, int]:
 
 def _cluster() -> dict[str, int]:
     return {
-        "start_timeout": 300,  # seconds in which all processes must have found each other
+        "start_timeout": 300,  # seconds in which all processes must have found each other; also at the end
         "heartbeat_timeout": 100,  # seconds of silence after which a process counts as dead
     }
 

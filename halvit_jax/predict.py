@@ -1,12 +1,14 @@
 """Name what is on images, with the model of a run.
 
-python -m halvit_jax.predict --workdir=DIR IMAGE...
+python -m halvit_jax.predict --workdir=DIR [--attention=out.png] IMAGE...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]}, or, for a file that is no
-image, {"image": path, "error": why}; then the exit code is 1.
+image, {"image": path, "error": why}; then the exit code is 1. `--attention` draws what a transformer's last block looks
+at: a row for each image, as the model sees it and with the attention over it, red being most.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,13 +18,16 @@ import numpy as np
 from absl import flags
 
 from halvit_jax import door
+from halvit_jax.intermediates import capture
 
 TOP = 5
+DRAWN = 224  # pixels
 
 
 def define_flags() -> None:
     """The flags of this door."""
     flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
+    flags.DEFINE_string("attention", None, "A PNG file to draw the attention of the last block into.")
 
 
 def main(argv: list[str]) -> None:
@@ -30,20 +35,32 @@ def main(argv: list[str]) -> None:
     with door.bad_input():
         if flags.FLAGS.workdir is None or not argv[1:]:
             raise ValueError("give --workdir=DIR and at least one image")
+        picture = flags.FLAGS.attention
+        if picture is not None and not picture.endswith(".png"):
+            raise ValueError(f"--attention={picture} must end in .png")
         from halvit_jax.run import load_trained
 
         trained = load_trained(flags.FLAGS.workdir)
+        if picture is not None:
+            attention_over(trained, np.zeros((trained.task.model.image_size,) * 2 + (3,), np.uint8))
 
-    failed = False
-    for row in predict(trained, argv[1:]):
-        failed |= "error" in row
+    failed, drawn = False, []
+    for row, image in predict(trained, argv[1:]):
+        failed |= image is None
         print(json.dumps(row), flush=True)
+        if picture is not None and image is not None:
+            drawn.append(attention_over(trained, image))
+    if drawn:
+        from halvit_jax import data
+
+        with door.bad_input():
+            data.write_png(picture, np.concatenate(drawn))
     if failed:
         sys.exit(1)
 
 
-def predict(trained: Any, paths: list[str]) -> Iterator[dict[str, Any]]:
-    """For each image file the classes of highest probability, or the reason why there are none."""
+def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+    """For each image file the classes of highest probability, or the reason why there are none; and the image."""
     from halvit_jax import data
 
     config, task = trained.config, trained.task
@@ -53,12 +70,36 @@ def predict(trained: Any, paths: list[str]) -> Iterator[dict[str, Any]]:
         try:
             image = data.read_image(path, data.eval_transform(size, share=share, method=method))
         except ValueError as error:
-            yield {"image": path, "error": str(error)}
+            yield {"image": path, "error": str(error)}, None
             continue
         probabilities = np.asarray(apply(image[None]))
         best = np.argsort(-probabilities, kind="stable")[:TOP]
         top5 = [{"class": trained.class_names[i], "probability": round(float(probabilities[i]), 6)} for i in best]
-        yield {"image": path, "top5": top5}
+        yield {"image": path, "top5": top5}, image
+
+
+def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
+    """An image [s, s, 3] as it is and, right of it, under the attention of the last block: [t, 2 t, 3], uint8.
+
+    It is that of the class token, or where there is none of all tokens, averaged over the heads; the least of the image
+    is blue, the most red. Both are enlarged by a whole number to at least `DRAWN` pixels.
+
+    Raises:
+        ValueError: the model has no attention maps, or not over a grid of the image.
+    """
+    model, (params, model_state) = trained.task.model, trained.variables
+    maps = capture(model, {"params": params, **model_state}, trained.task.normalise(image[None]))["attention"]
+    weights = np.asarray(list(maps.values())[-1][0].mean(0))  # [n, n]
+    side = math.isqrt(len(weights))
+    before = len(weights) - side**2  # tokens that stand before those of the image
+    seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
+    heat = (seen - seen.min()) / max(np.ptp(seen), 1e-12)
+    size = image.shape[0]
+    heat = np.asarray(jax.image.resize(heat, (size, size), "linear"))[..., None]
+    colours = np.concatenate([heat, 1 - abs(2 * heat - 1), 1 - heat], -1)
+    both = np.concatenate([image, np.uint8(0.5 * image + 0.5 * 255 * colours.clip(0, 1))], 1)
+    enlarge = -(-DRAWN // size)
+    return both.repeat(enlarge, 0).repeat(enlarge, 1)
 
 
 if __name__ == "__main__":

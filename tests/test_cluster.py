@@ -129,6 +129,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, digits_dir: pathlib.Path) ->
     return run.workdir
 
 
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory, digits_dir: pathlib.Path) -> pathlib.Path:
+    """The workdir of an unbroken run of four processes."""
+    run = Processes(tmp_path_factory.mktemp("four"), digits_dir, count=4)
+    assert run.codes() == [0] * 4, run.all_said()
+    return run.workdir
+
+
 def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
     alone: pathlib.Path, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -146,6 +154,11 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
     assert again.codes() == [0], again.all_said()
     assert f"going on from the checkpoint of step {stops[0][1]}" in again.said(0)
     assert_alike(tmp_path, alone, range(1, 51))
+
+
+@pytest.mark.slow
+def test_four_processes_learn_what_one_does(alone: pathlib.Path, four: pathlib.Path) -> None:
+    assert_alike(four, alone, range(1, 51))
 
 
 @pytest.mark.slow
@@ -167,12 +180,10 @@ def test_a_run_moves_between_four_two_and_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_when_one_of_four_is_killed_the_others_end_and_name_it(
-    rank: int, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+    rank: int, four: pathlib.Path, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """B2 of the test plan."""
-    whole = Processes(tmp_path / "whole", digits_dir, count=4)
-    assert whole.codes() == [0] * 4, whole.all_said()
-    run = Processes(tmp_path / "broken", digits_dir, count=4)
+    run = Processes(tmp_path, digits_dir, count=4)
     run.until("step 14/50")
     run.processes[rank].kill()
     began = time.monotonic()
@@ -184,9 +195,9 @@ def test_when_one_of_four_is_killed_the_others_end_and_name_it(
     if rank == 0:  # without the coordinator the runtime ends the others, and says no more than this
         named += ["rank 0, the coordinator, does not answer", "remote target coordination_service"]
     assert any(re.search(text, run.all_said()) for text in named), run.all_said()
-    again = Processes(tmp_path / "broken", digits_dir, count=4)
+    again = Processes(tmp_path, digits_dir, count=4)
     assert again.codes() == [0] * 4, again.all_said()
-    assert result(tmp_path / "broken")["params_sha256"] == result(tmp_path / "whole")["params_sha256"]
+    assert result(tmp_path)["params_sha256"] == result(four)["params_sha256"]
 
 
 SLEEPS = f"""

@@ -2,12 +2,14 @@
 
 import json
 import os
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from halvit_jax.convert import engine, files, from_torch, shapes_of
 from halvit_jax.models import create_model
 
+NOTHING: Mapping[str, str] = types.MappingProxyType({})
 FORMAT = "halvit_jax"  # marks the files that are ours
 
 
@@ -19,8 +21,15 @@ class Native(NamedTuple):
     variables: dict[str, Any]
 
 
-def save(path: str | os.PathLike[str], name: str, variables: Mapping[str, Any], **overrides: Any) -> None:
-    """Write the variables of the model `name` with these overrides.
+def save(
+    path: str | os.PathLike[str],
+    name: str,
+    variables: Mapping[str, Any],
+    *,
+    about: Mapping[str, str] = NOTHING,
+    **overrides: Any,
+) -> None:
+    """Write the variables of the model `name` with these overrides; `about` is kept beside them, for other readers.
 
     Raises:
         ValueError: variables that are not this model's, by path, or fields that JSON cannot hold.
@@ -32,7 +41,7 @@ def save(path: str | os.PathLike[str], name: str, variables: Mapping[str, Any], 
         text = json.dumps(fields)
     except TypeError as error:
         raise ValueError(f"the fields {fields} of {name} cannot be written as JSON: {error}") from error
-    files.write(path, arrays, {"format": FORMAT, "model": name, "fields": text})
+    files.write(path, arrays, {**about, "format": FORMAT, "model": name, "fields": text})
 
 
 def load(path: str | os.PathLike[str]) -> Native:

@@ -24,7 +24,6 @@ import numpy as np
 from halvit_jax.convert import engine, files, native, rules_of, shapes_of
 from halvit_jax.models import TransferRules, transfer_rules
 
-
 MOST_BEFORE = 2  # tokens before a grid: those of class and distillation
 
 

@@ -109,6 +109,18 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
         raise ValueError(f"{path} is no image that can be read: {ops.reason(error)}") from error
 
 
+def write_png(path: str, image: np.ndarray) -> None:
+    """Write an image, uint8 [h, w, 3].
+
+    Raises:
+        ValueError: the file cannot be written.
+    """
+    try:
+        tf.io.write_file(path, tf.io.encode_png(image))
+    except tf.errors.OpError as error:
+        raise ValueError(f"{path} cannot be written: {ops.reason(error)}") from error
+
+
 def _square(take: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: int, on_bad_image: str) -> Transform:
     """What makes a square of the encoded image, as a transform that fails or gives grey where it cannot."""
     if on_bad_image not in ON_BAD_IMAGE:

@@ -94,7 +94,7 @@ class Classification:
 
     def predict(self, params: PyTree, model_state: PyTree, batch: Batch) -> jax.Array:
         """Logits [b, num_classes] in inference."""
-        return self.model.apply({"params": params, **model_state}, self._normalise(batch["image"]), train=False)
+        return self.model.apply({"params": params, **model_state}, self.normalise(batch["image"]), train=False)
 
     def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
@@ -106,11 +106,12 @@ class Classification:
         images, _ = self._training_inputs(batch, jax.random.key(0))
         return {"train_images": jnp.clip(images[:64] * self._std + self._mean, 0.0, 1.0)}
 
-    def _normalise(self, images: jax.Array) -> jax.Array:
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """Images of 0 to 255 [b, h, w, 3] as the model wants them."""
         return (images.astype(jnp.float32) / 255.0 - self._mean) / self._std
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)
-        images = mix.random_erase(erase_key, self._normalise(batch["image"]), probability=self._erase)
+        images = mix.random_erase(erase_key, self.normalise(batch["image"]), probability=self._erase)
         targets = smooth_one_hot(batch["label"], self.model.num_classes, self._label_smoothing)
         return mix.mixup_or_cutmix(mix_key, images, targets, **self._mixing)
