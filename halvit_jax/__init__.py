@@ -17,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 
 from halvit_jax.intermediates import capture
-from halvit_jax.models import create_model, list_models
+from halvit_jax.models import create_model, fold, list_models
 
-__all__ = ["capture", "create_model", "from_torch", "list_models", "load", "to_torch"]
+__all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -26,7 +26,9 @@ FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
 GRACE = 10  # seconds by which the runtime's own limit is later than ours
 FAREWELL = 1.0  # seconds by which the coordinator ends later than an error would have it
-PATIENCE = 4.0  # seconds in which every process answers a roll call
+PATIENCE = 6.0  # seconds in which every process answers a roll call
+ROLL_CALL = "halvit_jax/roll_call/"
+NOWHERE = 1 << 60  # the step of one that does not know it
 
 
 def define_flags() -> None:
@@ -106,18 +108,13 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
     """
     if jax.process_count() == 1:
         return ""
-    from jax._src import distributed  # there is no public way to the key-value store of the runtime
-
-    own = json.dumps([step if step is not None else 1 << 60, waiting, line])
     answers: dict[int, list] = {}
     try:
-        client = distributed.global_state.client
-        client.key_value_set(f"halvit_jax/roll_call/{jax.process_index()}", own, allow_overwrite=True)
+        _answer(line, step if step is not None else NOWHERE, waiting)
         end = time.monotonic() + PATIENCE
         while len(answers) < jax.process_count() and time.monotonic() < end:
             time.sleep(0.2)
-            for key, value in client.key_value_dir_get("halvit_jax/roll_call/"):
-                answers[int(key.rsplit("/", 1)[-1])] = json.loads(value)
+            answers = _answers()
         time.sleep(FAREWELL if is_first() else 0)  # the others read what is kept here
     except Exception as error:  # the coordinator itself may be what is missing
         return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
@@ -129,6 +126,45 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
         least = min(answer[:2] for answer in answers.values())
         lines.append(f"{_ranks([rank for rank in sorted(answers) if answers[rank][:2] == least])} held the others up")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def answering(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
+    """A thread that answers the roll calls of others; `where` gives what to say, the step, and whether this process
+    waits. One that is well would otherwise not know that it is asked.
+    """
+    over = threading.Event()
+
+    def listen() -> None:
+        while not over.wait(1.0):
+            with contextlib.suppress(Exception):  # who works with the coordinator says that it is gone
+                if _answers().keys() - {jax.process_index()}:
+                    _answer(*where())
+                    return
+
+    thread = threading.Thread(target=listen, name="answering", daemon=True)
+    if jax.process_count() > 1:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _answer(line: str, step: int, waiting: bool) -> None:
+    own = json.dumps([step, waiting, line])
+    _store().key_value_set(f"{ROLL_CALL}{jax.process_index()}", own, allow_overwrite=True)
+
+
+def _answers() -> dict[int, list]:
+    """{rank: [step, whether it waits, what it says]} of those that have answered."""
+    return {int(key.rsplit("/", 1)[-1]): json.loads(value) for key, value in _store().key_value_dir_get(ROLL_CALL)}
+
+
+def _store() -> Any:
+    from jax._src import distributed  # there is no public way to the key-value store of the runtime
+
+    return distributed.global_state.client
 
 
 def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, heartbeat_timeout: int) -> None:
@@ -144,6 +180,8 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             os._exit(BAD_INPUT)
 
     threading.Thread(target=give_up, daemon=True).start()
+    # CPUs would begin several programs at once, and each process may come to their exchanges in another order.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
             coordinator_address=given["coordinator"],

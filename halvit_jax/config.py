@@ -66,6 +66,7 @@ def _model() -> dict[str, Any]:
         "ffn": optional(str),  # ViT: dense or tied
         "attention_bias": optional(bool),  # ViT: biases of queries, keys, values and output
         "pool": optional(str),  # ViT: token or mean
+        "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "depths": optional(tuple),  # ResNet: blocks of the four stages
         "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
@@ -121,10 +122,20 @@ def _optim() -> dict[str, Any]:
         "scaling": "linear",  # multiply it by batch_size / base_batch_size: linear, sqrt (of that ratio) or none
         "base_batch_size": 512,  # the batch that learning_rate is given for
         "weight_decay": 0.05,
-        "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"class_token$"),  # paths spared from weight decay
+        "no_decay": (
+            r"bias$",
+            r"scale$",
+            r"position/embedding$",
+            r"(class|distill)_token$",
+        ),  # spared from weight decay
         "frozen": (),  # paths that are not trained; BatchNorm's statistics still follow the data
         "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
-        "layers": (r"^(?:embed|class_token|position|stem)", r"^block(\d+)/", r"^stage(\d+)/", r""),  # from the input on
+        "layers": (
+            r"^(?:embed|\w+_token|position|stem)",
+            r"^block(\d+)/",
+            r"^stage(\d+)/",
+            r"",
+        ),  # from the input on
         "beta1": 0.9,  # adamw, lamb
         "beta2": 0.999,  # adamw, lamb
         "epsilon": 1e-8,  # adamw, lamb

@@ -31,6 +31,7 @@ import numpy as np
 from absl import flags
 
 from halvit_jax import door
+from halvit_jax.models import fold
 from halvit_jax.run import Trained, build_loaders, load_trained
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images [b, s, s, 3] -> logits [b, classes]
@@ -82,11 +83,13 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Run:
 
 
 def serve(trained: Trained) -> Served:
-    """What is exported, whatever the format."""
+    """What is exported, whatever the format: normalisation of the images and the model, folded."""
     config, task = trained.config, trained.task
+    params, model_state = trained.variables
+    model, variables = fold(task.model, {"params": params, **model_state})
 
     def call(images: jax.Array) -> jax.Array:
-        return task.predict(*trained.variables, {"image": images})
+        return model.apply(variables, task.normalise(images), train=False)
 
     info = {
         "model": config.model.name,
@@ -104,7 +107,7 @@ def receipt(trained: Trained, run: Run, out: pathlib.Path) -> list[str]:
     """How what was written compares with the model in JAX on all images of the evaluation, its size and its speed."""
     config = trained.config
     loader = build_loaders(config, image_size=trained.task.model.image_size).eval
-    reference = jax.jit(serve(trained).call)
+    reference = jax.jit(lambda images: trained.task.predict(*trained.variables, {"image": images}))
     rows, right, agreeing, difference = 0, np.zeros(2, int), 0, 0.0
     image = None
     for batch in loader.batches():

@@ -170,7 +170,7 @@ def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, A
     watchdog = Watchdog(workdir / DEBUG_FOLDER, **config.watchdog, name=cluster.name(), explain=cluster.roll_call)
     watchdog.start()
     try:
-        with signals.listen():
+        with signals.listen(), cluster.answering(watchdog.where):
             yield {"signals": signals, "watchdog": watchdog}
     finally:
         watchdog.stop()

@@ -8,7 +8,6 @@ at: a row for each image, as the model sees it and with the attention over it, r
 """
 
 import json
-import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -90,7 +89,7 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
     model, (params, model_state) = trained.task.model, trained.variables
     maps = capture(model, {"params": params, **model_state}, trained.task.normalise(image[None]))["attention"]
     weights = np.asarray(list(maps.values())[-1][0].mean(0))  # [n, n]
-    side = math.isqrt(len(weights))
+    side = model.image_size // model.patch_size
     before = len(weights) - side**2  # tokens that stand before those of the image
     seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
     heat = (seen - seen.min()) / max(np.ptp(seen), 1e-12)

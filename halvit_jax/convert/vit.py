@@ -24,6 +24,7 @@ _TIED = (
 )
 RULES = (
     Rule("cls_token", "params/class_token", "token"),
+    Rule("dist_token", "params/distill_token", "token"),
     Rule("pos_embed", "params/position/embedding", "position"),
     *conv("patch_embed.proj", "embed"),
     *layer_norm(f"{_BLOCK}.norm1", f"{_OURS}/attention_norm"),
@@ -35,6 +36,7 @@ RULES = (
     *_TIED,
     *layer_norm("norm", "norm"),
     *dense("head", "head"),
+    *dense("head_dist", "head_distill"),
 )
 
 
@@ -84,6 +86,6 @@ def _untie_ffn(arrays: dict[str, np.ndarray], path: str) -> None:
 def _positions(model: VisionTransformer) -> np.ndarray:
     """What the model adds to its tokens, [n, d]: it is added to zeros."""
     side = model.image_size // model.patch_size
-    tokens = side**2 + (model.pool == "token")
+    tokens = side**2 + (model.pool == "token") + model.distilled
     added = Position(model.position, (side, side)).apply({}, np.zeros((1, tokens, model.width), np.float32))
     return np.asarray(added)[0]

@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
 
+from halvit_jax.layers import conv
 from halvit_jax.models import resnet, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
@@ -54,6 +56,13 @@ def partition_rules(model: nn.Module) -> Rules:
 def transfer_rules(model: nn.Module) -> TransferRules:
     """(regex of a path, what may differ there in weights that the model begins with): see `convert.transfer`."""
     return {vit.VisionTransformer: vit.TRANSFER_RULES, resnet.ResNet: resnet.TRANSFER_RULES}[type(model)]
+
+
+def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
+    """The model and its variables with every batch normalisation folded, for inference; one without any as it is."""
+    if "batch_stats" not in variables:
+        return model, variables
+    return model.clone(folded=True), conv.fold(variables)
 
 
 def fields_of(family: type[nn.Module]) -> dict[str, Any]:

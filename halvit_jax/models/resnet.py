@@ -9,6 +9,7 @@
 Shapes: `b` batch, `h w` space, `c` channels; `out` channels between the blocks of a stage, `width` inside them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -76,6 +77,7 @@ class ResNet(nn.Module):
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
+    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
 
     def __post_init__(self) -> None:
         if not len(self.depths) == len(self.stages) == len(STRIDES):
@@ -99,7 +101,7 @@ class ResNet(nn.Module):
 
     def setup(self) -> None:
         init = KERNEL_INITS[self.kernel_init]
-        self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype)
+        self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype, folded=self.folded)
         rates = linear_rates(self.drop_path, sum(self.depths))
         for i, (kind, depth) in enumerate(zip(self.stages, self.depths, strict=True)):
             mid = 64 * 2**i
@@ -112,6 +114,7 @@ class ResNet(nn.Module):
                 kernel_init=init,
                 dtype=self.dtype,
                 remat=self.remat,
+                folded=self.folded,
             )
             setattr(self, f"stage{i + 1}", stage)
         if self.num_classes:
@@ -144,6 +147,7 @@ class Stage(nn.Module):
     kernel_init: Initializer
     dtype: Dtype
     remat: bool
+    folded: bool
 
     def _run(self, block: nn.Module, *arrays: jax.Array, train: bool) -> jax.Array:
         def run(block: nn.Module, *arrays: jax.Array) -> jax.Array:
@@ -152,7 +156,7 @@ class Stage(nn.Module):
         return (nn.remat(run) if self.remat else run)(block, *arrays)
 
     def _common(self) -> dict:
-        return {"kernel_init": self.kernel_init, "dtype": self.dtype}
+        return {"kernel_init": self.kernel_init, "dtype": self.dtype, "folded": self.folded}
 
 
 class BasicStage(Stage):
@@ -195,7 +199,8 @@ class HalvitStage(Stage):
         shortcut = x
         if self.stride != 1:
             strided = ConvNorm(self.out, 3, self.stride, groups=self.out, **self._common(), name="shortcut")
-            shortcut = BatchNorm(dtype=self.dtype, name="shortcut_norm")(strided(x, train=train), train=train)
+            norm = BatchNorm(dtype=self.dtype, folded="away" if self.folded else "", name="shortcut_norm")
+            shortcut = norm(strided(x, train=train), train=train)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
             block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._common(), name=f"block{i}")
@@ -216,7 +221,7 @@ class HalvitPrenormStage(Stage):
         if channels != self.out or self.stride != 1:
             shortcut = ConvNorm(self.out, 1, self.stride, **self._common(), name="shortcut")(x, train=train)
         if channels != self.out:
-            x = Conv(self.out, **self._common(), name="widen")(x)
+            x = Conv(self.out, kernel_init=self.kernel_init, dtype=self.dtype, name="widen")(x)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
             block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._common(), name=f"block{i}")
@@ -241,16 +246,19 @@ class BasicBlock(nn.Module):
     drop_path: float
     kernel_init: Initializer
     dtype: Dtype
+    folded: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        y = Conv(self.out, 3, self.stride, **common, name="conv1")(x)
-        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train))
-        y = Conv(self.out, 3, **common, name="conv2")(y)
-        y = BatchNorm(dtype=self.dtype, name="norm2")(y, train=train)
+        conv = functools.partial(Conv, use_bias=self.folded, **common)
+        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="away" if self.folded else "")
+        y = conv(self.out, 3, self.stride, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y, train=train))
+        y = conv(self.out, 3, name="conv2")(y)
+        y = norm(name="norm2")(y, train=train)
         if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
+            x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
 
 
@@ -264,18 +272,21 @@ class Bottleneck(nn.Module):
     groups: int
     kernel_init: Initializer
     dtype: Dtype
+    folded: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        y = Conv(self.width, **common, name="conv1")(x)
-        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train))
-        y = Conv(self.width, 3, self.stride, groups=self.groups, **common, name="conv2")(y)
-        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(y, train=train))
-        y = Conv(self.out, **common, name="conv3")(y)
-        y = BatchNorm(dtype=self.dtype, name="norm3")(y, train=train)
+        conv = functools.partial(Conv, use_bias=self.folded, **common)
+        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="away" if self.folded else "")
+        y = conv(self.width, name="conv1")(x)
+        y = nn.relu(norm(name="norm1")(y, train=train))
+        y = conv(self.width, 3, self.stride, groups=self.groups, name="conv2")(y)
+        y = nn.relu(norm(name="norm2")(y, train=train))
+        y = conv(self.out, name="conv3")(y)
+        y = norm(name="norm3")(y, train=train)
         if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
+            x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
 
 
@@ -292,18 +303,21 @@ class TiedBottleneck(nn.Module):
     norm_first: bool
     kernel_init: Initializer
     dtype: Dtype
+    folded: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, shortcut: jax.Array, *, train: bool) -> jax.Array:
-        norm1 = BatchNorm(dtype=self.dtype, name="norm1")
+        # W is shared by the blocks, so no norm of a single one can go into it.
+        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="in place" if self.folded else "")
+        norm1 = norm(name="norm1")
         if self.norm_first:
             y = self.tied.project(nn.relu(norm1(x, train=train)))
         else:
             y = nn.relu(norm1(self.tied.project(x), train=train))
-        width, common = y.shape[-1], {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        y = Conv(width, 3, self.stride, groups=self.groups, **common, name="conv2")(y)
-        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm2")(y, train=train))
-        y = BatchNorm(dtype=self.dtype, name="norm3")(self.tied.project_back(y), train=train)
+        common = {"kernel_init": self.kernel_init, "dtype": self.dtype, "use_bias": self.folded}
+        y = Conv(y.shape[-1], 3, self.stride, groups=self.groups, **common, name="conv2")(y)
+        y = nn.relu(norm(folded="away" if self.folded else "", name="norm2")(y, train=train))
+        y = norm(name="norm3")(self.tied.project_back(y), train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + shortcut)
 
 

@@ -5,6 +5,7 @@
 Shapes: `b` batch, `h w` space, `n` tokens, `d` width.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -58,6 +59,8 @@ class VisionTransformer(nn.Module):
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         image_size: height and width of the (square) images; a multiple of `patch_size`.
         pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
+        distilled: a second token and a second classifier, for the words of a teacher (DeiT, section 4); the logits are
+            the mean of both classifiers'. Needs `pool` "token".
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
@@ -75,6 +78,7 @@ class VisionTransformer(nn.Module):
     ffn: str = "dense"
     attention_bias: bool = True
     pool: str = "token"
+    distilled: bool = False
     position: str = "learned"
     drop_path: float = 0.0
     remat: bool = False
@@ -85,6 +89,8 @@ class VisionTransformer(nn.Module):
         _check_choice("ffn", self.ffn, FFN)
         _check_choice("pool", self.pool, POOLS)
         _check_choice("position", self.position, POSITIONS)
+        if self.distilled and self.pool != "token":
+            raise ValueError(f"model.distilled=True needs model.pool='token', not {self.pool!r}")
         if self.depth < 1:
             raise ValueError(f"model.depth={self.depth} must be at least 1")
         _check_divides("num_heads", self.num_heads, "width", self.width)
@@ -101,6 +107,8 @@ class VisionTransformer(nn.Module):
         self.embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
         if self.pool == "token":
             self.class_token = self.param("class_token", normal_02, (self.width,))
+        if self.distilled:
+            self.distill_token = self.param("distill_token", normal_02, (self.width,))
         self.add_position = Position(self.position, self._grid, name="position")
         block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
         self.blocks = [
@@ -120,19 +128,22 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+            if self.distilled:
+                self.head_distill = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
         x = self._tokens(images, train)
-        x = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        if self.num_classes:
-            x = self.head(x)
-        return x.astype(jnp.float32)
+        pooled = x[:, 0] if self.pool == "token" else x.mean(axis=1)
+        out = self.head(pooled) if self.num_classes else pooled
+        if self.distilled:
+            out = (out + (self.head_distill(x[:, 1]) if self.num_classes else x[:, 1])) / 2
+        return out.astype(jnp.float32)
 
     def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
         """Normalised images [b, h, w, 3] -> {patch_size: [b, h / patch_size, w / patch_size, d]}."""
         x = self._tokens(images, train)
-        x = x[:, 1:] if self.pool == "token" else x
+        x = x[:, x.shape[1] - math.prod(self._grid) :]
         return {self.patch_size: x.reshape(x.shape[0], *self._grid, -1)}
 
     @property
@@ -147,8 +158,9 @@ class VisionTransformer(nn.Module):
             )
         x = self.embed(images)  # [b, n, d]
         if self.pool == "token":
-            token = jnp.broadcast_to(self.class_token.astype(x.dtype), (x.shape[0], 1, self.width))
-            x = jnp.concatenate([token, x], axis=1)
+            tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
+            tokens = jnp.stack(tokens).astype(x.dtype)
+            x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
         x = self.add_position(x)
         for block in self.blocks:
             x = block(x, train)
@@ -166,6 +178,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "deit_tiny": TINY,
     "deit_small": SMALL,
     "deit_base": BASE,
+    "deit_tiny_distilled": TINY | {"distilled": True},
+    "deit_small_distilled": SMALL | {"distilled": True},
+    "deit_base_distilled": BASE | {"distilled": True},
 }
 
 # A tied kernel has one rule for both of its uses: split on f, its second dimension. Both axes split that one dimension,
@@ -173,14 +188,14 @@ SIZES: dict[str, dict[str, Any]] = {
 # jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
 SPLIT = ("tensor", "fsdp")
 PARTITION_RULES = (
-    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", (None, SPLIT)),
+    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value)/kernel$", (None, SPLIT)),
     (r"(output|reduce)/kernel$", (SPLIT, None)),
     (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|embedding)$", ()),
+    (r"(bias|scale|class_token|distill_token|embedding)$", ()),
 )
 
 
-TRANSFER_RULES = ((r"^head/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
+TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
 
 
 def _check_choice(field: str, value: str, allowed: Any) -> None:

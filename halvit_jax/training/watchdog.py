@@ -47,6 +47,11 @@ class Watchdog:
         """The run has moved: it is now in this phase, after this step."""
         self._phase, self._step, self._since = phase, step, time.monotonic()
 
+    def where(self) -> tuple[str, int, bool]:
+        """Where the run stands in words, its step, and whether it does nothing but wait for other processes."""
+        waiting = self._phase == TRAINING  # the step itself needs nothing but them
+        return f"in phase {self._phase!r} after step {self._step}", self._step, waiting
+
     def stop(self) -> None:
         """Watch no longer."""
         self._over.set()
@@ -58,7 +63,7 @@ class Watchdog:
             allowed = self._compile_timeout if self._phase == COMPILING else self._timeout
             waited = time.monotonic() - self._since
             if waited > allowed:
-                self._end(f"no progress for {waited:.0f} s in phase {self._phase!r} after step {self._step}")
+                self._end(f"no progress for {waited:.0f} s {self.where()[0]}")
 
     def _end(self, line: str) -> None:
         line = f"{self._name}{line}"
@@ -74,5 +79,5 @@ class Watchdog:
         os._exit(STUCK)
 
     def _ask(self, line: str) -> None:
-        waiting = self._phase == TRAINING  # the step itself needs nothing but the other processes
-        print(self._explain(line, step=self._step, waiting=waiting), file=sys.stderr, flush=True)
+        _, step, waiting = self.where()
+        print(self._explain(line, step=step, waiting=waiting), file=sys.stderr, flush=True)

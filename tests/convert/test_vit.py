@@ -71,6 +71,11 @@ def test_all_sizes_have_the_names_of_timm(name: str, ratio: int, case: dict[str,
     assert torch_shapes(name) == official
 
 
+def test_the_distilled_have_a_token_a_position_and_a_classifier_more() -> None:
+    more = {"dist_token": (1, 1, 192), "head_dist.weight": (1000, 192), "head_dist.bias": (1000,)}
+    assert torch_shapes("deit_tiny_distilled") == torch_shapes("deit_tiny") | more | {"pos_embed": (1, 198, 192)}
+
+
 def test_another_resolution_has_more_positions() -> None:
     assert torch_shapes("deit_tiny", image_size=384)["pos_embed"] == (1, 577, 192)
 
@@ -94,6 +99,7 @@ def test_half_precision_becomes_float32_without_loss(kind: Any) -> None:
         ("halvit_small", {"attention_bias": True}),
         ("halvit_tiny", {"pool": "mean", "position": "sincos", "num_classes": 0}),
         ("deit_tiny", {"attention_bias": False, "position": "none"}),
+        ("deit_tiny_distilled", {}),
     ],
 )
 def test_native_names_make_the_round_trip(name: str, changes: dict[str, Any]) -> None:
@@ -117,7 +123,7 @@ def test_a_tied_matrix_is_stored_once_and_as_a_linear_layer_has_it() -> None:
     ("name", "changes"),
     [
         ("halvit_tiny", {}),
-        ("halvit_tiny", {"attention_bias": True, "position": "sincos"}),
+        ("halvit_tiny", {"attention_bias": True, "position": "sincos", "distilled": True}),
         ("halvit_tiny", {"attention": "full", "position": "none", "pool": "mean"}),
     ],
 )
@@ -125,7 +131,7 @@ def test_a_halvit_as_a_deit_gives_the_same_logits(name: str, changes: dict[str, 
     fields = TINY | changes
     variables = variables_of(name, **fields)
     state = to_torch(name, variables, as_deit=True, **fields)
-    deit = TINY | {"pool": fields.get("pool")}
+    deit = TINY | {"pool": fields.get("pool"), "distilled": fields.get("distilled")}
     assert {key: array.shape for key, array in state.items()} == torch_shapes("deit_small", **deit)
     ours, theirs = (
         logits_of(name, variables, **fields),

@@ -11,6 +11,7 @@ from flax import linen as nn
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.init import torch_uniform
+from halvit_jax.models import fold
 from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, Bottleneck, ResNet
 from halvit_jax.training.paths import flat, map_paths
 
@@ -108,7 +109,7 @@ def test_drop_path_rises_linearly_to_the_last_block(name: str) -> None:
 
 
 def test_a_dropped_block_is_its_shortcut() -> None:
-    block = Bottleneck(8, 2, 1, 0.5, 1, torch_uniform, None)
+    block = Bottleneck(8, 2, 1, 0.5, 1, torch_uniform, None, folded=False)
     x = jnp.abs(jnp.asarray(np.random.default_rng(0).standard_normal((32, 4, 4, 8)), jnp.float32))
     variables = jax.jit(lambda: block.init(jax.random.key(0), x, train=False))()
     rngs = {"drop_path": jax.random.key(1)}
@@ -207,3 +208,19 @@ def test_both_formulations_are_one_network(monkeypatch: pytest.MonkeyPatch) -> N
 def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResNet(**fields)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_folding_the_norms_changes_no_output(name: str) -> None:
+    model, images = _small(name), _images()
+    variables = _random(model)
+    expected = model.apply(variables, images, train=False)
+    folded, fewer = fold(model, variables)
+    assert fewer.keys() == {"params"}
+    assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, _shapes(folded)["params"])
+    found = folded.apply(fewer, images, train=False)
+    assert np.abs(found - expected).max() / expected.std() <= 1e-5
+    with pytest.raises(ValueError, match="is folded and cannot be trained"):
+        folded.apply(fewer, images, train=True)
+    tied = [path for path in flat(fewer["params"]) if "norm" in path]
+    assert bool(tied) == ("halvit" in name)  # only norms around a shared W stay, as scale and bias

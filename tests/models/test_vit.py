@@ -148,6 +148,22 @@ def test_features_are_a_map_of_the_image_without_the_class_token(pool: str) -> N
     assert np.allclose(pooled, means, atol=1e-6) == (pool == "mean")
 
 
+def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
+    model = create_model("deit_tiny_distilled", **SMALL)
+    params, images = _params(model), _images()
+    logits, maps = _apply(model, params, images), _apply(model, params, images, method="features")
+    assert maps[8].shape == (2, 2, 2, D)
+    swapped = params | {"head": params["head_distill"], "head_distill": params["head"]}
+    swapped |= {"class_token": params["distill_token"], "distill_token": params["class_token"]}
+    position = params["position"]["embedding"]
+    swapped |= {"position": {"embedding": np.concatenate([position[1::-1], position[2:]])}}
+    np.testing.assert_allclose(_apply(model, swapped, images), logits, atol=1e-5)
+    one = params | {"head_distill": jax.tree.map(lambda x: x + 1, params["head_distill"])}
+    assert np.abs(_apply(model, one, images) - logits).max() > 0.1
+    pooled = _apply(create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images)
+    assert pooled.shape == (2, D)
+
+
 def test_the_maps_rows_and_columns_are_the_images() -> None:
     model = create_model("deit_tiny", **SMALL, position="none")
     params, images = _params(model), _images()
@@ -218,6 +234,7 @@ def test_drop_path_acts_in_training_only() -> None:
     [
         ({"attention": "half"}, "model.attention='half' is not one of full, tied"),
         ({"ffn": "half"}, "model.ffn='half' is not one of dense, tied"),
+        ({"pool": "mean", "distilled": True}, "model.distilled=True needs model.pool='token', not 'mean'"),
         ({"pool": "max"}, "model.pool='max' is not one of token, mean"),
         ({"position": "rotary"}, "model.position='rotary' is not one of learned, sincos, none"),
         ({"depth": 0}, "model.depth=0 must be at least 1"),
