@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from halvit_jax.compiled import collectives
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classify import Classification
@@ -95,3 +96,25 @@ def test_loss_gradients_and_statistics_are_those_of_one_device(name: str, mesh: 
     for path, value in expected.items():
         difference = np.linalg.norm(ours[path] - value)
         assert difference <= 1e-5 * max(np.linalg.norm(value), 1e-3), path
+
+
+@pytest.mark.parametrize(("name", "mesh"), CASES)
+def test_parameters_are_split_and_no_device_sees_the_whole_batch(name: str, mesh: str) -> None:
+    _, grads, program = _step(name, MESHES[mesh])
+    sizes = dict(zip(AXES, MESHES[mesh], strict=True))
+    both = ("tied/kernel", "query_output/kernel", "key_value/kernel", "qkv/kernel", "head/kernel")
+    for path, leaf in flat(grads).items():
+        parts = leaf.nbytes // leaf.addressable_shards[0].data.nbytes
+        if path.endswith(both):
+            assert parts == sizes["fsdp"] * sizes["tensor"], path
+        elif path.endswith("kernel"):
+            assert parts >= sizes["fsdp"], path
+    found = collectives(program)
+    assert "all-reduce" in found or "reduce-scatter" in found  # of the gradient
+    if sizes["fsdp"] * sizes["tensor"] == 1:
+        assert found.keys() == {"all-reduce"}
+    else:
+        assert "all-gather" in found or sizes["fsdp"] == 1
+    size = MODELS[name]["image_size"]
+    assert f"[{BATCH_SIZE},{size},{size},3]" not in program
+    assert f"[{BATCH_SIZE // (sizes['data'] * sizes['fsdp'])},{size},{size},3]" in program
