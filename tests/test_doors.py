@@ -43,7 +43,7 @@ def test_summary_as_a_table() -> None:
 def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("deit_tiny", "halvit_tiny"):  # of one block, which compiles quickly
         family, size = MODELS[name]
-        monkeypatch.setitem(MODELS, name, (family, size | {"depth": 1}))
+        monkeypatch.setitem(MODELS, name, (family, size | {"depth": 1, "image_size": 64}))
     order: list[str] = []
     for what in ("infer", "train"):
         original = getattr(bench.Subject, what)
@@ -62,7 +62,7 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
         assert row["infer_images_per_s"] > row["train_images_per_s"] > 0
         assert row["compile_s"] > 0
     tiny = create_model("halvit_tiny")
-    shapes = jax.eval_shape(lambda: tiny.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), train=False))
+    shapes = jax.eval_shape(lambda: tiny.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), train=False))
     adam_bytes = 3 * 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert 0 <= rows[1]["params_and_optimizer_bytes"] - adam_bytes < 100
     assert rows[1]["train_peak_bytes"] > adam_bytes

@@ -265,6 +265,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_bomb_takes_no_memory_and_a_process_may_end_while_images_are_replaced(
     root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -263,6 +263,7 @@ def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
     )
 
 
+@pytest.mark.slow
 def test_the_command_finishes_where_images_are_replaced(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:

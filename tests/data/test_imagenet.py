@@ -193,7 +193,7 @@ print([next(batches)["image"].shape for batches in alive])
     command = [sys.executable, "-c", program]
     # Several at once, for it is a matter of timing: unmended, half of them did not end.
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(3)
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)
     ]
     try:
         said = [process.communicate(timeout=120) for process in running]

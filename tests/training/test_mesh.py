@@ -81,7 +81,7 @@ def _float64() -> Iterator[None]:
         yield
 
 
-SLOW = {("halvit_resnet50", mesh) for mesh in ("data", "fsdp", "tensor")}  # half a minute to compile, each
+SLOW = {("halvit_resnet50", mesh) for mesh in MESHES}  # half a minute to compile, each
 CASES = [
     pytest.param(name, mesh, marks=pytest.mark.slow if (name, mesh) in SLOW else ())
     for name in MODELS
