@@ -136,7 +136,7 @@ def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None
     def run(name: str, folder: str, **changes: Any) -> float:
         fields = {"data.name": "folder", "data.root": str(tmp_path / folder), "data.eval_split": "val"}
         fields |= {"model.num_classes": 5, "optim.warmup_epochs": 2.0, "batch_size": 64, "data.readers": 4}
-        fields |= {"model.width": 64, "eval_every": 1000, "checkpoint_every": 1000, "total_steps": 60}
+        fields |= {"eval_every": 1000, "checkpoint_every": 1000, "total_steps": 60}
         config = recipes.digits("halvit_tiny")
         config.update_from_flattened_dict(fields | changes)
         return work(config, tmp_path / f"run_{name}")["eval"]["top1"]
