@@ -64,8 +64,7 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
         from halvit_jax.run import load_trained  # imports the trainer, which not everybody needs
 
         trained = load_trained(os.fspath(source))
-        params, model_state = trained.variables
-        return trained.task.model, {"params": params, **model_state}
+        return trained.task.model, trained.model_variables
     from halvit_jax.convert import files, native
 
     found = native.of_any(os.fspath(source), files.read(source), name, overrides)

@@ -85,8 +85,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Run:
 def serve(trained: Trained) -> Served:
     """What is exported, whatever the format: normalisation of the images and the model, folded."""
     config, task = trained.config, trained.task
-    params, model_state = trained.variables
-    model, variables = fold(task.model, {"params": params, **model_state})
+    model, variables = fold(task.model, trained.model_variables)
 
     def call(images: jax.Array) -> jax.Array:
         return model.apply(variables, task.normalise(images), train=False)
@@ -134,10 +133,9 @@ def _safetensors(trained: Trained, served: Served, out: pathlib.Path) -> Run:
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out} must end in .safetensors")
-    params, model_state = trained.variables
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
-    native.save(out, name, {"params": params, **model_state}, about={"info": json.dumps(served.info)}, **fields)
+    native.save(out, name, trained.model_variables, about={"info": json.dumps(served.info)}, **fields)
     variables = native.of_any(str(out), files.read(out), None, {}).variables
     params = variables.pop("params")
     call = jax.jit(lambda images: trained.task.predict(params, variables, {"image": images}))

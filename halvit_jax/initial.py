@@ -45,8 +45,7 @@ def read(source: str, name: str, model: Any, *, fresh: Sequence[str]) -> Transfe
     """
     try:
         if pathlib.Path(source).is_dir():
-            params, model_state = run_lib.load_trained(source).variables
-            arrays = engine.flatten({"params": params, **model_state})
+            arrays = engine.flatten(run_lib.load_trained(source).model_variables)
         else:
             arrays = read_for(source, name, model)
         return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)

@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
 
         trained = load_trained(flags.FLAGS.workdir)
         if picture is not None:
-            attention_over(trained, np.zeros((trained.task.model.image_size,) * 2 + (3,), np.uint8))
+            shape = (1, *(trained.task.model.image_size,) * 2, 3)
+            jax.eval_shape(lambda images: _last_maps(trained, images), jax.ShapeDtypeStruct(shape, "uint8"))
 
     failed, drawn = False, []
     for row, image in predict(trained, argv[1:]):
@@ -84,11 +85,10 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
     is blue, the most red. Both are enlarged by a whole number to at least `DRAWN` pixels.
 
     Raises:
-        ValueError: the model has no attention maps, or not over a grid of the image.
+        ValueError: the model has no attention maps.
     """
-    model, (params, model_state) = trained.task.model, trained.variables
-    maps = capture(model, {"params": params, **model_state}, trained.task.normalise(image[None]))["attention"]
-    weights = np.asarray(list(maps.values())[-1][0].mean(0))  # [n, n]
+    model = trained.task.model
+    weights = np.asarray(_last_maps(trained, image[None])[0].mean(0))  # [n, n]
     side = model.image_size // model.patch_size
     before = len(weights) - side**2  # tokens that stand before those of the image
     seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
@@ -99,6 +99,12 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
     both = np.concatenate([image, np.uint8(0.5 * image + 0.5 * 255 * colours.clip(0, 1))], 1)
     enlarge = -(-DRAWN // size)
     return both.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def _last_maps(trained: Any, images: jax.Array) -> jax.Array:
+    """The attention of the last block, [b, h, n, n]."""
+    maps = capture(trained.task.model, trained.model_variables, trained.task.normalise(images))["attention"]
+    return list(maps.values())[-1]
 
 
 if __name__ == "__main__":

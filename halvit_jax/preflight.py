@@ -236,7 +236,8 @@ def _lock(workdir: pathlib.Path) -> Finding:
 
 
 def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
-    from halvit_jax.training.checkpoint import Checkpointer, compare
+    from halvit_jax.training.checkpoint import Checkpointer
+    from halvit_jax.training.contents import another_model, compare
 
     checkpointer, beware = Checkpointer(workdir, read_only=True), []
     try:
@@ -248,10 +249,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
                 continue
             differences = compare(facts["arrays"], flat(state))
             if differences:
-                raise ValueError(
-                    f"the checkpoint of step {step} in --workdir={workdir} is of another model or optimizer; use "
-                    "another --workdir, or the config it was trained with:\n  " + "\n  ".join(differences)
-                )
+                raise ValueError(another_model(step, f"--workdir={workdir}", differences))
             if step >= total:
                 beware.append(f"the run is finished with step {step} of {total} and would only be evaluated")
             return Finding(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(beware))

@@ -195,6 +195,12 @@ class Trained(NamedTuple):
     config: ConfigDict
     class_names: list[str]
 
+    @property
+    def model_variables(self) -> dict[str, PyTree]:
+        """The variables as `model.apply` takes them."""
+        params, model_state = self.variables
+        return {"params": params, **model_state}
+
 
 def load_trained(workdir: str | pathlib.Path) -> Trained:
     """The newest checkpoint of a run, to compute in float32.

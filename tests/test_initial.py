@@ -99,6 +99,8 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot begin halvit_tiny; .* missing",
         ),
+        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
+        ({"optim.frozen": ("",)}, "leaves nothing to train"),
         ({"init_from": "WORKDIR", "init_fresh": ("haed",)}, "init_fresh holds 'haed', which is in no path"),
     ],
 )
@@ -116,6 +118,11 @@ def test_what_cannot_be_begun_with_is_answered_with_a_line(
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_workdir_knows_its_model(finished: Finished) -> None:
+    with pytest.raises(ValueError, match="is the workdir of a run, which knows its model"):
+        halvit_jax.load(finished[0], "halvit_tiny")
 
 
 @pytest.mark.slow

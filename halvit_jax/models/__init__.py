@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,9 @@ from halvit_jax.models import resnet, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
+FAMILIES: dict[type[nn.Module], types.ModuleType] = {vit.VisionTransformer: vit, resnet.ResNet: resnet}
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    **{name: (vit.VisionTransformer, size) for name, size in vit.SIZES.items()},
-    **{name: (resnet.ResNet, size) for name, size in resnet.SIZES.items()},
+    name: (model, size) for model, family in FAMILIES.items() for name, size in family.SIZES.items()
 }
 
 
@@ -50,12 +51,12 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
 def partition_rules(model: nn.Module) -> Rules:
     """(regex of a parameter path, mesh axis of each dimension) for every parameter of the model; first match wins."""
-    return {vit.VisionTransformer: vit.PARTITION_RULES, resnet.ResNet: resnet.PARTITION_RULES}[type(model)]
+    return FAMILIES[type(model)].PARTITION_RULES
 
 
 def transfer_rules(model: nn.Module) -> TransferRules:
     """(regex of a path, what may differ there in weights that the model begins with): see `convert.transfer`."""
-    return {vit.VisionTransformer: vit.TRANSFER_RULES, resnet.ResNet: resnet.TRANSFER_RULES}[type(model)]
+    return FAMILIES[type(model)].TRANSFER_RULES
 
 
 def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from halvit_jax.protocols import PyTree
 from halvit_jax.training import manifest
+from halvit_jax.training.contents import another_model, compare, described
 from halvit_jax.training.digests import digests
 from halvit_jax.training.manifest import DamagedError
 from halvit_jax.training.paths import flat, map_paths
@@ -132,7 +133,7 @@ class Checkpointer:
         leaves = flat(state)
         self._saved, self._needed = step, bytes_of(state)
         facts = {"step": step, "score": score, "evaluated": evaluated}
-        facts["arrays"] = _described(leaves)
+        facts["arrays"] = described(leaves)
         try:
             arrays = ocp.args.StandardSave(_nested(leaves))
             metadata = {"facts": facts, "sha256": manifest.sha256_of(facts)}
@@ -206,10 +207,7 @@ class Checkpointer:
             listed = differences[:MOST_LISTED]
             if len(differences) > MOST_LISTED:
                 listed.append(f"... and {len(differences) - MOST_LISTED} more")
-            raise ValueError(
-                f"the checkpoint of step {step} in {self._folder} is of another model or optimizer; use another "
-                "--workdir, or the config it was trained with:\n  " + "\n  ".join(listed)
-            )
+            raise ValueError(another_model(step, self._folder, listed))
         try:
             arrays = flat(self._manager.restore(step, args=ocp.args.StandardRestore(_nested(wanted))))
         except Exception as error:
@@ -293,29 +291,6 @@ class Checkpointer:
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
-
-
-def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What differs between {path: entry of the metadata} and {path: array or shape}, one line a path."""
-    lines = []
-    for path in sorted(saved.keys() | wanted.keys()):
-        before = f"{saved[path]['dtype']} {tuple(saved[path]['shape'])}" if path in saved else ""
-        now = f"{np.dtype(wanted[path].dtype).name} {tuple(wanted[path].shape)}" if path in wanted else ""
-        if not now:
-            lines.append(f"{path}: {before} saved, not in this model")
-        elif not before:
-            lines.append(f"{path}: not saved, {now} in this model")
-        elif before != now:
-            lines.append(f"{path}: {before} saved, {now} in this model")
-    return lines
-
-
-def _described(leaves: dict[str, Any]) -> dict[str, Any]:
-    """What is saved beside the arrays: {path: {"dtype", "shape", "digest"}}."""
-    return {
-        path: {"dtype": np.dtype(leaves[path].dtype).name, "shape": list(leaves[path].shape), "digest": digest}
-        for path, digest in digests(leaves).items()
-    }
 
 
 def _listed(steps: list[int]) -> str:

@@ -11,7 +11,8 @@ import pytest
 
 from halvit_jax.config import default_config
 from halvit_jax.training import manifest
-from halvit_jax.training.checkpoint import DAMAGED_FOLDER, FOLDER, Checkpointer, SaveError, compare
+from halvit_jax.training.checkpoint import DAMAGED_FOLDER, FOLDER, Checkpointer, SaveError
+from halvit_jax.training.contents import compare
 from halvit_jax.training.manifest import DamagedError
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.paths import flat, sha256
