@@ -1,7 +1,8 @@
 """Is everything finite? Flags made on the device in the training step, and the limit on sudden gradients.
 
-`flags` looks at the loss, every gradient and the new state; the loop reads one scalar of the step before, so that
-nothing waits. `Limit` leaves the updates of single bad batches out, counted and bounded.
+Every step flags its loss, gradients and statistics; the whole state is flagged every few steps and before a save. The
+loop reads one scalar of the step before, so that nothing waits. `Limit` leaves the updates of single bad batches out,
+counted and bounded.
 """
 
 import json
@@ -34,6 +35,11 @@ def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
+def all_up(flags: Mapping[str, Array]) -> Array:
+    """Whether all flags are up."""
+    return jnp.stack(list(flags.values())).all()
+
+
 def norm(tree: PyTree) -> Array:
     """The Euclidean norm of all arrays of a tree together."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
@@ -53,10 +59,10 @@ def check(step: int, finite: Mapping[str, Array]) -> None:
 
 
 def not_finite(finite: Mapping[str, Array]) -> list[str]:
-    """The paths whose flag is down: the loss first, then gradients, then the state."""
+    """The paths whose flag is down, causes first: the loss, gradients, statistics, and the rest of the state."""
     bad = [path for path, good in jax.device_get(dict(finite)).items() if not good]
-    order = {"loss": 0, "gradient": 1}
-    return sorted(bad, key=lambda path: order.get(path.split("/")[0], 2))
+    order = {"loss": 0, "gradient": 1, "model_state": 2}
+    return sorted(bad, key=lambda path: order.get(path.split("/")[0], 3))
 
 
 def write_bundle(

@@ -22,9 +22,10 @@ from halvit_jax.training.report import Report
 from halvit_jax.training.sharding import to_devices, to_host
 from halvit_jax.training.signals import SAVE_AGAIN, STOP, Signals
 from halvit_jax.training.state import TrainState
-from halvit_jax.training.step import Outcome, make_eval_step, make_train_step
+from halvit_jax.training.step import Outcome, examine, make_eval_step, make_train_step
 from halvit_jax.training.watchdog import COMPILING, TRAINING, Watchdog
 
+EXAMINE_EVERY = 8  # steps between looks at the whole state
 UNEVALUATED: dict[str, Any] = {"evaluated": False, "score": None}  # what is saved with a step beside its state
 
 
@@ -94,8 +95,9 @@ def train(
     Stopped or killed at any time and begun again, it ends with the same parameters, bit for bit.
 
     Raises:
-        NotFiniteError, SpikesError: at most two steps late; the last batches are in `debug_folder`, the state is not
-            saved.
+        NotFiniteError, SpikesError: at most two steps late where the loss, a gradient or a statistic is not finite,
+            at most ten where only another part of the state is not; the last batches are in `debug_folder`, the state
+            is not saved.
         SaveError: a checkpoint could not be written.
     """
     state, evaluation_due = beginning
@@ -142,6 +144,8 @@ def train(
         # fetched. So at most two steps are under way, and what is wrong or wished is known one step later.
         watchdog.at(COMPILING if step == first else TRAINING, step)
         state, outcome = train_step(state, task.frozen, batch)
+        if step % EXAMINE_EVERY == 0:
+            outcome = examine(state, outcome)
         recent.append((step, batch))
         wish = 0
         if before is not None:
@@ -165,14 +169,14 @@ def train(
         # Evaluate before saving: a run killed in between evaluates this step again rather than never.
         facts = UNEVALUATED
         if (step % eval_every == 0 or last) and not stop:
-            look_at(outcome, step - 1)
+            look_at(examine(state, outcome), step - 1)
             try:
                 results = evaluate_state(task, state, eval_loader, **evaluating)
                 facts = {"evaluated": True, "score": results[best_of(results)][task.headline]}
             except StoppedError:
                 stop = True
         if step % checkpoint_every == 0 or last or stop or wish == SAVE_AGAIN:
-            look_at(outcome, step - 1)
+            look_at(examine(state, outcome), step - 1)
             watchdog.at("saving", step)
             with report.pausing():
                 checkpointer.save(step, state, **facts, again=wish == SAVE_AGAIN)
@@ -193,7 +197,7 @@ def check(outcome: Outcome, step: int, limit: health.Limit) -> None:
         SpikesError: too many updates were left out.
     """
     if not outcome.healthy:
-        if outcome.skipped:
+        if outcome.too_many:
             raise limit.exceeded(step)
         health.check(step, outcome.finite)
 

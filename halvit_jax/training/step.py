@@ -20,8 +20,9 @@ from halvit_jax.training.state import TrainState
 class Outcome(NamedTuple):
     """What a step tells beside the new state; all of it stays on the device until somebody looks.
 
-    `sums` of the batch; `wish`, the largest of all hosts; `healthy`, whether everything is finite and not too many
-    updates were left out; `finite`, {path: flag}, to say what is not; `skipped`, whether this update was left out.
+    `sums` of the batch; `wish`, the largest of all hosts; `healthy`, whether everything looked at is finite and not
+    too many updates were left out; `finite`, {path: flag}, to say what is not; `skipped`, whether this update was left
+    out; `too_many`, whether it was one too many.
     """
 
     sums: dict[str, Array]
@@ -29,6 +30,7 @@ class Outcome(NamedTuple):
     healthy: Array
     finite: dict[str, Array]
     skipped: Array
+    too_many: Array
 
 
 TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Outcome]]
@@ -64,18 +66,30 @@ def make_train_step(
         new = state.replace(step=state.step + 1, params=params, model_state=result.model_state, opt_state=opt_state)
         if state.ema:
             new = new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - ema_decay))
-        changed = {**new.raw, "opt_state": new.opt_state, "ema": new.ema}
-        finite = health.flags({"loss": result.loss, "gradient": result.grads, **changed})
-        healthy, skipped = jnp.stack(list(finite.values())).all(), jnp.zeros((), bool)
+        finite = health.flags({"loss": result.loss, "gradient": result.grads, "model_state": result.model_state})
+        healthy, skipped, too_many = health.all_up(finite), jnp.zeros((), bool), jnp.zeros((), bool)
         if limit.factor:
             norm = health.norm(result.grads) + 0 * result.loss  # not finite where the loss is not
             verdict = limit.judge(state.limit, norm, state.step)
             kept = state.replace(step=new.step)
             new = jax.tree.map(functools.partial(jnp.where, verdict.skip), kept, new).replace(limit=verdict.memory)
-            healthy, skipped = (healthy | verdict.skip) & ~verdict.too_many, verdict.skip
-        return new, Outcome(result.sums, wish_of(batch), healthy, finite, skipped)
+            skipped, too_many = verdict.skip, verdict.too_many
+            healthy = (healthy | skipped) & ~too_many
+        return new, Outcome(result.sums, wish_of(batch), healthy, finite, skipped, too_many)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+@jax.jit
+def examine(state: TrainState, outcome: Outcome) -> Outcome:
+    """The outcome of the step that made this state, with the flags of the whole state added.
+
+    A program of its own, because hundreds of small reductions in every step take longer than they are worth: what is
+    not finite in the parameters shows in the next loss, and the rest waits until somebody looks.
+    """
+    finite = health.flags({**state.raw, "opt_state": state.opt_state, "ema": state.ema})
+    healthy = outcome.healthy & health.all_up(finite)
+    return outcome._replace(healthy=healthy, finite={**outcome.finite, **finite})
 
 
 def abstract_batch(mesh: Mesh, *, batch_size: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:

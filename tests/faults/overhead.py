@@ -31,11 +31,11 @@ def main() -> None:
     from halvit_jax import run as run_lib
     from halvit_jax.recipes import digits
     from halvit_jax.training.digests import digests
-    from halvit_jax.training.loop import check
+    from halvit_jax.training.loop import EXAMINE_EVERY, check
     from halvit_jax.training.sharding import to_devices
     from halvit_jax.training.signals import Signals
     from halvit_jax.training.state import TrainState
-    from halvit_jax.training.step import make_train_step
+    from halvit_jax.training.step import examine, make_train_step
     from halvit_jax.training.watchdog import TRAINING, Watchdog
 
     config = digits("halvit_tiny")
@@ -69,6 +69,8 @@ def main() -> None:
             batch = to_devices(signals.stamp(each), run.mesh)
             watchdog.at(TRAINING, step)
             state, outcome = guarded(state, task.frozen, batch)
+            if step % EXAMINE_EVERY == 0:
+                outcome = examine(state, outcome)
             if before is not None:
                 check(before, step, run.limit)
                 int(before.wish)
