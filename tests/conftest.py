@@ -25,6 +25,11 @@ for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THR
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files beside this one first: a few long tests each, which should not be what one of two workers ends with."""
+    items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A `data_dir` for TFDS in which the embedded digits are prepared."""

@@ -5,19 +5,19 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 from typing import Any
 
 import pytest
 from ml_collections import ConfigDict
-from test_main import run_door, tiny
+from processes import run_door
+from test_main import tiny
 
 from halvit_jax import check, door, lock
 from halvit_jax.main import work
 from halvit_jax.preflight import preflight
 from halvit_jax.training import manifest
 
-CHECK = [sys.executable, "-m", "halvit_jax.check"]
+CHECK = "halvit_jax.check"
 Capsys = pytest.CaptureFixture[str]
 
 
@@ -213,7 +213,7 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
 
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
     flip(largest_file(workdir, 2))
-    done = run_door(*CHECK, f"--workdir={workdir}", "--files_only", code=1)
+    done = run_door(CHECK, f"--workdir={workdir}", "--files_only", code=1)
     assert "2 checkpoints, 1 good; damaged: step 2" in done.stdout
     assert done.stderr == ""
 

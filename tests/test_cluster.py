@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 
 import pytest
+from processes import ROOT, Started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
-from test_main import ROOT
 
 from halvit_jax import cluster
 
@@ -33,7 +33,7 @@ FIELDS = {
     "cluster.heartbeat_timeout": 10,
     "cluster.start_timeout": 60,
 }
-MAIN = "from halvit_jax import door, main; main.define_flags(); door.run(main.main)"
+MAIN = "halvit_jax.main"
 
 
 class Processes:
@@ -60,12 +60,10 @@ class Processes:
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={rank}"]
-            command = [sys.executable, "-c", (programs or {}).get(rank, MAIN), *shared, *(own if count > 1 else [])]
-            with log.open("wb") as file:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, stdout=file, stderr=subprocess.STDOUT
-                )
-            self.processes.append(process)
+            arguments = [*shared, *(own if count > 1 else [])]
+            program = (programs or {}).get(rank, "")
+            log.write_text("")
+            self.processes.append(Started(MAIN, *arguments, stdout=log, program=program, xla_flags=flags))
 
     def until(self, text: str, *, rank: int = 0, seconds: float = 240.0) -> None:
         """Wait until a rank has said something."""
@@ -203,7 +201,7 @@ def test_when_one_of_four_is_killed_the_others_end_and_name_it(
     assert result(tmp_path)["params_sha256"] == result(four)["params_sha256"]
 
 
-SLEEPS = f"""
+SLEEPS = """
 import time
 from halvit_jax.data.pipeline import TrainLoader
 original = TrainLoader.batches
@@ -213,7 +211,9 @@ def batches(self, start_step=0):
             time.sleep(3600)
         yield batch
 TrainLoader.batches = batches
-{MAIN}
+from halvit_jax import door, main
+main.define_flags()
+door.run(main.main)
 """
 
 
@@ -253,7 +253,7 @@ def test_processes_that_do_not_find_each_other_say_so_in_time(
     port, timeout = free_port(), 8
     ranks = {"nobody there": [1], "one too few": [0, 2], "the same twice": [0, 1, 1], "the port is taken": [0]}[wrong]
     count = 3 if wrong in ("one too few", "the same twice") else 2
-    command = [sys.executable, "-c", MAIN, "--config=configs/halvit_digits.py", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", MAIN, "--config=configs/halvit_digits.py", f"--workdir={tmp_path}"]
     command += [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
     command += [f"--config.cluster.start_timeout={timeout}", "--config.cluster.heartbeat_timeout=10"]
     with socket.socket() as taken:

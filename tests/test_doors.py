@@ -3,11 +3,11 @@
 import json
 import pathlib
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
+from processes import run_door
 
 from halvit_jax import bench
 from halvit_jax.models import MODELS, create_model, list_models
@@ -16,11 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(door: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
-    """One real process."""
-    command = [sys.executable, "-m", f"halvit_jax.{door}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    """One process."""
+    return run_door(f"halvit_jax.{door}", *arguments, code=code)
 
 
 def test_summary_lists_every_model() -> None:

@@ -1,6 +1,7 @@
 """Models taken out of their runs, and used without this package."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,14 +11,14 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_main import one_device, run_door
+from processes import ONE_DEVICE, run_door
 
 import halvit_jax
 from halvit_jax import data, export, run
 from halvit_jax.convert import native
 from halvit_jax.data import hide_accelerators
 
-EXPORT = [sys.executable, "-m", "halvit_jax.export"]
+EXPORT = "halvit_jax.export"
 Finished = tuple[pathlib.Path, dict[str, Any]]
 
 
@@ -67,7 +68,7 @@ def test_what_is_exported_says_the_same_without_this_package(
     if kind == "onnx":
         pytest.importorskip("jax2onnx", reason="in the extra [onnx], which holds orbax-checkpoint below 0.11.37")
     out = tmp_path / f"model.{suffix}"
-    said = run_door(*EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
+    said = run_door(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
     assert said[0] == f"{out}: {out.stat().st_size:,} bytes"
     assert said[0].startswith(str(out))
     assert "the same class for 364 of 364" in said[2]
@@ -76,7 +77,7 @@ def test_what_is_exported_says_the_same_without_this_package(
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=digits,
-        env=one_device(),
+        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
         capture_output=True,
         text=True,
         timeout=120,
@@ -124,7 +125,7 @@ def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
     ],
 )
 def test_bad_input_is_answered_with_a_line(flags: list[str], message: str) -> None:
-    error = run_door(*EXPORT, *flags, code=2).stderr
+    error = run_door(EXPORT, *flags, code=2).stderr
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
@@ -146,7 +147,7 @@ def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_p
     data.write_png(str(tmp_path / "digit.png"), image)
     out, page = tmp_path / "attention.png", tmp_path / "page.jpg"
     page.write_text("<html>")
-    command = [sys.executable, "-m", "halvit_jax.predict", f"--workdir={finished[0]}"]
+    command = ["halvit_jax.predict", f"--workdir={finished[0]}"]
     files = [str(tmp_path / "digit.png"), str(page)]
     assert len(run_door(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
     drawn = tf.io.decode_png(out.read_bytes()).numpy()

@@ -18,6 +18,7 @@ from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from processes import run_door
 
 from halvit_jax import compiled, plan, recipes
 from halvit_jax.models import create_model
@@ -313,9 +314,7 @@ def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
     ],
 )
 def test_bad_input_is_answered_with_one_line(arguments: list[str], said: str) -> None:
-    command = [sys.executable, "-m", "halvit_jax.plan", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
-    assert done.returncode == 2
+    done = run_door("halvit_jax.plan", *arguments, code=2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 

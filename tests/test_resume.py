@@ -1,14 +1,14 @@
 """A run broken off and begun again ends with the same parameters, bit for bit."""
 
 import json
+import math
 import pathlib
 import shutil
-import signal
-import subprocess
 import time
 
 import pytest
-from test_main import MAIN, ROOT, one_device, tiny
+from processes import Started, run_door
+from test_main import MAIN, tiny
 
 from halvit_jax.main import work
 from halvit_jax.training import manifest
@@ -47,7 +47,8 @@ def test_broken_at_any_step_it_ends_the_same(
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cadence = {"total_steps": steps, "eval_every": steps, "checkpoint_every": 1, "keep_checkpoints": 1}
+    every = math.gcd(steps, *broken_at)
+    cadence = {"total_steps": steps, "eval_every": steps, "checkpoint_every": every, "keep_checkpoints": 1}
     config = tiny(digits_dir, **EVERYTHING | cadence | model)
     seal = manifest.write
 
@@ -66,33 +67,31 @@ def test_broken_at_any_step_it_ends_the_same(
 
 
 def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    command = [
-        *MAIN,
+    arguments = [
         "--config=configs/halvit_digits.py",
         f"--config.data.data_dir={digits_dir}",
-        f"--config.total_steps={STEPS}",
+        "--config.total_steps=30",
         "--config.batch_size=32",
         "--config.eval_every=1000",
-        "--config.checkpoint_every=10",
+        "--config.checkpoint_every=5",
         "--config.log_every=10",
         "--config.model.width=48",
         "--config.model.drop_path=0.1",
         "--config.task.mixup=0.8",
-        "--config.optim.warmup_epochs=1.0",
+        "--config.optim.warmup_epochs=0.5",
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    where = {"cwd": ROOT, "env": one_device()}
-    subprocess.run([*command, f"--workdir={whole}"], **where, check=True, capture_output=True)
-    process = subprocess.Popen([*command, f"--workdir={broken}"], **where, stdout=subprocess.DEVNULL)
+    run_door(MAIN, *arguments, f"--workdir={whole}")
+    process = Started(MAIN, *arguments, f"--workdir={broken}", stdout=tmp_path / "log.txt")
     deadline = time.monotonic() + 120
-    while not (broken / "checkpoints" / "20").exists():
+    while not (broken / "checkpoints" / "10").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert not (broken / "result.json").exists()
-    done = subprocess.run([*command, f"--workdir={broken}"], **where, check=True, capture_output=True, text=True)
+    done = run_door(MAIN, *arguments, f"--workdir={broken}")
     assert "going on from the checkpoint of step" in done.stdout
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]

@@ -3,12 +3,12 @@
 import json
 import pathlib
 import subprocess
-import sys
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from processes import run_door
 
 from halvit_jax.convert import files, from_torch, native, shapes_of, to_torch, torch_shapes
 from halvit_jax.convert.__main__ import convert
@@ -20,11 +20,8 @@ TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 
 
 
 def run(*arguments: str | pathlib.Path, code: int = 0) -> subprocess.CompletedProcess:
-    """One real process."""
-    command = [sys.executable, "-m", "halvit_jax.convert", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+    """One process."""
+    return run_door("halvit_jax.convert", *map(str, arguments), code=code)
 
 
 def variables_of(name: str, **fields: Any) -> dict[str, Any]:
