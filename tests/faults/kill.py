@@ -158,14 +158,17 @@ def result(workdir: pathlib.Path) -> dict:
 def kill_trials(settings: "ConfigDict", folder: pathlib.Path, *, trials: int, seed: int) -> Record:  # noqa: F821
     """`trials` kills at uniformly random moments of a run's length."""
     record, rng = Record(), random.Random(seed)
-    whole = folder / "whole"
-    began = time.monotonic()
-    code = trial(settings, whole, kill_after=None, record=record)
-    length = time.monotonic() - began
-    if code:
-        record.failures.append(f"the unbroken run ended with {code}")
-        return record
-    expected = result(whole)
+    begun = time.monotonic()
+    for name in ("whole", "again"):  # the second one does not compile, and so is as long as those that are killed
+        began = time.monotonic()
+        code = trial(settings, folder / name, kill_after=None, record=record)
+        length = time.monotonic() - began
+        if code:
+            record.failures.append(f"the unbroken run ended with {code}")
+            return record
+    expected = result(folder / "whole")
+    if result(folder / "again") != expected:
+        record.failures.append("two unbroken runs differ")
     while record.trials < trials:
         record.runs += 1
         workdir = folder / f"run_{seed}_{record.runs}"
@@ -183,7 +186,7 @@ def kill_trials(settings: "ConfigDict", folder: pathlib.Path, *, trials: int, se
         if left:
             record.failures.append(f"{workdir.name}: {left} left behind")
         shutil.rmtree(workdir)
-    record.seconds = time.monotonic() - began
+    record.seconds = time.monotonic() - begun
     return record
 
 
