@@ -7,6 +7,7 @@ same command goes on.
 
 import contextlib
 import difflib
+import logging as std_logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ def run(main: Callable[[list[str]], None]) -> None:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its warning that results may vary
     keep_freed_memory()
     logging.set_verbosity(logging.WARNING)
+    # Where a checkpoint cannot be written, asyncio says of each array what we say once of all.
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     app.run(main, flags_parser=_parse)
 
 

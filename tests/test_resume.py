@@ -3,7 +3,9 @@
 import json
 import math
 import pathlib
+import re
 import shutil
+import subprocess
 import time
 
 import pytest
@@ -96,3 +98,40 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert results[0]["eval"] == results[1]["eval"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """C1 of the test plan, on a file system of its own that has room for two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small file system")
+    arguments = [
+        "--config=configs/halvit_digits.py",
+        f"--config.data.data_dir={digits_dir}",
+        "--config.total_steps=40",
+        "--config.batch_size=32",
+        "--config.eval_every=1000",
+        "--config.checkpoint_every=10",
+        "--config.log_every=10",
+        "--config.model.width=48",
+        "--config.optim.warmup_epochs=0.5",
+    ]
+    try:
+        run_door(MAIN, *arguments, f"--workdir={tmp_path / 'whole'}")
+        error = run_door(MAIN, *arguments, f"--workdir={disk / 'run'}", code=3).stderr
+        assert re.search(
+            r"^error: the checkpoint of step \d+ could not be written to .* bytes, [\d,]+ are free; given up",
+            error.splitlines()[-1],
+        )
+        assert "step 10  good" in run_door("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert "going on from the checkpoint of step" in run_door(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
+        results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", disk / "run")]
+        assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

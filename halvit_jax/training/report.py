@@ -8,7 +8,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ class Report:
     """Writes the curves of a run to TensorBoard files in the workdir, and one live or several plain lines to stdout."""
 
     def __init__(self, workdir: pathlib.Path, *, total_steps: int, batch_size: int) -> None:
-        self._speaks = jax.process_index() == 0
+        self._speaks, self._workdir = jax.process_index() == 0, workdir
         self._writer = (
             metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
             if self._speaks
@@ -48,15 +48,16 @@ class Report:
         """CLU's table of all parameters, as a text in TensorBoard and a file's worth of lines at the start."""
         if self._speaks:
             table = parameter_overview.get_parameter_overview(params, include_stats=False)
-            self._writer.write_texts(0, {"parameters": f"```\n{table}\n```"})
+            self._write(self._writer.write_texts, 0, {"parameters": f"```\n{table}\n```"})
 
     def hyperparameters(self, config: Mapping[str, Any]) -> None:
         """The fields of the config, as TensorBoard's hyper-parameters."""
-        self._writer.write_hparams(_flat_fields(config))
+        self._write(self._writer.write_hparams, _flat_fields(config))
 
     def images(self, step: int, images: Mapping[str, Any]) -> None:
         """Each stack of images [n, h, w, 3] in [0, 1] as one grid."""
-        self._writer.write_images(step, {name: grid(np.asarray(stack))[None] for name, stack in images.items()})
+        grids = {name: grid(np.asarray(stack))[None] for name, stack in images.items()}
+        self._write(self._writer.write_images, step, grids)
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -85,13 +86,13 @@ class Report:
             speed = counted * self._batch_size / seconds
             self._speeds.append(speed)
             scalars = {**scalars, "images_per_s": speed, "waiting_for_data": self._waited / seconds}
-        self._writer.write_scalars(step, {f"train/{name}": value for name, value in scalars.items()})
+        self._write(self._writer.write_scalars, step, {f"train/{name}": value for name, value in scalars.items()})
         self._progress(step, scalars)
         self._clock, self._waited, self._uncounted = now, 0.0, 0
 
     def evaluation(self, step: int, name: str, scalars: Mapping[str, float]) -> None:
         """The averages of one evaluation, as `name`/..., in the curves and as a line that stays."""
-        self._writer.write_scalars(step, {f"{name}/{key}": value for key, value in scalars.items()})
+        self._write(self._writer.write_scalars, step, {f"{name}/{key}": value for key, value in scalars.items()})
         self.say(f"step {step}  {name}  " + "  ".join(_pretty(key, value) for key, value in scalars.items()))
 
     @property
@@ -114,8 +115,16 @@ class Report:
 
     def close(self) -> None:
         """Write what waits."""
-        self._writer.flush()
-        self._writer.close()
+        self._write(self._writer.close)
+
+    def _write(self, method: Callable[..., None], *arguments: Any) -> None:
+        """Write to TensorBoard's files; where that fails, as on a full disk, the run goes on without curves."""
+        try:
+            method(*arguments)
+        except Exception as error:  # whatever TensorFlow answers, of this write or of one before it
+            self._writer = metric_writers.MultiWriter([])
+            reason = " ".join(str(error).split())[:300]
+            self.say(f"WARNING: no more curves: they cannot be written to {self._workdir} ({reason})")
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
         if not self._speaks:

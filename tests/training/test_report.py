@@ -222,3 +222,21 @@ def test_the_first_step_alone_is_no_speed(tmp_path: pathlib.Path, monkeypatch: p
     report.training(1, SCALARS, steps=1)
     assert report.images_per_s is None
     report.close()
+
+
+def test_a_run_goes_on_where_curves_cannot_be_written(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = Report(tmp_path, total_steps=4, batch_size=2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report._writer._writer, "write_scalars", full)
+    for step in range(1, 5):
+        report.training(step, {"loss": 1.0}, steps=1)
+        time.sleep(0.05)  # it is written by another thread
+    report.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("WARNING: no more curves: ") for line in lines) == 1
+    assert sum(line.startswith("step ") for line in lines) == 4
