@@ -186,7 +186,8 @@ def kill_trials(settings: "ConfigDict", folder: pathlib.Path, *, trials: int, se
         if left:
             record.failures.append(f"{workdir.name}: {left} left behind")
         shutil.rmtree(workdir)
-    record.seconds = time.monotonic() - begun
+        record.seconds = time.monotonic() - begun
+        print(f"{seed}: {record}", flush=True)
     return record
 
 
