@@ -1,22 +1,22 @@
 """Does a run fit on a TPU that is not here? Compile its real training step for it, on any x86 Linux machine.
 
 python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 [--config.mesh.fsdp=4] [--json]
+python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 --largest_batch
 
-XLA's TPU compiler comes with `pip install "jax[tpu]"` and needs no TPU. It says what the step needs on each device
-and what the devices send each other. Nothing is computed and no data set is read; the number of steps in an epoch,
-which only shapes the learning rate, is ImageNet's. Compiling takes minutes.
+XLA's TPU compiler comes with `pip install "jax[tpu]"` and needs no TPU. It says what the step needs on each device,
+what it moves between the device and its memory, and what the devices send each other; with --largest_batch also the
+largest batch that fits, which is searched for by compiling a few more times. Nothing is computed and no data set is
+read; the number of steps in an epoch, which only shapes the learning rate, is ImageNet's. Compiling takes minutes.
 
 Exit codes: 0 it fits; 1 it does not; 2 bad input.
 """
 
-import importlib.util
 import json
 import math
-import os
-import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,50 +26,19 @@ from ml_collections import ConfigDict, config_flags
 from halvit_jax import door
 from halvit_jax.compiled import bytes_named, collectives, memory_of
 from halvit_jax.protocols import PyTree
+from halvit_jax.tpu import Topology, parse_topology, tpu_devices
 
-GIB = 2**30
 IMAGENET_IMAGES = 1_281_167
+MOST_COMPILED = 5  # further programs in a search
+ROWS = 8  # of a batch on a device that a TPU's layouts are made for
 KNOBS = "raise accumulate or set model.remat=True where temporaries are the most, raise mesh.fsdp where the state is"
-
-
-class Chip(NamedTuple):
-    """One kind of TPU, as its maker states it, except for `usable_bytes`; a device is a chip."""
-
-    hbm_bytes: int
-    usable_bytes: int  # of it for a program; what libtpu 0.0.51 names where it refuses one
-    peak_flops: float  # floating-point operations per second, bfloat16
-    dimensions: int  # of a topology
-    most: int  # chips of the largest pod
-
-
-CHIPS: dict[str, Chip] = {
-    "v4": Chip(32 * GIB, int(30.75 * GIB), 275e12, 3, 4096),
-    "v5e": Chip(16 * GIB, int(15.75 * GIB), 197e12, 2, 256),
-    "v5p": Chip(95 * GIB, int(95.73 * GIB), 459e12, 3, 8960),
-    "v6e": Chip(32 * GIB, int(31.24 * GIB), 918e12, 2, 256),
-}
-TWO_CORES = {"v4", "v5p"}  # on a chip, which the runtime makes one device of; libtpu calls that "megacore"
-
-
-class Topology(NamedTuple):
-    """So many chips of one kind, and how they are laid out."""
-
-    kind: str  # a key of CHIPS
-    shape: tuple[int, ...]
-
-    @property
-    def chip(self) -> Chip:
-        """The figures of its kind."""
-        return CHIPS[self.kind]
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
 
 def define_flags() -> None:
     """The flags of this door."""
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
     flags.DEFINE_string("topology", None, "Kind and layout of the TPU, e.g. v5e:4x4, v6e:16x16, v4:2x2x4 or v5p:4x4x4.")
+    flags.DEFINE_bool("largest_batch", False, "Search for the largest batch that fits; it compiles a few times.")
     flags.DEFINE_bool("json", False, "One JSON object instead of a table.")
 
 
@@ -82,60 +51,20 @@ def main(argv: list[str]) -> None:
         if values.config is None or values.topology is None:
             raise ValueError("give both --config=configs/NAME.py and --topology=v5e:4x4")
         topology = parse_topology(values.topology)
-        subject = prepare(values.config, topology, tpu_devices(topology))
+        devices = tpu_devices(topology)
+        subject = prepare(values.config, topology, devices)
     report = plan(subject)
+    if values.largest_batch:
+
+        def compiled(batch_size: int) -> dict[str, Any]:
+            config = values.config.copy_and_resolve_references()
+            config.batch_size = batch_size
+            return compile_subject(prepare(config, topology, devices))
+
+        report["largest_batch"] = largest_batch(report, compiled)
     print(json.dumps(report) if values.json else table(report), flush=True)
     if not report["fits"]:
         sys.exit(1)
-
-
-def parse_topology(text: str) -> Topology:
-    """`v5e:4x4` -> Topology("v5e", (4, 4)).
-
-    Raises:
-        ValueError: not of this form, an unknown kind, or a layout that this kind is not built in.
-    """
-    kinds = ", ".join(CHIPS)
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
-    if match is None:
-        raise ValueError(f"--topology={text!r} must be KIND:LAYOUT, e.g. v5e:4x4 or v4:2x2x4; kinds are {kinds}")
-    if match[1] not in CHIPS:
-        raise ValueError(f"--topology={text!r}: {match[1]!r} is no kind of TPU known here; kinds are {kinds}")
-    topology = Topology(match[1], tuple(map(int, match[2].split("x"))))
-    chip, count = topology.chip, math.prod(topology.shape)
-    if len(topology.shape) != chip.dimensions:
-        example = f"{topology.kind}:{'x'.join(['4'] * chip.dimensions)}"
-        raise ValueError(f"--topology={text!r} must have {chip.dimensions} lengths for this kind, e.g. {example}")
-    if not 1 <= count <= chip.most:
-        raise ValueError(f"--topology={text!r} asks for {count} chips; {topology.kind} has 1 to {chip.most}")
-    if any(size > 1 and size % 2 for size in topology.shape):
-        raise ValueError(f"--topology={text!r}: every length must be 1 or even, for a host holds 2x2 chips")
-    return topology
-
-
-def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices that can be compiled for, and do not exist; four chips make a host.
-
-    Raises:
-        ValueError: the compiler is not installed, or does not know this topology.
-    """
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError('the TPU compiler is not installed; get it with: pip install "jax[tpu]"')
-    from jax.experimental.topologies import get_topology_desc
-
-    # Without these libtpu asks the metadata server of a TPU VM, and waits for it, where there is none; and it lets one
-    # process at a time in, for there is one TPU, which is not touched here.
-    here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-    here["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-    for name, value in here.items():
-        os.environ.setdefault(name, value)
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind in TWO_CORES else {}
-    options["chips_per_host_bounds"] = (*(min(2, size) for size in topology.shape[:2]), 1)
-    try:
-        described = get_topology_desc(platform="tpu", topology_name=str(topology), **options)
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(f"--topology={topology}: libtpu refuses it: {str(error).splitlines()[0]}") from error
-    return list(described.devices)
 
 
 class Subject(NamedTuple):
@@ -232,10 +161,46 @@ def plan(subject: Subject) -> dict[str, Any]:
         "step_s_at_peak": flops / topology.chip.peak_flops,
         "twin": subject.twin and {"parameters": count(subject.twin.params), "bytes": state_bytes(subject.twin)},
     }
-    lowered = subject.step.lower(state, {}, subject.batch)
-    report |= compile_for(lowered, usable_bytes=topology.chip.usable_bytes)
+    report |= compile_subject(subject)
     report["memory"]["hbm"] = topology.chip.hbm_bytes
+    moved = report["bytes_moved"]
+    report["step_s_of_memory"] = None if moved is None else moved / topology.chip.bandwidth
     return report
+
+
+def compile_subject(subject: Subject) -> dict[str, Any]:
+    """What compiling the subject's step says."""
+    lowered = subject.step.lower(subject.state, {}, subject.batch)
+    return compile_for(lowered, usable_bytes=subject.topology.chip.usable_bytes)
+
+
+def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, Any]]) -> int:
+    """The largest batch, in steps of ROWS a device, that was compiled and fits; 0 where none did.
+
+    Memory is taken to grow in proportion to the batch, but for state and program: every guess lies on the line through
+    the two batches nearest to the limit, the first of which is that of no rows at all. `compiled(batch_size)` is what
+    `compile_for` says of that batch.
+    """
+    unit = report["batch_size"] // report["batch_per_device"] * report["accumulate"] * ROWS
+    usable = report["memory"]["usable"]
+    peaks = {0: sum(report["bytes"].values()) - report["bytes"]["batch"] + (report["memory"]["code"] or 0)}
+    fits, fails = {0}, set()
+    size, found = report["batch_size"], report
+    for _ in range(MOST_COMPILED):
+        (fits if found["fits"] else fails).add(size)
+        if found["memory"]["peak"] is None:  # the compiler does not say how far off it is
+            break
+        peaks[size] = found["memory"]["peak"]
+        near, other = sorted(peaks, key=lambda size: abs(peaks[size] - usable))[:2]
+        guess = near + (usable - peaks[near]) * (near - other) / (peaks[near] - peaks[other])
+        least, most = max(fits) // unit + 1, (min(fails, default=math.inf) - 1) // unit
+        size = unit * int(min(max(guess // unit, least), most))
+        if size in fits or least > most:
+            break
+        found = compiled(size)
+    else:
+        fits |= {size} if found["fits"] else set()
+    return max(fits)
 
 
 def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
@@ -245,7 +210,7 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
     memory: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "output", "code"))
-    told: dict[str, Any] = {"collectives": None, "compiler": None, "compiled_flops": None}
+    told: dict[str, Any] = {"collectives": None, "compiler": None, "compiled_flops": None, "bytes_moved": None}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -258,7 +223,8 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
         memory = {**sizes, "peak": sum(sizes.values())}
         fits = memory["peak"] <= usable_bytes
         told["collectives"] = collectives(compiled.as_text())
-        told["compiled_flops"] = (compiled.cost_analysis() or {}).get("flops")
+        cost = compiled.cost_analysis() or {}
+        told["compiled_flops"], told["bytes_moved"] = cost.get("flops"), cost.get("bytes accessed")
     seconds = round(time.perf_counter() - started, 1)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     memory["usable"] = usable_bytes
@@ -298,12 +264,24 @@ def table(report: dict[str, Any]) -> str:
     for name, row in (report["collectives"] or {}).items():
         lines.append(f"{name}: {row['count']} in the step, {_mebibytes(row['bytes'])} MiB of results on a device")
     lines += [
-        f"products: {report['flops'] / 1e12:.2f} TFLOP a step on a device; at the chip's peak, waiting for nothing, "
-        f"{1e3 * report['step_s_at_peak']:.1f} ms",
+        *_roofline(report),
         f"compiled in {report['compile_s']} s, with {_mebibytes(report['host_peak'])} MiB of this machine's memory",
         "it fits" if report["fits"] else f"IT DOES NOT FIT: {KNOBS}",
     ]
+    if "largest_batch" in report:
+        lines.append(f"largest batch that was compiled and fits: {report['largest_batch']}")
     return "\n".join([*lines, report["compiler"]] if report["compiler"] else lines)
+
+
+def _roofline(report: dict[str, Any]) -> list[str]:
+    """What a step takes at least, by its products and by what it moves, and which of them binds."""
+    products, memory = report["step_s_at_peak"], report["step_s_of_memory"]
+    lines = [f"products: {report['flops'] / 1e12:.2f} TFLOP a step on a device, {1e3 * products:.1f} ms at its peak"]
+    if memory is not None:
+        moved = f"memory: {report['bytes_moved'] / 1e9:.1f} GB to and from HBM, {1e3 * memory:.1f} ms at its bandwidth"
+        binds = "products bind" if products >= memory else "memory binds"
+        lines += [moved, f"a step takes at least {1e3 * max(products, memory):.1f} ms: {binds}"]
+    return lines
 
 
 def _mebibytes(size: int | None) -> str:

@@ -20,13 +20,13 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from processes import run_door
 
-from halvit_jax import compiled, plan, recipes
+from halvit_jax import compiled, plan, recipes, tpu
 from halvit_jax.models import create_model
 from halvit_jax.training.paths import count
 from halvit_jax.training.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
-EIGHT = plan.Topology("v5e", (2, 4))  # as many chips as there are simulated devices
+EIGHT = tpu.Topology("v5e", (2, 4))  # as many chips as there are simulated devices
 GIBIBYTE = 2**30
 
 
@@ -44,13 +44,13 @@ def _prepared(config: ConfigDict) -> plan.Subject:
 
 
 def test_a_topology_is_a_kind_and_a_layout() -> None:
-    topology = plan.parse_topology("v4:2x2x4")
-    assert topology == plan.Topology("v4", (2, 2, 4))
+    topology = tpu.parse_topology("v4:2x2x4")
+    assert topology == tpu.Topology("v4", (2, 2, 4))
     assert str(topology) == "v4:2x2x4"
     assert topology.chip.hbm_bytes == 32 * GIBIBYTE
-    sizes = {kind: chip.hbm_bytes // GIBIBYTE for kind, chip in plan.CHIPS.items()}
-    assert sizes == {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-    assert all(0.95 < chip.usable_bytes / chip.hbm_bytes < 1.01 for chip in plan.CHIPS.values())
+    sizes = {kind: chip.hbm_bytes // GIBIBYTE for kind, chip in tpu.CHIPS.items()}
+    assert sizes == {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+    assert all(0.95 < chip.usable_bytes / chip.hbm_bytes < 1.01 for chip in tpu.CHIPS.values())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_topology_is_a_kind_and_a_layout() -> None:
     [
         ("v5e-16", "must be KIND:LAYOUT"),
         ("v5e:4x", "must be KIND:LAYOUT"),
-        ("v9:4x4", "'v9' is no kind of TPU known here; kinds are v4, v5e, v5p, v6e"),
+        ("v9:4x4", "'v9' is no kind of TPU known here; kinds are v4, v5e, v5p, v6e, tpu7x"),
         ("v5e:4x4x4", "must have 2 lengths for this kind, e.g. v5e:4x4"),
         ("v4:4x4", "must have 3 lengths for this kind, e.g. v4:4x4x4"),
         ("v5e:32x32", "asks for 1024 chips; v5e has 1 to 256"),
@@ -68,15 +68,15 @@ def test_a_topology_is_a_kind_and_a_layout() -> None:
 )
 def test_a_wrong_topology_is_refused(text: str, said: str) -> None:
     with pytest.raises(ValueError, match=r"--topology=") as error:
-        plan.parse_topology(text)
+        tpu.parse_topology(text)
     assert said in str(error.value)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
-        plan.tpu_devices(EIGHT)
+        tpu.tpu_devices(EIGHT)
 
 
 def test_a_topology_that_the_compiler_does_not_know_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +88,13 @@ def test_a_topology_that_the_compiler_does_not_know_is_bad_input(monkeypatch: py
         assert given["chip_config_name"] == "megacore"
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such thing\nmore")
 
-    tpu = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "ALLOW_MULTIPLE_LIBTPU_LOAD")
-    for name in tpu:
+    asked = ("TPU_SKIP_MDS_QUERY", "TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "ALLOW_MULTIPLE_LIBTPU_LOAD")
+    for name in asked:
         monkeypatch.setenv(name, "of this test")  # and put back after it
     monkeypatch.setenv("TPU_LIBRARY_PATH", "somewhere")
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
     with pytest.raises(ValueError, match=r"--topology=v5p:2x4x4: libtpu refuses it: INVALID_ARGUMENT: no such thing$"):
-        plan.tpu_devices(plan.parse_topology("v5p:2x4x4"))
+        tpu.tpu_devices(tpu.parse_topology("v5p:2x4x4"))
 
 
 # What is compiled, and what it weighs.
@@ -212,7 +212,9 @@ class _Lowered:
         sizes = {"argument": 100, "output": 60, "alias": 50, "temp": self._temporaries, "generated_code": 7}
         memory = types.SimpleNamespace(**{f"{name}_size_in_bytes": size for name, size in sizes.items()})
         return types.SimpleNamespace(
-            memory_analysis=lambda: memory, as_text=lambda: HLO, cost_analysis=lambda: {"flops": 5.0}
+            memory_analysis=lambda: memory,
+            as_text=lambda: HLO,
+            cost_analysis=lambda: {"flops": 5.0, "bytes accessed": 819e6},
         )
 
 
@@ -247,16 +249,52 @@ def test_other_errors_of_the_compiler_are_not_answered() -> None:
         plan.compile_for(_Lowered(error="INTERNAL: a fault"), usable_bytes=1)
 
 
+@pytest.mark.parametrize("first", [128, 640, 6400])
+def test_the_largest_batch_is_the_largest_that_fits(first: int) -> None:
+    """A program of 100 bytes and a little more than one for each row; 64 rows make a step."""
+    tried: list[int] = []
+
+    def compiled(size: int) -> dict[str, Any]:
+        tried.append(size)
+        peak = round(100 + 1.1 * size + 1e-5 * size**2)
+        return {"fits": peak <= 1000, "memory": {"peak": peak, "usable": 1000, "code": 10}}
+
+    report = {"batch_size": first, "batch_per_device": first // 8, "accumulate": 1, "bytes": {"state": 90, "batch": 7}}
+    assert plan.largest_batch(report | compiled(first), compiled) == 768  # of 832 the peak is 1022
+    assert len(set(tried)) <= 1 + plan.MOST_COMPILED
+
+
+def test_there_may_be_no_batch_that_fits() -> None:
+    memory = {"peak": 2000, "usable": 1000, "code": 0}
+    report = {"batch_size": 64, "batch_per_device": 8, "accumulate": 1, "bytes": {"state": 1990, "batch": 1}}
+    never = {"fits": False, "memory": memory}
+    assert plan.largest_batch(report | never, lambda size: never) == 0
+    silent = {"fits": False, "memory": memory | {"peak": None}}
+    assert plan.largest_batch(report | silent, lambda size: never) == 0
+
+
+def test_the_table_ends_with_the_largest_batch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "largest_batch", lambda report, compiled: compiled(256)["fits"] * 256)
+    assert _main(monkeypatch, largest_batch=True) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "largest batch that was compiled and fits: 256"
+
+
 # The door.
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, *, error: str = "", json_out: bool = False) -> int:
+def _main(
+    monkeypatch: pytest.MonkeyPatch, *, error: str = "", json_out: bool = False, largest_batch: bool = False
+) -> int:
     """The exit code of `main` on the simulated devices, whose compiler is replaced."""
     lowered = _Lowered(temporaries=1, error=error)
     subject = _prepared(_config(fsdp=2))
     monkeypatch.setattr(plan, "tpu_devices", lambda topology: jax.devices())
     monkeypatch.setattr(plan, "prepare", lambda *_: subject._replace(step=_Step(subject.step, lowered)))
-    values = types.SimpleNamespace(config=subject.config, topology="v5e:2x4", json=json_out)
+    values = types.SimpleNamespace(
+        config=subject.config, topology="v5e:2x4", json=json_out, largest_batch=largest_batch
+    )
     monkeypatch.setattr(flags, "FLAGS", values)
     try:
         plan.main(["plan"])
@@ -288,6 +326,8 @@ def test_the_report_of_a_run_that_fits(monkeypatch: pytest.MonkeyPatch, capsys: 
     forward = 2 * 16 * 4 * 17 * 12 * 96**2  # of 16 images in 4 blocks: 17 tokens times 12 d^2 weights
     assert 3.0 < report["flops"] / forward < 3.3  # the backward pass costs twice that; attention and ends a little
     assert report["step_s_at_peak"] == report["flops"] / 197e12
+    assert report["bytes_moved"] == 819e6
+    assert report["step_s_of_memory"] == pytest.approx(1e-3)
 
 
 def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
@@ -297,6 +337,7 @@ def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
     said = capsys.readouterr().out
     assert said.splitlines()[-1] == "it fits"
     assert "all-gather: 1 in the step" in said
+    assert "memory: 0.8 GB to and from HBM, 1.0 ms at its bandwidth\na step takes at least 1.0 ms: memory binds" in said
     assert _main(monkeypatch, error=OUT_OF_MEMORY) == 1
     said = capsys.readouterr().out
     assert "IT DOES NOT FIT" in said
