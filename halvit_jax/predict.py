@@ -106,7 +106,9 @@ def _last_maps(trained: Any, images: jax.Array) -> jax.Array:
     maps = capture(trained.task.model, trained.model_variables, trained.task.normalise(images))["attention"]
     last = list(maps.values())[-1]
     if len(last) > len(images):
-        raise ValueError(f"the last block of {type(trained.task.model).__name__} attends in windows, not over the image")
+        raise ValueError(
+            f"the last block of {type(trained.task.model).__name__} attends in windows, not over the image"
+        )
     return last
 
 

@@ -100,8 +100,8 @@ def to_ours(
 ) -> dict[str, np.ndarray]:
     """The arrays of a PyTorch state under our paths and in our layouts.
 
-    Counters and caches may be missing, since not all files have them. Those at the paths of `free` may be missing too, and may have
-    other sizes.
+    Counters and caches may be missing, since not all files have them. What is at the paths of `free` may be missing
+    too, and may have other sizes.
 
     Raises:
         ValueError: every ambiguous, missing, left-over and misshapen entry and every unfit type, by name.

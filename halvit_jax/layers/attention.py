@@ -66,7 +66,7 @@ ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAtte
 
 
 class HeadMix(nn.Module):
-    """Every head's map becomes a weighted sum of all heads' maps, A'_g = sum_h W_hg A_h (+ b_g): [b, h, n, n] -> the same.
+    """Every head's map becomes a weighted sum of all: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
 
     A 1x1 convolution across the heads: the transformation of attention in MiniViT (arXiv 2204.07154), which gives each
     use of shared matrices maps of its own; first in "Talking-Heads Attention" (arXiv 2003.02436).
@@ -84,9 +84,7 @@ class HeadMix(nn.Module):
         return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[:, None, None]
 
 
-def attention_weights(
-    query: jax.Array, key: jax.Array, *, num_heads: int, before: Before | None = None
-) -> jax.Array:
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, before: Before | None = None) -> jax.Array:
     """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] twice -> [b, h, n, n], whose rows sum to 1.
 
     The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-# Offsets up to ALPHA are kept apart, further ones share an index on a logarithmic scale; all beyond GAMMA have the last.
+# Offsets up to ALPHA are kept apart; further ones share indices, on a logarithmic scale up to GAMMA.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
 LAST = int(BETA)
 BUCKETS = (2 * LAST + 1) ** 2
@@ -46,7 +46,7 @@ def grid_buckets(grid: tuple[int, int]) -> np.ndarray:
 
 
 def piecewise_index(offset: np.ndarray) -> np.ndarray:
-    """The paper's piecewise function of whole offsets, odd and from -3 to 3: 0, 1, 2, 2, 3, 3, 3, ... of 0, 1, 2, ..."""
+    """The paper's piecewise function of whole offsets, odd and from -3 to 3: 0, 1, 2, 2, 3, 3, ... of 0, 1, 2, ..."""
     far = np.maximum(np.abs(offset), ALPHA)
     index = np.round(ALPHA + np.log(far / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA))
     index = np.where(np.abs(offset) <= ALPHA, np.abs(offset), np.minimum(index, BETA))

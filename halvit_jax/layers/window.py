@@ -64,7 +64,7 @@ class Windows:
         return math.ceil(self.grid[0] / self.size), math.ceil(self.grid[1] / self.size)
 
     def _parts(self) -> jax.Array:
-        """Of each token of each window, [m, n], which part of the map it is of; parts are neighbours only in the map."""
+        """Which part of the map each token of each window is of, [m, n]; a window's parts do not touch in the map."""
         sides = []
         for count in self._count:
             place = np.arange(count * self.size)

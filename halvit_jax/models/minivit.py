@@ -189,9 +189,7 @@ class SharedSwinBlock(nn.Module):
         for i, rate in enumerate(self.rates):
             windows = shifted if (self.first + i) % 2 else Windows(grid, self.window)
             masking = shifted if self.mask_unshifted else windows
-            repeat = SwinRepeat(
-                attention, position_bias, ffn, windows, masking, rate, self.dtype, name=f"repeat{i}"
-            )
+            repeat = SwinRepeat(attention, position_bias, ffn, windows, masking, rate, self.dtype, name=f"repeat{i}")
             x = _run(repeat, x, train, self.remat)
         return x
 

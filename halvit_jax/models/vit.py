@@ -201,4 +201,3 @@ PARTITION_RULES = (
 
 
 TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
-

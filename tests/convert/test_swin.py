@@ -96,6 +96,8 @@ def test_released_files_also_hold_indices_and_masks(name: str, official: dict[st
 
 
 def test_no_swin_is_a_deit() -> None:
-    variables = nest({path: np.zeros(shape, np.float32) for path, shape in shapes_of(create_model("swin_tiny")).items()})
+    variables = nest(
+        {path: np.zeros(shape, np.float32) for path, shape in shapes_of(create_model("swin_tiny")).items()}
+    )
     with pytest.raises(ValueError, match="as_deit=True is for vision transformers; swin_tiny is none"):
         to_torch("swin_tiny", variables, as_deit=True)

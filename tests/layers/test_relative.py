@@ -13,7 +13,7 @@ GRID, K = (3, 6), 4
 def _index(offset: int) -> int:
     """The definition, for one number."""
     if abs(offset) <= 1.9:
-        return round(offset)
+        return offset
     far = min(round(1.9 + math.log(abs(offset) / 1.9) / math.log(15.2 / 1.9) * (3.8 - 1.9)), 3.8)
     return int(math.copysign(far, offset))
 
