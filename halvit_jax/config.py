@@ -57,22 +57,27 @@ def _model() -> dict[str, Any]:
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
-        "patch_size": optional(int),  # ViT: pixels of a patch's side
-        "width": optional(int),  # ViT: width of the tokens
+        "patch_size": optional(int),  # ViT, Swin: pixels of a patch's side
+        "width": optional(int),  # ViT, Swin: width of the tokens; Swin: of the first stage
         "depth": optional(int),  # ViT: number of blocks
         "num_heads": optional(int),  # ViT: attention heads; divides width
-        "ffn_ratio": optional(float),  # ViT: hidden width / width of the feed-forward layer
-        "attention": optional(str),  # ViT: full or tied
-        "ffn": optional(str),  # ViT: dense or tied
-        "attention_bias": optional(bool),  # ViT: biases of queries, keys, values and output
+        "ffn_ratio": optional(float),  # ViT, Swin: hidden width / width of the feed-forward layer
+        "attention": optional(str),  # ViT, Swin: full or tied
+        "ffn": optional(str),  # ViT, Swin: dense or tied
+        "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
-        "depths": optional(tuple),  # ResNet: blocks of the four stages
+        "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
+        "depths": optional(tuple),  # ResNet: blocks of the four stages; Swin: of as many stages as there are entries
         "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
+        "head_width": optional(int),  # Swin: width of an attention head; divides width
+        "window_size": optional(int),  # Swin: side of a window, in tokens
+        "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
+        "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
     }
 
 

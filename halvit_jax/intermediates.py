@@ -4,9 +4,12 @@ found = halvit_jax.capture(model, variables, images, ("attention", "blocks"))
 found["attention"]["block0"]   # [b, h, n, n], rows sum to 1
 found["blocks"]["block0"]      # [b, n, d]; of a ResNet ["stage1/block0"], [b, h, w, c]
 
+The order is that of the blocks. A block that runs several times (MiniViT) has "block0/repeat0", "block0/repeat1", ...;
+attention in windows (Swin) has the windows of an image, row by row, where others have the image: [b m, h, n, n].
+
 The maps of a stage, by their stride against the image, are `model.apply(..., method="features")`.
 
-Shapes: `b` batch, `h` heads, `n` tokens, `d` width.
+Shapes: `b` batch, `h` heads, `n` tokens, `d` width, `m` windows.
 """
 
 import re
@@ -17,7 +20,7 @@ import jax
 from flax import linen as nn
 
 # Name -> where Flax keeps it below "intermediates", the group being what it is called here.
-CAPTURES = {"attention": r"(.*)/attention/weights", "blocks": r"(.*block\d+)/__call__"}
+CAPTURES = {"attention": r"(.*)/attention/weights", "blocks": r"(.*(?:block|repeat)\d+)/__call__"}
 
 
 def capture(
@@ -36,14 +39,26 @@ def capture(
         images,
         train=False,
         mutable=["intermediates"],
-        capture_intermediates=lambda module, _: re.fullmatch(r"block\d+", module.name or "") is not None,
+        capture_intermediates=lambda module, _: re.fullmatch(r"(block|repeat)\d+", module.name or "") is not None,
     )
     leaves = jax.tree_util.tree_flatten_with_path(state["intermediates"])[0]
-    kept = {"/".join(str(key.key) for key in path[:-1]): leaf for path, leaf in leaves}
-    found = {}
+    kept: dict[str, list[jax.Array]] = {}
+    for path, leaf in leaves:
+        kept.setdefault("/".join(str(key.key) for key in path[:-1]), []).append(leaf)
+    found: dict[str, dict[str, jax.Array]] = {}
     for name in names:
-        matches = {re.fullmatch(CAPTURES[name], path): array for path, array in kept.items()}
-        found[name] = {match[1]: array for match, array in matches.items() if match}
+        found[name] = {}
+        for path in sorted(kept, key=_in_order):
+            match, arrays = re.fullmatch(CAPTURES[name], path), kept[path]
+            if match and len(arrays) == 1:
+                found[name][match[1]] = arrays[0]
+            elif match:
+                found[name] |= {f"{match[1]}/repeat{i}": array for i, array in enumerate(arrays)}
         if not found[name]:
             raise ValueError(f"capture={name!r}: {type(model).__name__} has none")
     return found
+
+
+def _in_order(path: str) -> list[tuple[str, int]]:
+    """Words and numbers of a path, so that block10 comes after block9."""
+    return [(word, int(number or -1)) for word, number in re.findall(r"(\D+)(\d*)", path)]

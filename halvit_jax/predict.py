@@ -8,6 +8,7 @@ at: a row for each image, as the model sees it and with the attention over it, r
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -85,11 +86,10 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
     is blue, the most red. Both are enlarged by a whole number to at least `DRAWN` pixels.
 
     Raises:
-        ValueError: the model has no attention maps.
+        ValueError: the model has no attention maps, or its last block none of the whole image.
     """
-    model = trained.task.model
     weights = np.asarray(_last_maps(trained, image[None])[0].mean(0))  # [n, n]
-    side = model.image_size // model.patch_size
+    side = math.isqrt(len(weights))
     before = len(weights) - side**2  # tokens that stand before those of the image
     seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
     heat = (seen - seen.min()) / max(np.ptp(seen), 1e-12)
@@ -104,7 +104,12 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
 def _last_maps(trained: Any, images: jax.Array) -> jax.Array:
     """The attention of the last block, [b, h, n, n]."""
     maps = capture(trained.task.model, trained.model_variables, trained.task.normalise(images))["attention"]
-    return list(maps.values())[-1]
+    last = list(maps.values())[-1]
+    if len(last) > len(images):
+        raise ValueError(
+            f"the last block of {type(trained.task.model).__name__} attends in windows, not over the image"
+        )
+    return last
 
 
 if __name__ == "__main__":

@@ -47,6 +47,34 @@ def deit_384(model: str) -> ConfigDict:
     return config
 
 
+def mini_deit(model: str, *, drop_path: float, epochs: int = 300) -> ConfigDict:
+    """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth, on the labels alone.
+
+    The tables of relative positions are decayed, the position embedding is not, as released.
+    """
+    config = deit(model, epochs=epochs)
+    config.model.drop_path = drop_path
+    return config
+
+
+def swin(model: str, *, drop_path: float, epochs: int = 300) -> ConfigDict:
+    """Swin Transformer (Liu et al., 2021), and Mini-Swin on the labels alone.
+
+    Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no averages, and no decay of the
+    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024.
+    """
+    config = deit(model, epochs=epochs)
+    config.ema_decay = 0.0
+    config.model.drop_path = drop_path
+    config.data.repeats = 1
+    config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
+    config.optim.clip_norm = 5.0
+    config.optim.warmup_epochs = 20.0
+    config.optim.warmup_start = 1e-6
+    config.optim.floor = 1e-5
+    return config
+
+
 def torchvision_v1(model: str) -> ConfigDict:
     """The 90 epochs of torchvision's V1 weights, whose 76.13 (ResNet-50) is what HaLViT's ResNets are compared with.
 
@@ -154,4 +182,24 @@ def digits(model: str) -> ConfigDict:
     config.optim.scaling = "none"
     config.optim.weight_decay = 0.2
     config.optim.warmup_epochs = 20.0
+    return config
+
+
+def swin_digits(model: str) -> ConfigDict:
+    """The embedded digits for a Swin: two stages, on maps of 8x8 and 4x4 tokens with windows of 4x4."""
+    config = digits(model)
+    config.model.depth = config.model.num_heads = None
+    config.model.patch_size = 1
+    config.model.width = 48
+    config.model.depths = (2, 2)
+    config.model.head_width = 16
+    config.model.window_size = 4
+    config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
+    return config
+
+
+def mini_swin_digits(model: str) -> ConfigDict:
+    """The same for a Mini-Swin, both layers of a stage sharing their matrices."""
+    config = swin_digits(model)
+    config.model.shares = (2, 2)
     return config

@@ -10,6 +10,7 @@ import jax
 from absl import flags
 
 from halvit_jax import door
+from halvit_jax.layers import conv
 from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, list_models
 
@@ -25,6 +26,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deit_tiny_distilled": {"top1": 74.5, "source": "DeiT, 300 epochs"},
     "deit_small_distilled": {"top1": 81.2, "source": "DeiT, 300 epochs"},
     "deit_base_distilled": {"top1": 83.4, "source": "DeiT, 300 epochs"},
+    "mini_deit_tiny": {"top1": 73.0, "source": "MiniViT, 300 epochs, distilled"},
+    "mini_deit_small": {"top1": 80.9, "source": "MiniViT, 300 epochs, distilled"},
+    "mini_deit_base": {"top1": 83.2, "source": "MiniViT, 300 epochs, distilled"},
+    "mini_swin_tiny": {"top1": 81.3, "source": "MiniViT, 300 epochs, distilled"},
+    "mini_swin_small": {"top1": 83.9, "source": "MiniViT, 300 epochs, distilled"},
+    "mini_swin_base": {"top1": 84.5, "source": "MiniViT, 300 epochs, distilled"},
+    "swin_tiny": {"top1": 81.3, "source": "Swin Transformer, 300 epochs"},
+    "swin_small": {"top1": 83.0, "source": "Swin Transformer, 300 epochs"},
+    "swin_base": {"top1": 83.5, "source": "Swin Transformer, 300 epochs"},
     "resnet18": {"top1": 69.76, "source": "torchvision V1, 90 epochs"},
     "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
     "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},
@@ -44,7 +54,8 @@ def summarise(name: str) -> dict[str, Any]:
     params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
     head = sum(leaf.size for leaf in jax.tree.leaves(heads))
-    macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
+    with conv.native():
+        macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
     return {
         "model": name,
         "params": params,

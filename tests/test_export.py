@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ import tensorflow as tf
 from processes import ONE_DEVICE, run_door
 
 import halvit_jax
-from halvit_jax import data, export, run
+from halvit_jax import data, export, predict, run
+from halvit_jax.config import default_config
 from halvit_jax.convert import native
 from halvit_jax.data import hide_accelerators
+from halvit_jax.models import create_model
+from halvit_jax.tasks.classify import Classification
 
 EXPORT = "halvit_jax.export"
 Finished = tuple[pathlib.Path, dict[str, Any]]
@@ -157,3 +161,20 @@ def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_p
     assert "must end in .png" in run_door(*command, "--attention=x.jpg", *files, code=2).stderr
     with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
         data.write_png(f"{tmp_path}/digit.png/x.png", image)
+
+
+def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
+    shape = {"width": 8, "depths": (1,), "head_width": 4, "image_size": 16, "num_classes": 3}
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+    def draw(window: int) -> np.ndarray:
+        task = Classification(create_model("swin_tiny", **shape, window_size=window), **default_config().task)
+        variables = {"params": jax.jit(task.init)(jax.random.key(0))[0]}
+        trained = types.SimpleNamespace(task=task, model_variables=variables)
+        return predict.attention_over(trained, image)
+
+    drawn = draw(4)  # as large as the map
+    np.testing.assert_array_equal(drawn[:, :224], image.repeat(14, 0).repeat(14, 1))
+    assert (drawn[:, :224] != drawn[:, 224:]).any()
+    with pytest.raises(ValueError, match="the last block of SwinTransformer attends in windows, not over the image"):
+        draw(2)

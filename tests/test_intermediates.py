@@ -1,5 +1,7 @@
 """What a model computes on its way."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -26,6 +28,59 @@ def test_attention_and_blocks_of_a_transformer(name: str) -> None:
     logits = (normal * params["norm"]["scale"] + params["norm"]["bias"]) @ params["head"]["kernel"]
     expected = model.apply(variables, images, train=False)
     np.testing.assert_allclose(logits + params["head"]["bias"], expected, atol=1e-5)
+
+
+def test_layers_that_share_their_matrices_are_seen_one_by_one() -> None:
+    fields = VIT | {"depth": 4, "image_size": 16}
+    model = halvit_jax.create_model("mini_deit_tiny", **fields)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    variables = jax.jit(lambda x: model.init(jax.random.key(0), x, train=False))(images)
+    found = jax.jit(lambda v, x: halvit_jax.capture(model, v, x, ("attention", "blocks")))(variables, images)
+    repeats = [f"block{i}/repeat{k}" for i in range(2) for k in range(2)]
+    assert sorted(found["attention"]) == repeats
+    assert sorted(found["blocks"]) == sorted([*repeats, "block0", "block1"])
+    for weights in found["attention"].values():
+        assert weights.shape == (2, 2, 16, 16)
+        np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
+    for i in range(2):
+        np.testing.assert_array_equal(found["blocks"][f"block{i}"], found["blocks"][f"block{i}/repeat1"])
+
+
+def test_a_swins_attention_is_that_of_its_windows() -> None:
+    shape = {"width": 8, "depths": (2, 1), "head_width": 4, "window_size": 4, "image_size": 32, "num_classes": 5}
+    found = _abstract("swin_tiny", ("attention", "blocks"), **shape)
+    shapes = {name: weights.shape for name, weights in found["attention"].items()}
+    assert shapes == {
+        "stage1/block0": (8, 2, 16, 16),
+        "stage1/block1": (8, 2, 16, 16),
+        "stage2/block0": (2, 4, 16, 16),
+    }
+    assert found["blocks"]["stage1/block1"].shape == (2, 8, 8, 8)
+
+
+def test_the_order_is_that_of_the_blocks() -> None:
+    names = []
+    _abstract("deit_tiny", seen=names, **VIT | {"depth": 12})
+    assert names == [f"block{i}" for i in range(12)]
+    names.clear()
+    _abstract("mini_deit_tiny", seen=names, **VIT | {"depth": 4})
+    assert names == ["block0/repeat0", "block0/repeat1", "block1/repeat0", "block1/repeat1"]
+
+
+def _abstract(
+    name: str, captures: tuple[str, ...] = ("attention",), seen: list[str] | None = None, **fields: Any
+) -> Any:
+    """What is captured of a model, as shapes; `seen` gets the names of the attention maps, in their order."""
+    model = halvit_jax.create_model(name, **fields)
+
+    def run(images: jax.Array) -> Any:
+        variables = model.init(jax.random.key(0), images, train=False)
+        found = halvit_jax.capture(model, variables, images, captures)
+        if seen is not None:
+            seen.extend(found["attention"])
+        return found
+
+    return jax.eval_shape(run, jax.ShapeDtypeStruct((2, model.image_size, model.image_size, 3), "float32"))
 
 
 def test_a_resnet_has_blocks_and_no_attention() -> None:

@@ -14,10 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, resnet, vit
+from halvit_jax.convert import engine, minivit, resnet, swin, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
+from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
 
 __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "to_torch", "torch_shapes"]
@@ -25,6 +27,9 @@ __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "
 TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     VisionTransformer: vit.rules,
     ResNet: resnet.rules,
+    SwinTransformer: swin.rules,
+    MiniDeit: minivit.deit_rules,
+    MiniSwin: minivit.swin_rules,
 }
 
 
@@ -70,6 +75,8 @@ def to_torch(
     if as_deit:
         if not isinstance(model, VisionTransformer):
             raise ValueError(f"as_deit=True is for vision transformers; {name} is none")
+        if isinstance(model, MiniDeit):
+            raise ValueError(f"as_deit=True: {name} mixes its heads and has relative positions, which no DeiT does")
         arrays = vit.as_deit(model, arrays)
     return _owned(engine.to_torch(rules, arrays))
 

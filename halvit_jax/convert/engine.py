@@ -33,6 +33,8 @@ LAYOUTS: dict[str, Layout] = {
     "position": Layout(lambda a: a[0], lambda a: a[None]),  # [1, n, d] -> [n, d]
 }
 COUNTER = "counter"  # of updates, which we do not keep: ignored on the way in, 0 on the way out
+CACHE = "cache"  # of what follows from the fields, such as indices: ignored on the way in, not written on the way out
+ASIDE = (COUNTER, CACHE)
 FLOATS = ("float32", "float16", "bfloat16")  # what float32 holds without loss
 
 
@@ -42,7 +44,7 @@ class Rule:
 
     `{i}` stands for a number, the same one on both sides, so a rule reads both ways. Where several rules lead to one
     path, the first gives it its name on the way out and the others are spellings understood on the way in. A rule of
-    the layout "counter" names what PyTorch stores beside the array of `target`.
+    the layouts "counter" and "cache" names what PyTorch stores beside the array of `target`.
 
     Raises:
         ValueError: a layout that is not in LAYOUTS, or a number that only one side names.
@@ -53,8 +55,9 @@ class Rule:
     layout: str = "same"
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS and self.layout != COUNTER:
-            raise ValueError(f"layout {self.layout!r} of {self.source} is not one of {', '.join(LAYOUTS)}, {COUNTER}")
+        if self.layout not in LAYOUTS and self.layout not in ASIDE:
+            allowed = ", ".join((*LAYOUTS, *ASIDE))
+            raise ValueError(f"layout {self.layout!r} of {self.source} is not one of {allowed}")
         if _numbers(self.source) != _numbers(self.target):
             raise ValueError(f"{self.source} and {self.target} do not name the same numbers; rules read both ways")
 
@@ -97,8 +100,8 @@ def to_ours(
 ) -> dict[str, np.ndarray]:
     """The arrays of a PyTorch state under our paths and in our layouts.
 
-    Counters may be missing, since older files have none. Those at the paths of `free` may be missing too, and may have
-    other sizes.
+    Counters and caches may be missing, since not all files have them. What is at the paths of `free` may be missing
+    too, and may have other sizes.
 
     Raises:
         ValueError: every ambiguous, missing, left-over and misshapen entry and every unfit type, by name.
@@ -114,7 +117,7 @@ def to_ours(
         if len(places) > 1:
             problems.add("ambiguous", f"{name} (is {' and '.join(path for _, path in places)})")
         rule, path = places[0]
-        if rule.layout == COUNTER:
+        if rule.layout in ASIDE:
             continue
         names[path].append(name)
         array, shape = np.asarray(value), torch_shape(rule, wanted[path])
@@ -142,7 +145,7 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
     problems = Problems("the table of names does not fit this model")
     state: dict[str, np.ndarray] = {}
     for path, array in arrays.items():
-        carrier = next((rule for rule in rules if rule.layout != COUNTER and rule.name(path)), None)
+        carrier = next((rule for rule in rules if rule.layout not in ASIDE and rule.name(path)), None)
         if carrier is None:
             problems.add("missing", f"{path} (no rule names it)")
             continue
@@ -184,7 +187,7 @@ def torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def first_name(rules: Sequence[Rule], path: str) -> str | None:
     """PyTorch's name of the array at this path."""
-    return next((name for rule in rules if rule.layout != COUNTER and (name := rule.name(path))), None)
+    return next((name for rule in rules if rule.layout not in ASIDE and (name := rule.name(path))), None)
 
 
 class Problems:

@@ -10,30 +10,34 @@ import numpy as np
 from halvit_jax.convert.engine import Rule, conv, dense, layer_norm
 from halvit_jax.models.vit import Position, VisionTransformer
 
-_BLOCK, _OURS = "blocks.{i}", "block{i}"
-_TIED = (
-    *dense(f"{_BLOCK}.attn.query_output", f"{_OURS}/attention/query_output"),
-    *dense(f"{_BLOCK}.attn.key_value", f"{_OURS}/attention/key_value"),
-    *(
-        Rule(f"{_BLOCK}.attn.{name}_bias", f"params/{_OURS}/attention/{name}_bias")
-        for name in ("query", "key", "value", "output")
-    ),
-    *dense(f"{_BLOCK}.mlp.tied", f"{_OURS}/ffn/tied"),
-    Rule(f"{_BLOCK}.mlp.hidden_bias", f"params/{_OURS}/ffn/hidden_bias"),
-    Rule(f"{_BLOCK}.mlp.bias", f"params/{_OURS}/ffn/bias"),
-)
+
+def matrices(source: str, target: str) -> tuple[Rule, ...]:
+    """The attention and the feed-forward layer of a block, of any kind."""
+    return (
+        *dense(f"{source}.attn.qkv", f"{target}/attention/qkv"),
+        *dense(f"{source}.attn.proj", f"{target}/attention/output"),
+        *dense(f"{source}.mlp.fc1", f"{target}/ffn/expand"),
+        *dense(f"{source}.mlp.fc2", f"{target}/ffn/reduce"),
+        *dense(f"{source}.attn.query_output", f"{target}/attention/query_output"),
+        *dense(f"{source}.attn.key_value", f"{target}/attention/key_value"),
+        *(
+            Rule(f"{source}.attn.{name}_bias", f"params/{target}/attention/{name}_bias")
+            for name in ("query", "key", "value", "output")
+        ),
+        *dense(f"{source}.mlp.tied", f"{target}/ffn/tied"),
+        Rule(f"{source}.mlp.hidden_bias", f"params/{target}/ffn/hidden_bias"),
+        Rule(f"{source}.mlp.bias", f"params/{target}/ffn/bias"),
+    )
+
+
 RULES = (
     Rule("cls_token", "params/class_token", "token"),
     Rule("dist_token", "params/distill_token", "token"),
     Rule("pos_embed", "params/position/embedding", "position"),
     *conv("patch_embed.proj", "embed"),
-    *layer_norm(f"{_BLOCK}.norm1", f"{_OURS}/attention_norm"),
-    *dense(f"{_BLOCK}.attn.qkv", f"{_OURS}/attention/qkv"),
-    *dense(f"{_BLOCK}.attn.proj", f"{_OURS}/attention/output"),
-    *layer_norm(f"{_BLOCK}.norm2", f"{_OURS}/ffn_norm"),
-    *dense(f"{_BLOCK}.mlp.fc1", f"{_OURS}/ffn/expand"),
-    *dense(f"{_BLOCK}.mlp.fc2", f"{_OURS}/ffn/reduce"),
-    *_TIED,
+    *layer_norm("blocks.{i}.norm1", "block{i}/attention_norm"),
+    *layer_norm("blocks.{i}.norm2", "block{i}/ffn_norm"),
+    *matrices("blocks.{i}", "block{i}"),
     *layer_norm("norm", "norm"),
     *dense("head", "head"),
     *dense("head_dist", "head_distill"),

@@ -1,8 +1,13 @@
 """Self-attention of a transformer block: full and tied.
 
 Shapes: `b` batch, `n` tokens, `d` width, `h` heads, `k` width of a head (d = h k). Every class maps [b, n, d] ->
-[b, n, d] and takes the same fields, so that a block chooses one by name.
+[b, n, d] and takes the same fields, so that a block chooses one by name. A block may also hand over what it does around
+the softmax, such as relative positions, a mask or the mixing of heads:
+
+    before(logits [b, h, n, n], scaled queries [b, h, n, k]) -> logits;    after(weights [b, h, n, n]) -> weights
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,9 @@ from flax import linen as nn
 
 from halvit_jax.layers.init import Dtype, normal_02
 from halvit_jax.layers.tied import TiedDense
+
+Before = Callable[[jax.Array, jax.Array], jax.Array]
+After = Callable[[jax.Array], jax.Array]
 
 
 class SelfAttention(nn.Module):
@@ -21,12 +29,12 @@ class SelfAttention(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
         dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
         query, key, value = jnp.split(nn.Dense(3 * self.width, **dense, name="qkv")(x), 3, axis=-1)
-        weights = attention_weights(query, key, num_heads=self.num_heads)
+        weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
         _keep(self, weights)
-        out = average(weights, value)
+        out = average(after(weights) if after else weights, value)
         return nn.Dense(self.width, **dense, name="output")(out)
 
 
@@ -39,15 +47,15 @@ class TiedAttention(nn.Module):
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
         query_output = TiedDense(self.width, self.width, dtype=self.dtype, name="query_output")
         key_value = TiedDense(self.width, self.width, dtype=self.dtype, name="key_value")
         query, key, value = query_output.project(x), key_value.project(x), key_value.project_back(x)
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
-        weights = attention_weights(query, key, num_heads=self.num_heads)
+        weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
         _keep(self, weights)
-        out = query_output.project_back(average(weights, value))
+        out = query_output.project_back(average(after(weights) if after else weights, value))
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
@@ -57,7 +65,26 @@ class TiedAttention(nn.Module):
 ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAttention}
 
 
-def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int) -> jax.Array:
+class HeadMix(nn.Module):
+    """Every head's map becomes a weighted sum of all: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
+
+    A 1x1 convolution across the heads: the transformation of attention in MiniViT (arXiv 2204.07154), which gives each
+    use of shared matrices maps of its own; first in "Talking-Heads Attention" (arXiv 2003.02436).
+    """
+
+    bias: bool
+
+    @nn.compact
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        h = maps.shape[1]
+        kernel = self.param("kernel", normal_02, (h, h))
+        mixed = jnp.einsum("bhqn,hg->bgqn", maps, kernel.astype(maps.dtype))
+        if not self.bias:
+            return mixed
+        return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[:, None, None]
+
+
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, before: Before | None = None) -> jax.Array:
     """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] twice -> [b, h, n, n], whose rows sum to 1.
 
     The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens
@@ -65,7 +92,9 @@ def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int) -> ja
     scaled because they are fewer numbers than the logits.
     """
     query, key = _split_heads(query, num_heads), _split_heads(key, num_heads)
-    logits = jnp.einsum("bhqk,bhnk->bhqn", query * query.shape[-1] ** -0.5, key)
+    query *= query.shape[-1] ** -0.5
+    logits = jnp.einsum("bhqk,bhnk->bhqn", query, key)
+    logits = before(logits, query) if before else logits
     return jax.nn.softmax(logits.astype(jnp.float32)).astype(query.dtype)
 
 

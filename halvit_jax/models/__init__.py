@@ -2,21 +2,36 @@
 
 import dataclasses
 import difflib
-import types
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models import resnet, vit
+from halvit_jax.models import minivit, resnet, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
-FAMILIES: dict[type[nn.Module], types.ModuleType] = {vit.VisionTransformer: vit, resnet.ResNet: resnet}
+
+
+class Family(NamedTuple):
+    """What belongs to a model class: {name: fields} of its models, and the rules over the paths of its parameters."""
+
+    sizes: dict[str, dict[str, Any]]
+    partition_rules: Rules
+    transfer_rules: TransferRules
+
+
+FAMILIES: dict[type[nn.Module], Family] = {
+    vit.VisionTransformer: Family(vit.SIZES, vit.PARTITION_RULES, vit.TRANSFER_RULES),
+    resnet.ResNet: Family(resnet.SIZES, resnet.PARTITION_RULES, resnet.TRANSFER_RULES),
+    swin.SwinTransformer: Family(swin.SIZES, swin.PARTITION_RULES, swin.TRANSFER_RULES),
+    minivit.MiniDeit: Family(minivit.DEIT_SIZES, minivit.PARTITION_RULES, vit.TRANSFER_RULES),
+    minivit.MiniSwin: Family(minivit.SWIN_SIZES, minivit.PARTITION_RULES, swin.TRANSFER_RULES),
+}
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    name: (model, size) for model, family in FAMILIES.items() for name, size in family.SIZES.items()
+    name: (model, size) for model, family in FAMILIES.items() for name, size in family.sizes.items()
 }
 
 
@@ -51,12 +66,12 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
 def partition_rules(model: nn.Module) -> Rules:
     """(regex of a parameter path, mesh axis of each dimension) for every parameter of the model; first match wins."""
-    return FAMILIES[type(model)].PARTITION_RULES
+    return FAMILIES[type(model)].partition_rules
 
 
 def transfer_rules(model: nn.Module) -> TransferRules:
     """(regex of a path, what may differ there in weights that the model begins with): see `convert.transfer`."""
-    return FAMILIES[type(model)].TRANSFER_RULES
+    return FAMILIES[type(model)].transfer_rules
 
 
 def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:

@@ -17,6 +17,7 @@ from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
 from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.models.fields import check_choice, check_divides
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")
@@ -85,16 +86,16 @@ class VisionTransformer(nn.Module):
     dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_choice("attention", self.attention, ATTENTION)
-        _check_choice("ffn", self.ffn, FFN)
-        _check_choice("pool", self.pool, POOLS)
-        _check_choice("position", self.position, POSITIONS)
+        check_choice("attention", self.attention, ATTENTION)
+        check_choice("ffn", self.ffn, FFN)
+        check_choice("pool", self.pool, POOLS)
+        check_choice("position", self.position, POSITIONS)
         if self.distilled and self.pool != "token":
             raise ValueError(f"model.distilled=True needs model.pool='token', not {self.pool!r}")
         if self.depth < 1:
             raise ValueError(f"model.depth={self.depth} must be at least 1")
-        _check_divides("num_heads", self.num_heads, "width", self.width)
-        _check_divides("patch_size", self.patch_size, "image_size", self.image_size)
+        check_divides("num_heads", self.num_heads, "width", self.width)
+        check_divides("patch_size", self.patch_size, "image_size", self.image_size)
         if self.position == "sincos" and self.width % 4:
             raise ValueError(f"model.width={self.width} must be a multiple of 4 when model.position='sincos'")
         if self.width * self.ffn_ratio < 1:
@@ -110,21 +111,7 @@ class VisionTransformer(nn.Module):
         if self.distilled:
             self.distill_token = self.param("distill_token", normal_02, (self.width,))
         self.add_position = Position(self.position, self._grid, name="position")
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
-        self.blocks = [
-            block(
-                width=self.width,
-                num_heads=self.num_heads,
-                hidden=round(self.width * self.ffn_ratio),
-                attention=self.attention,
-                ffn=self.ffn,
-                attention_bias=self.attention_bias,
-                drop_path=rate,
-                dtype=self.dtype,
-                name=f"block{i}",
-            )
-            for i, rate in enumerate(linear_rates(self.drop_path, self.depth))
-        ]
+        self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
@@ -149,6 +136,24 @@ class VisionTransformer(nn.Module):
     @property
     def _grid(self) -> tuple[int, int]:
         return (self.image_size // self.patch_size,) * 2
+
+    def _make_blocks(self) -> list[nn.Module]:
+        """The blocks in their order, each called as block(x, train)."""
+        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        return [
+            block(
+                width=self.width,
+                num_heads=self.num_heads,
+                hidden=round(self.width * self.ffn_ratio),
+                attention=self.attention,
+                ffn=self.ffn,
+                attention_bias=self.attention_bias,
+                drop_path=rate,
+                dtype=self.dtype,
+                name=f"block{i}",
+            )
+            for i, rate in enumerate(linear_rates(self.drop_path, self.depth))
+        ]
 
     def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
         if images.shape[1:3] != (self.image_size, self.image_size):
@@ -196,13 +201,3 @@ PARTITION_RULES = (
 
 
 TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
-
-
-def _check_choice(field: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"model.{field}={value!r} is not one of {', '.join(allowed)}")
-
-
-def _check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
-    if value < 1 or whole < 1 or whole % value:
-        raise ValueError(f"model.{field}={value} does not divide model.{whole_field}={whole}; change one of them")

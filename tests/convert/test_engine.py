@@ -100,6 +100,12 @@ def test_old_files_count_no_updates(state: dict[str, np.ndarray]) -> None:
     assert to_ours("net", RULES, state, WANTED).keys() == WANTED.keys()
 
 
+def test_what_follows_from_the_fields_is_neither_kept_nor_written(state: dict[str, np.ndarray]) -> None:
+    rules = (*RULES, Rule("blocks.{i}.index", "params/block{i}/ffn/bias", "cache"))
+    arrays = to_ours("net", rules, state | {"blocks.1.index": np.zeros((9, 9), np.int64)}, WANTED)
+    assert to_torch(rules, arrays).keys() == state.keys()
+
+
 def test_everything_that_is_wrong_is_said_at_once(state: dict[str, Any]) -> None:
     del state["blocks.0.fc.weight"], state["stem.1.running_var"]
     state["blocks.2.fc.weight"] = state["head.bias"] = np.zeros(1, np.float32)
@@ -164,7 +170,7 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
 def test_a_rule_that_reads_one_way_only_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a.\{i\} and b do not name the same numbers"):
         Rule("a.{i}", "b")
-    with pytest.raises(ValueError, match="layout 'transposed' of a is not one of same, matrix"):
+    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, matrix.*, counter, cache"):
         Rule("a", "b", "transposed")
 
 

@@ -95,6 +95,51 @@ def test_positions_are_resampled_between_grids_and_tokens_before_them_kept() -> 
     assert resample_grid(array, (200, 2)) is None
 
 
+def keys(distance: np.ndarray) -> np.ndarray:
+    """Cubic convolution after Keys (1981), a = -1/2."""
+    x = np.abs(distance)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def bicubic(grid: np.ndarray, side: int) -> np.ndarray:
+    """A square map [n, n] at the centres of `side` x `side` cells; at the edges the weights inside count alone."""
+    old = len(grid)
+    centres = (np.arange(side) + 0.5) * old / side - 0.5
+    weights = keys(centres[:, None] - np.arange(old))
+    weights /= weights.sum(1, keepdims=True)
+    return weights @ grid @ weights.T
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
+def test_tables_of_relative_positions_are_resampled_head_by_head(name: str) -> None:
+    """From windows of 7 at 224 to windows of 12 at 384."""
+    fields = {"width": 8, "head_width": 4, "depths": (2, 2), "num_classes": 3}
+    fields |= {"shares": (2, 2)} if name == "mini_swin_tiny" else {}
+    arrays = arrays_of(name, **fields, image_size=224)
+    found = begin(name, arrays, **fields, image_size=384, window_size=12)
+    tables = [path for path in arrays if path.endswith("position_bias/table")]
+    assert len(found.changed) == len(tables) == (2 if name == "mini_swin_tiny" else 4)
+    for path in tables:
+        heads = arrays[path].shape[1]
+        assert (arrays[path].shape, found.arrays[path].shape) == ((13**2, heads), (23**2, heads))
+        for head in range(heads):
+            expected = bicubic(arrays[path][:, head].reshape(13, 13), 23).reshape(-1)
+            np.testing.assert_allclose(found.arrays[path][:, head], expected, atol=1e-5)
+
+
+def test_a_mini_deit_gets_another_grid_and_keeps_its_relative_positions() -> None:
+    fields = {"width": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    arrays = arrays_of("mini_deit_tiny", **fields)
+    found = begin("mini_deit_tiny", arrays, **fields, image_size=384)
+    assert found.changed == ["params/position/embedding (196, 16) -> (576, 16)"]
+    for path in (f"params/block0/repeat{i}/position/table" for i in range(2)):
+        np.testing.assert_array_equal(found.arrays[path], arrays[path])
+    embedding = arrays["params/position/embedding"].reshape(14, 14, 16)
+    expected = np.stack([bicubic(embedding[..., i], 24) for i in range(16)], -1).reshape(576, 16)
+    np.testing.assert_allclose(found.arrays["params/position/embedding"], expected, atol=1e-5)
+
+
 def test_a_kernel_for_grey_images_answers_them_as_the_old_one_answered_equal_colours() -> None:
     rng = np.random.default_rng(0)
     kernel, grey = rng.standard_normal((7, 7, 3, 4)), rng.standard_normal((7, 7, 1))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.attention import ATTENTION, SelfAttention, TiedAttention, attention_weights, average
+from halvit_jax.layers.attention import ATTENTION, HeadMix, SelfAttention, TiedAttention, attention_weights, average
 
 B, N, D, H = 2, 5, 12, 3
 
@@ -116,6 +116,49 @@ def test_parameters_of_each_kind(name: str, bias: bool, shapes: dict[str, Any]) 
     layer = ATTENTION[name](D, H, bias=bias)
     variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((1, N, D))))
     assert jax.tree.map(lambda leaf: leaf.shape, variables["params"]) == shapes
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_block_changes_the_logits_before_and_the_weights_after_the_softmax(name: str) -> None:
+    layer, x = ATTENTION[name](D, H, bias=True), _normal(B, N, D)
+    params = _tied_params(bias=True) if name == "tied" else _untied(_tied_params(bias=True))
+    seen = {}
+
+    def before(logits: jax.Array, query: jax.Array) -> jax.Array:
+        seen.update(logits=logits, query=query)
+        return jnp.where(jnp.arange(N) == 2, 40.0, 0.0) + 0 * logits  # everyone sees token 2 alone
+
+    def after(weights: jax.Array) -> jax.Array:
+        seen["weights"] = weights
+        return 2 * weights
+
+    with jax.enable_x64(True):
+        out, kept = layer.apply(
+            {"params": params}, jnp.asarray(x), before=before, after=after, mutable=["intermediates"]
+        )
+        qkv = _untied(_tied_params(bias=True))
+        query, key, value = np.split(x @ qkv["qkv"]["kernel"] + qkv["qkv"]["bias"], 3, axis=-1)
+        expected = 2 * value[:, 2] @ qkv["output"]["kernel"] + qkv["output"]["bias"]
+    heads = [array.reshape(B, N, H, -1).transpose(0, 2, 1, 3) for array in (query / np.sqrt(D // H), key)]
+    np.testing.assert_allclose(seen["query"], heads[0], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(seen["logits"], np.einsum("bhik,bhjk->bhij", *heads), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(out, np.repeat(expected[:, None], N, 1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(kept["intermediates"]["weights"][0], seen["weights"])  # whose rows sum to 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_mixed_heads_are_sums_of_all(bias: bool) -> None:
+    maps, kernel, shift = _normal(B, H, N, N), _normal(H, H), _normal(H)
+    params = {"kernel": kernel, "bias": shift} if bias else {"kernel": kernel}
+    layer = HeadMix(bias)
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), maps)["params"]
+    assert {name: leaf.shape for name, leaf in shapes.items()} == {name: a.shape for name, a in params.items()}
+    with jax.enable_x64(True):
+        mixed = layer.apply({"params": params}, jnp.asarray(maps))
+    for g in range(H):
+        expected = sum(kernel[h, g] * maps[:, h] for h in range(H)) + (shift[g] if bias else 0.0)
+        np.testing.assert_allclose(mixed[:, g], expected, rtol=1e-9)
+    assert layer.apply({"params": params}, jnp.asarray(maps, jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def _primitives(jaxpr: Any) -> list[tuple[str, set[str]]]:

@@ -92,6 +92,9 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 
     assert "conv_general_dilated" not in program()
     assert "reduce_window" not in program()
+    with conv.native():
+        assert program().count("conv_general_dilated[") == 1
+    assert "conv_general_dilated" not in program()
     monkeypatch.delitem(conv.FORMULATIONS, "cpu")
     assert program().count("conv_general_dilated[") == 1
     assert "reduce_window" in program()

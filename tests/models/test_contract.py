@@ -11,15 +11,22 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.models import MODELS, create_model, list_models
+from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.paths import flat, map_paths
 
 CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.
+VIT = {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
+SWIN = {"width": 32, "depths": (2, 2), "head_width": 16, "window_size": 4, "image_size": 32}
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
-    VisionTransformer: {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32},
+    VisionTransformer: VIT,
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
+    SwinTransformer: SWIN,
+    MiniDeit: VIT,
+    MiniSwin: SWIN | {"shares": (2, 2)},
 }
 
 

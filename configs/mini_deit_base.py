@@ -1,0 +1,17 @@
+"""Mini-DeiT-B on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/mini_deit_base.py --workdir=runs/mini_deit_base
+
+Labels alone: distillation, here from the logits of a RegNetY-16GF, is configured by the task.
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Published top-1: 83.2 (distilled). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of Mini-DeiT-B."""
+    return recipes.mini_deit("mini_deit_base", drop_path=0.1, epochs=int(epochs))

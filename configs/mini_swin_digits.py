@@ -1,0 +1,13 @@
+"""A Mini-Swin on the embedded digits: two stages, two layers for each set of matrices.
+
+python -m halvit_jax.main --config=configs/mini_swin_digits.py --workdir=runs/mini_swin_digits
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config() -> ConfigDict:
+    """The digits run of the shared model in windows."""
+    return recipes.mini_swin_digits("mini_swin_tiny")

@@ -1,0 +1,53 @@
+"""iRPE: relative positions that depend on the content (Wu et al., 2021, arXiv 2107.14222; "product", on keys).
+
+    logits[i, j] += q_i . r[bucket(i, j)]
+
+with q_i the scaled query and one learned vector r for each of 49 buckets of offsets on the grid, shared by the heads.
+
+Shapes: `b` batch, `h` heads, `n` tokens, `k` width of a head, `t` buckets.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+# Offsets up to ALPHA are kept apart; further ones share indices, on a logarithmic scale up to GAMMA.
+ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
+LAST = int(BETA)
+BUCKETS = (2 * LAST + 1) ** 2
+
+
+class ContextualPosition(nn.Module):
+    """What iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
+
+    The last grid[0] * grid[1] tokens are the image's, row by row. Where others stand before them (a class token), all
+    pairs with one of those share a bucket more, as in the paper.
+    """
+
+    grid: tuple[int, int]
+
+    @nn.compact
+    def __call__(self, query: jax.Array) -> jax.Array:
+        before = query.shape[2] - math.prod(self.grid)
+        table = self.param("table", nn.initializers.zeros, (query.shape[-1], BUCKETS + (before > 0)))
+        products = jnp.einsum("bhnk,kt->bhnt", query, table.astype(query.dtype))
+        index = np.pad(grid_buckets(self.grid), ((before, 0), (before, 0)), constant_values=BUCKETS)
+        return jnp.take_along_axis(products, index[None, None], axis=-1, mode="clip")
+
+
+def grid_buckets(grid: tuple[int, int]) -> np.ndarray:
+    """The bucket of every pair of tokens of a grid, [n, n] (query, key): rows and columns have an index each."""
+    places = np.indices(grid).reshape(2, -1)  # [2, n]
+    rows, columns = piecewise_index(places[:, :, None] - places[:, None, :])
+    return (rows + LAST) * (2 * LAST + 1) + columns + LAST
+
+
+def piecewise_index(offset: np.ndarray) -> np.ndarray:
+    """The paper's piecewise function of whole offsets, odd and from -3 to 3: 0, 1, 2, 2, 3, 3, ... of 0, 1, 2, ..."""
+    far = np.maximum(np.abs(offset), ALPHA)
+    index = np.round(ALPHA + np.log(far / ALPHA) / math.log(GAMMA / ALPHA) * (BETA - ALPHA))
+    index = np.where(np.abs(offset) <= ALPHA, np.abs(offset), np.minimum(index, BETA))
+    return (np.sign(offset) * index).astype(np.int32)

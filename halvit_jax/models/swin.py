@@ -1,0 +1,216 @@
+"""Swin Transformer (Liu et al., 2021, arXiv 2103.14030): stages of blocks that attend in windows.
+
+    x += attention_in_windows(norm(x));  x += ffn(norm(x));  ...;  logits = head(norm(x) averaged over the map)
+
+Shapes: `b` batch, `u v` height and width of a map, `d` width of its tokens.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.attention import ATTENTION
+from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.embed import PatchEmbed
+from halvit_jax.layers.ffn import FFN
+from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.window import RelativeBias, Windows
+from halvit_jax.models.fields import check_choice, check_divides
+
+EPSILON = 1e-5  # of every LayerNorm
+
+SMALL = {"depths": (2, 2, 18, 2)}
+SIZES: dict[str, dict[str, Any]] = {
+    "swin_tiny": {},
+    "swin_small": SMALL,
+    "swin_base": SMALL | {"width": 128},
+}
+
+SPLIT = ("tensor", "fsdp")  # as in models.vit
+PARTITION_RULES = (
+    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", (None, SPLIT)),
+    (r"(output|reduce)/kernel$", (SPLIT, None)),
+    (r"embed/kernel$", (None, None, None, "fsdp")),
+    (r"(bias|scale|table)$", ()),
+)
+
+TRANSFER_RULES = ((r"^head/", "head"), (r"position_bias/table$", "grid"), (r"^embed/kernel$", "colours"))
+
+
+class SwinTransformer(nn.Module):
+    """Patches, then stages at half the resolution and twice the width of the one before.
+
+    `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
+    features [b, d] when `num_classes` is 0. Images may be of any size that `patch_size` divides: a map is padded where
+    its windows, or the merging of 2 x 2 tokens, go past its edge.
+
+    Args:
+        num_classes: size of the head; 0 leaves it out.
+        image_size: what a recipe feeds. A stage whose map is then no larger than `window_size` has one window of the
+            map's size, and so a smaller table of relative positions.
+        patch_size: the stride of the first stage.
+        width: of the first stage's tokens.
+        depths: blocks in each stage; every second one of a stage is shifted.
+        head_width: of one attention head, in all stages.
+        window_size: side of a window, in tokens; 12 for images of 384.
+        ffn_ratio: hidden width / width of the feed-forward layers.
+        attention: a key of ATTENTION: the reference's "full", or "tied" (then `attention_bias` is False in HaLViT).
+        ffn: a key of FFN: the reference's "dense", or "tied".
+        attention_bias: biases of queries, keys, values and output.
+        drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+        dtype: the type to compute in. Parameters, softmax and head are float32 whatever it is.
+    """
+
+    num_classes: int = 1000
+    image_size: int = 224
+    patch_size: int = 4
+    width: int = 96
+    depths: Sequence[int] = (2, 2, 6, 2)
+    head_width: int = 32
+    window_size: int = 7
+    ffn_ratio: float = 4.0
+    attention: str = "full"
+    ffn: str = "dense"
+    attention_bias: bool = True
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+
+    def __post_init__(self) -> None:
+        check_choice("attention", self.attention, ATTENTION)
+        check_choice("ffn", self.ffn, FFN)
+        if not self.depths or min(self.depths) < 1:
+            raise ValueError(f"model.depths={tuple(self.depths)} must be one stage or more, each of at least 1 block")
+        check_divides("head_width", self.head_width, "width", self.width)
+        check_divides("patch_size", self.patch_size, "image_size", self.image_size)
+        if self.window_size < 1:
+            raise ValueError(f"model.window_size={self.window_size} must be at least 1")
+        if self.width * self.ffn_ratio < 1:
+            raise ValueError(f"model.ffn_ratio={self.ffn_ratio} leaves nothing of model.width={self.width}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
+        self.embed_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+        rates = linear_rates(self.drop_path, sum(self.depths))
+        for i, depth in enumerate(self.depths):
+            blocks = self._blocks(i, tuple(rates[sum(self.depths[:i]) :][:depth]))
+            setattr(self, f"stage{i + 1}", Stage(i > 0, tuple(blocks), self.dtype))
+        self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        maps = self.features(images, train=train)
+        x = self.norm(maps[max(maps)]).mean((1, 2), dtype=jnp.float32)
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
+        """What each stage puts out, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, 2 d], ...}."""
+        b, height, width, _ = images.shape
+        p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(f"images of {height}x{width} cannot be cut into patches of model.patch_size={p}")
+        x = self.embed_norm(self.embed(images)).reshape(b, height // p, width // p, self.width)
+        maps = {}
+        for i in range(len(self.depths)):
+            x = maps[p * 2**i] = getattr(self, f"stage{i + 1}")(x, train)
+        return maps
+
+    def _blocks(self, stage: int, rates: tuple[float, ...]) -> list[Callable[..., nn.Module]]:
+        """What makes the blocks of a stage, given their name; they are called as block(x, train)."""
+        block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
+        shape = self._shape(stage)
+        return [functools.partial(block, **shape, shifted=i % 2 == 1, drop_path=rate) for i, rate in enumerate(rates)]
+
+    def _shape(self, stage: int) -> dict[str, Any]:
+        """What the blocks of a stage have in common."""
+        width, map_size = self.width * 2**stage, self.image_size // self.patch_size
+        for _ in range(stage):
+            map_size = -(-map_size // 2)
+        return {
+            "width": width,
+            "num_heads": width // self.head_width,
+            "hidden": round(width * self.ffn_ratio),
+            "window": min(self.window_size, map_size),
+            "attention": self.attention,
+            "ffn": self.ffn,
+            "attention_bias": self.attention_bias,
+            "dtype": self.dtype,
+        }
+
+
+class Stage(nn.Module):
+    """Blocks, and in all but the first stage the merging of patches before them: [b, u, v, d] -> the same or halved."""
+
+    merge: bool
+    blocks: tuple[Callable[..., nn.Module], ...]
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        if self.merge:
+            x = PatchMerging(self.dtype, name="merge")(x)
+        for i, block in enumerate(self.blocks):
+            x = block(name=f"block{i}")(x, train)
+        return x
+
+
+class PatchMerging(nn.Module):
+    """2 x 2 tokens become one of twice the width, W norm([x00, x10, x01, x11]): [b, u, v, d] -> [b, u/2, v/2, 2 d]."""
+
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        b, u, v, d = x.shape
+        x = x.reshape(b, u // 2, 2, v // 2, 2, d).transpose(0, 1, 3, 4, 2, 5).reshape(b, u // 2, v // 2, 4 * d)
+        x = nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x)
+        return nn.Dense(2 * d, use_bias=False, kernel_init=normal_02, dtype=self.dtype, name="reduce")(x)
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm transformer block on a map whose attention is in windows: [b, u, v, d] -> [b, u, v, d]."""
+
+    width: int
+    num_heads: int
+    hidden: int
+    window: int
+    attention: str  # a key of ATTENTION
+    ffn: str  # a key of FFN
+    attention_bias: bool
+    dtype: Dtype
+    shifted: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        attention = ATTENTION[self.attention](
+            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
+        )
+        position_bias = RelativeBias(self.window, self.num_heads, name="position_bias")
+        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
+        drop = DropPath(self.drop_path, name="drop_path")
+        grid = x.shape[1:3]
+        windows = Windows(grid, self.window, half_window(grid, self.window) if self.shifted else 0)
+
+        def before(logits: jax.Array, query: jax.Array) -> jax.Array:
+            del query
+            return windows.mask(logits + position_bias().astype(logits.dtype))
+
+        y = windows.split(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x))
+        x = x + drop(windows.join(attention(y, before=before)), train=train)
+        return x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+
+
+def half_window(grid: tuple[int, ...], window: int) -> int:
+    """What a shifted map is moved by; not at all where it has but one window in a direction."""
+    return window // 2 if min(grid) > window else 0

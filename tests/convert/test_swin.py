@@ -1,0 +1,103 @@
+"""Swin Transformers and Mini-Swins under their authors' names."""
+
+import json
+import pathlib
+import re
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
+from halvit_jax.convert.engine import flatten, nest
+from halvit_jax.models import create_model
+
+Shapes = dict[str, tuple[int, ...]]
+SMALL = {"width": 16, "depths": (2, 4), "head_width": 8, "window_size": 4, "image_size": 32, "num_classes": 5}
+TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
+
+
+@pytest.fixture(scope="module")
+def official(golden: pathlib.Path) -> dict[str, Shapes]:
+    """The names and shapes of the reference implementations."""
+    cases = {name: json.loads((golden / f"{name}.json").read_text()) for name in ("swin_tiny", "mini_swin_tiny")}
+    return {name: {key: tuple(shape) for key, shape in case["state"].items()} for name, case in cases.items()}
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
+def test_a_state_makes_the_round_trip_and_gives_the_references_logits(
+    name: str, official: dict[str, Shapes], golden: pathlib.Path, reference_weights: types.ModuleType
+) -> None:
+    state = {key: reference_weights.weights(key, shape) for key, shape in official[name].items()}
+    model, variables = create_model(name), from_torch(name, state)
+    back = to_torch(name, variables)
+    assert back.keys() == state.keys()
+    for key, array in state.items():
+        assert (back[key].dtype, back[key].shape) == (array.dtype, array.shape)
+        assert back[key].tobytes() == array.tobytes()
+
+    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
+    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    with np.load(golden / f"{name}.npz") as file:
+        reference = file["logits"]
+    assert np.abs(logits - reference).max() / reference.std() <= 1e-4
+
+
+def small(tiny: Shapes) -> Shapes:
+    """Of the small models the third stage has 18 layers instead of 6, or 9 blocks of two instead of one of six."""
+    rest = {key: shape for key, shape in tiny.items() if not key.startswith("layers.2.blocks.")}
+    block = {key: shape for key, shape in tiny.items() if re.match(r"layers\.2\.blocks\.0\.", key)}
+    shared = any("_list." in key for key in block)
+    if shared:  # of the lists of a block the first two entries
+        block = {key: shape for key, shape in block.items() if not re.search(r"(_list|proj_[lw])\.[2-9]", key)}
+    for i in range(9 if shared else 18):
+        rest |= {key.replace("blocks.0.", f"blocks.{i}."): shape for key, shape in block.items()}
+    return rest
+
+
+def base(tiny: Shapes) -> Shapes:
+    """The base models are wider than the small ones by a third; nothing but widths and heads is a multiple of three."""
+    wider = {key: tuple(n * 4 // 3 if n % 3 == 0 else n for n in shape) for key, shape in small(tiny).items()}
+    return wider | {"patch_embed.proj.weight": (128, 3, 4, 4)}
+
+
+@pytest.mark.parametrize("family", ["swin", "mini_swin"])
+def test_all_sizes_have_the_names_of_their_authors(family: str, official: dict[str, Shapes]) -> None:
+    tiny = official[f"{family}_tiny"]
+    for name, shapes in (("tiny", tiny), ("small", small(tiny)), ("base", base(tiny))):
+        assert torch_shapes(f"{family}_{name}") == shapes
+
+
+@pytest.mark.parametrize("fields", [{}, TIED])
+@pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
+def test_values_keep_their_places(name: str, fields: dict[str, Any]) -> None:
+    fields = SMALL | fields | ({"shares": (2, 2)} if name == "mini_swin_tiny" else {})
+    shapes = shapes_of(create_model(name, **fields))
+    rng = np.random.default_rng(0)
+    arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
+    state = to_torch(name, nest(arrays), **fields)
+    assert len(state) == len(arrays)
+    again = flatten(from_torch(name, state, **fields))
+    assert again.keys() == arrays.keys()
+    assert all(np.array_equal(again[path], array) for path, array in arrays.items())
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
+def test_released_files_also_hold_indices_and_masks(name: str, official: dict[str, Shapes]) -> None:
+    state: dict[str, Any] = {key: np.zeros(shape, np.float32) for key, shape in official[name].items()}
+    more = {f"layers.{i}.blocks.0.attn.relative_position_index": np.zeros((49, 49), np.int64) for i in range(4)}
+    more["layers.0.blocks.0.attn_mask"] = np.zeros((64, 49, 49), np.float32)
+    assert to_torch(name, from_torch(name, state | more)).keys() == state.keys()
+    with pytest.raises(ValueError, match=r"1 left over: layers.0.blocks.0.attn.mask$"):
+        from_torch(name, state | {"layers.0.blocks.0.attn.mask": np.zeros(())})
+
+
+def test_no_swin_is_a_deit() -> None:
+    variables = nest(
+        {path: np.zeros(shape, np.float32) for path, shape in shapes_of(create_model("swin_tiny")).items()}
+    )
+    with pytest.raises(ValueError, match="as_deit=True is for vision transformers; swin_tiny is none"):
+        to_torch("swin_tiny", variables, as_deit=True)
