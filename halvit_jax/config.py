@@ -68,11 +68,13 @@ def _model() -> dict[str, Any]:
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
-        "depths": optional(tuple),  # ResNet: blocks of the four stages
+        "depths": optional(tuple),  # ResNet, RegNet: blocks of each stage
         "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
+        "widths": optional(tuple),  # RegNet: channels of each stage
+        "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
     }
 
 

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models import resnet, vit
+from halvit_jax.models import regnet, resnet, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
-FAMILIES: dict[type[nn.Module], types.ModuleType] = {vit.VisionTransformer: vit, resnet.ResNet: resnet}
+FAMILIES: dict[type[nn.Module], types.ModuleType] = {
+    vit.VisionTransformer: vit,
+    resnet.ResNet: resnet,
+    regnet.RegNet: regnet,
+}
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.SIZES.items()
 }

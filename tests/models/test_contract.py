@@ -11,6 +11,7 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.models import MODELS, create_model, list_models
+from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.paths import flat, map_paths
@@ -19,6 +20,7 @@ CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32},
+    RegNet: {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
 }
 
