@@ -146,6 +146,7 @@ class Subject(NamedTuple):
     hosts: int
     step: Any
     state: PyTree  # a TrainState of shapes
+    frozen: PyTree  # shapes of a teacher, if there is one
     batch: dict[str, jax.ShapeDtypeStruct]
     twin: PyTree | None  # the state of the model's untied twin; None where nothing is tied
 
@@ -157,6 +158,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         ValueError: fields that are not allowed, do not fit each other, or do not divide over the devices.
     """
     from halvit_jax import run as run_lib
+    from halvit_jax import teacher
     from halvit_jax.training.health import make_limit
     from halvit_jax.training.optim import make_optimizer
     from halvit_jax.training.sharding import check_batch_size, make_mesh
@@ -169,6 +171,8 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     task = run_lib.build_task(config)
     use_ema = config.ema_decay > 0
     mesh = make_mesh(**config.mesh, devices=devices)
+    if config.task.name == "distill":
+        task = teacher.abstract_task(config, mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
     hosts = len({device.process_index for device in devices})
     if math.gcd(config.batch_size, config.data.readers) % hosts:
@@ -190,7 +194,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         plain = config.copy_and_resolve_references()
         plain.model.update(fields)
         twin = abstract_state(run_lib.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
-    return Subject(config, topology, hosts, step, state, batch, twin)
+    return Subject(config, topology, hosts, step, state, task.frozen, batch, twin)
 
 
 def untied(model: Any) -> dict[str, Any]:
@@ -213,8 +217,10 @@ def plan(subject: Subject) -> dict[str, Any]:
 
     config, topology, state = subject.config, subject.topology, subject.state
     mesh = subject.batch["mask"].sharding.mesh
-    flops = 2 * count_macs(subject.step, state, {}, subject.batch) / mesh.size
+    flops = 2 * count_macs(subject.step, state, subject.frozen, subject.batch) / mesh.size
     parts = {**state_bytes(state), "batch": shard_bytes(subject.batch)}
+    if subject.frozen:
+        parts["teacher"] = shard_bytes(subject.frozen)
     report = {
         "model": config.model.name,
         "topology": str(topology),
@@ -232,7 +238,7 @@ def plan(subject: Subject) -> dict[str, Any]:
         "step_s_at_peak": flops / topology.chip.peak_flops,
         "twin": subject.twin and {"parameters": count(subject.twin.params), "bytes": state_bytes(subject.twin)},
     }
-    lowered = subject.step.lower(state, {}, subject.batch)
+    lowered = subject.step.lower(state, subject.frozen, subject.batch)
     report |= compile_for(lowered, usable_bytes=topology.chip.usable_bytes)
     report["memory"]["hbm"] = topology.chip.hbm_bytes
     return report
