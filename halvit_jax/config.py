@@ -1,9 +1,10 @@
 """Every field the library reads, with its default and one line each, and the checks between fields.
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` of
-Classification, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog, `spikes` of
-make_limit. Each constructor checks its own values; what concerns several sub-trees is checked here. The tree is locked:
-a name that is not below is refused.
+Classification, to which `distill` adds for Distillation, `teacher` of create_model again, with where it comes from,
+`optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog, `spikes` of make_limit.
+Each constructor checks its own values; what concerns several sub-trees is checked here. The tree is locked: a name that
+is not below is refused.
 """
 
 import json
@@ -38,6 +39,8 @@ def default_config() -> ConfigDict:
             "model": _model(),
             "data": _data(),
             "task": _task(),
+            "distill": _distill(),
+            "teacher": _teacher(),
             "optim": _optim(),
             "mesh": _mesh(),
             "cluster": _cluster(),
@@ -57,6 +60,14 @@ def _model() -> dict[str, Any]:
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
+        **_architecture(),
+    }
+
+
+def _architecture() -> dict[str, Any]:
+    """What some families of models have and others do not."""
+    optional = config_dict.placeholder
+    return {
         "patch_size": optional(int),  # ViT, Swin: pixels of a patch's side
         "width": optional(int),  # ViT, Swin: width of the tokens; Swin: of the first stage
         "depth": optional(int),  # ViT: number of blocks
@@ -69,7 +80,9 @@ def _model() -> dict[str, Any]:
         "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet: blocks of the four stages; Swin: of as many stages as there are entries
+        "depths": optional(
+            tuple
+        ),  # ResNet, RegNet, Swin: blocks of each stage
         "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
@@ -78,6 +91,8 @@ def _model() -> dict[str, Any]:
         "window_size": optional(int),  # Swin: side of a window, in tokens
         "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
+        "widths": optional(tuple),  # RegNet: channels of each stage
+        "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
     }
 
 
@@ -108,6 +123,7 @@ def _data() -> dict[str, Any]:
 
 def _task() -> dict[str, Any]:
     return {
+        "name": "classify",  # classify, or distill: classify with a teacher
         "mean": IMAGENET_MEAN,  # of the colours, on the scale of 0 to 1
         "std": IMAGENET_STD,
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
@@ -117,6 +133,31 @@ def _task() -> dict[str, Any]:
         "mix_switch": 0.5,  # probability of CutMix where both are on
         "mix_per": "batch",  # what draws its own mixing: batch, or image
         "erase": 0.0,  # probability of random erasing
+    }
+
+
+def _distill() -> dict[str, Any]:
+    """What is learned of the teacher where task.name is distill."""
+    return {
+        "kind": "hard",  # of the loss over classes: hard, soft or soft_cross_entropy
+        "alpha": 0.5,  # the teacher's share of the loss over classes, the truth having the rest
+        "tau": 1.0,  # temperature of soft labels
+        "qkv_weight": 0.0,  # of the relations among queries, keys and values in pairs of layers; 0 is off
+        "hidden_weight": 0.0,  # of the relations among the outputs of pairs of blocks; 0 is off
+        "student_layers": (),  # the student's half of the pairs, counted from 0 through the whole network
+        "teacher_layers": (),  # the teacher's
+    }
+
+
+def _teacher() -> dict[str, Any]:
+    """The teacher where task.name is distill; what its workdir, or a file of ours, says of it need not be set."""
+    optional = config_dict.placeholder
+    return {
+        "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or of PyTorch's names
+        "name": "",  # its model, with the fields below; of a file of PyTorch's names it must be set
+        "mean": optional(tuple),  # of the colours that it was trained with; a file that does not say: the student's
+        "std": optional(tuple),
+        **_architecture(),
     }
 
 
@@ -213,6 +254,16 @@ def validate(config: ConfigDict) -> None:
         raise ValueError(f"ema_decay={config.ema_decay} must lie in [0, 1)")
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+    if config.task.name == "distill" and not config.teacher.init_from:
+        raise ValueError(
+            "task.name='distill' needs a teacher; set teacher.init_from to a workdir or a weight file, or "
+            "task.name='classify'"
+        )
+    if config.task.name == "classify" and config.teacher.init_from:
+        raise ValueError(
+            f"teacher.init_from={config.teacher.init_from} is for task.name='distill', not 'classify'; set the one or "
+            "clear the other"
+        )
     if config.model.num_classes < 1:
         raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
 

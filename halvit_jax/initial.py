@@ -37,8 +37,10 @@ def fresh_state(abstract: TrainState, *, run: Run, config: ConfigDict, workdir: 
     return with_arrays(run.fresh_state(abstract), found.arrays)
 
 
-def read(source: str, name: str, model: Any, *, fresh: Sequence[str]) -> Transfer:
+def read(source: str, name: str, model: Any, *, fresh: Sequence[str], field: str = "init_from") -> Transfer:
     """What the model `name` can begin with of a workdir or a weight file, both being left as they are.
+
+    `field` of the config names the source.
 
     Raises:
         ValueError: it is neither, or holds what the model cannot begin with, all of it by path.
@@ -50,4 +52,4 @@ def read(source: str, name: str, model: Any, *, fresh: Sequence[str]) -> Transfe
             arrays = read_for(source, name, model)
         return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)
     except ValueError as error:
-        raise ValueError(f"init_from={source}: {error}") from error
+        raise ValueError(f"{field}={source}: {error}") from error

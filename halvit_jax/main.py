@@ -70,7 +70,7 @@ def work(
             stack.enter_context(cluster.joined(**processes, folder=workdir, **config.cluster))
             from halvit_jax import run as run_lib
 
-            run = run_lib.build(config)
+            run = run_lib.build(config, training=mode == "train")
             run_lib.create_workdir(workdir)
             if mode == "train" and cluster.is_first():
                 stack.enter_context(lock.held(workdir))
@@ -102,7 +102,7 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
-    from halvit_jax import initial
+    from halvit_jax import initial, teacher
     from halvit_jax import run as run_lib
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint import Checkpointer
@@ -125,6 +125,10 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             eval_every=config.eval_every,
             restart_if_damaged=restart_if_damaged,
         )
+        if run.taught:
+            teacher.remember(run.taught.record, workdir, resumed=int(beginning.state.step) > 0)
+            for line in run.taught.lines():
+                report.say(line)
     for line in run_lib.departures(config):
         report.say(f"WARNING: {line}")
     run_lib.write_description(workdir, config, run.class_names)

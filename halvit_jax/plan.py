@@ -75,6 +75,7 @@ class Subject(NamedTuple):
     hosts: int
     step: Any
     state: PyTree  # a TrainState of shapes
+    frozen: PyTree  # shapes of a teacher, if there is one
     batch: dict[str, jax.ShapeDtypeStruct]
     twin: PyTree | None  # the state of the model's untied twin; None where nothing is tied
 
@@ -86,6 +87,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         ValueError: fields that are not allowed, do not fit each other, or do not divide over the devices.
     """
     from halvit_jax import run as run_lib
+    from halvit_jax import teacher
     from halvit_jax.training.health import make_limit
     from halvit_jax.training.optim import make_optimizer
     from halvit_jax.training.sharding import check_batch_size, make_mesh
@@ -98,6 +100,8 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     task = run_lib.build_task(config)
     use_ema = config.ema_decay > 0
     mesh = make_mesh(**config.mesh, devices=devices)
+    if config.task.name == "distill":
+        task = teacher.abstract_task(config, mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
     hosts = len({device.process_index for device in devices})
     if math.gcd(config.batch_size, config.data.readers) % hosts:
@@ -119,7 +123,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         plain = config.copy_and_resolve_references()
         plain.model.update(fields)
         twin = abstract_state(run_lib.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
-    return Subject(config, topology, hosts, step, state, batch, twin)
+    return Subject(config, topology, hosts, step, state, task.frozen, batch, twin)
 
 
 def untied(model: Any) -> dict[str, Any]:
@@ -142,8 +146,10 @@ def plan(subject: Subject) -> dict[str, Any]:
 
     config, topology, state = subject.config, subject.topology, subject.state
     mesh = subject.batch["mask"].sharding.mesh
-    flops = 2 * count_macs(subject.step, state, {}, subject.batch) / mesh.size
+    flops = 2 * count_macs(subject.step, state, subject.frozen, subject.batch) / mesh.size
     parts = {**state_bytes(state), "batch": shard_bytes(subject.batch)}
+    if subject.frozen:
+        parts["teacher"] = shard_bytes(subject.frozen)
     report = {
         "model": config.model.name,
         "topology": str(topology),
@@ -170,7 +176,7 @@ def plan(subject: Subject) -> dict[str, Any]:
 
 def compile_subject(subject: Subject) -> dict[str, Any]:
     """What compiling the subject's step says."""
-    lowered = subject.step.lower(subject.state, {}, subject.batch)
+    lowered = subject.step.lower(subject.state, subject.frozen, subject.batch)
     return compile_for(lowered, usable_bytes=subject.topology.chip.usable_bytes)
 
 

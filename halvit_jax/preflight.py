@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from halvit_jax import cluster, door, initial, lock
+from halvit_jax import cluster, door, initial, lock, teacher
 from halvit_jax import config as config_lib
 from halvit_jax import run as run_lib
 from halvit_jax.compiled import memory_of
@@ -71,6 +71,8 @@ def preflight(
         state = items.check("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if config.init_from:
             items.check("init_from", _initial, config=config, model=task)
+        if config.task.name == "distill":
+            task = items.check("teacher", _teacher, config=valid, model=task, devices=mesh)
         if workdir is None:
             items.say("skip", "workdir", "not given with --workdir=DIR")
         else:
@@ -79,8 +81,8 @@ def preflight(
             items.check("lock", _lock, workdir=workdir)
             items.check("checkpoint", _checkpoint, workdir=workdir, state=state, total=total)
         if compile_step:
-            parts = {"model": task, "optimizer": optimizer, "devices": mesh, "state": state}
-            items.check("step", _step, config=valid, **parts)
+            subject = "teacher" if config.task.name == "distill" else "model"
+            items.check("step", _step, config=valid, optimizer=optimizer, devices=mesh, state=state, **{subject: task})
         else:
             items.say("skip", "step", "left out by --no_compile")
         summary = f"FAIL: {', '.join(items.failed)}" if items.failed else "all is well"
@@ -203,6 +205,12 @@ def _initial(config: ConfigDict, model: Any) -> Finding:
     return Finding("; ".join(found.lines()))
 
 
+def _teacher(config: ConfigDict, model: Any, devices: Any) -> Finding:
+    del model  # without which there is no student
+    taught = teacher.taught_task(config, devices)
+    return Finding("; ".join(line.partition(": ")[2] for line in taught.lines()), taught.task)
+
+
 def _workdir(workdir: pathlib.Path) -> Finding:
     if workdir.exists():
         run_lib.create_workdir(workdir)  # which there is, so it is only tried
@@ -260,13 +268,14 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
     return Finding("none yet; the run begins with step 0")
 
 
-def _step(config: ConfigDict, model: Any, optimizer: Any, devices: Any, state: PyTree) -> Finding:
-    batch = abstract_batch(devices, batch_size=config.batch_size, image_size=model.model.image_size)
+def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> Finding:
+    (task,) = subject.values()
+    batch = abstract_batch(devices, batch_size=config.batch_size, image_size=task.model.image_size)
     settings = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    step = make_train_step(model, optimizer, **settings, limit=make_limit(**config.spikes))
+    step = make_train_step(task, optimizer, **settings, limit=make_limit(**config.spikes))
     started = time.perf_counter()
     try:
-        sizes = memory_of(step.lower(state, model.frozen, batch).compile())
+        sizes = memory_of(step.lower(state, task.frozen, batch).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

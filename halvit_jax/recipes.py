@@ -203,3 +203,25 @@ def mini_swin_digits(model: str) -> ConfigDict:
     config = swin_digits(model)
     config.model.shares = (2, 2)
     return config
+
+
+def taught_digits(model: str, kind: str) -> ConfigDict:
+    """The embedded digits with the plain ViT of runs/vit_digits as the teacher.
+
+    "hard": its labels, for a distillation token (DeiT); "soft": its probabilities and its relations (MiniViT).
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"kind {kind!r} is not one of hard, soft; give it behind the file: x.py:soft")
+    config = digits(model)
+    config.task.name = "distill"
+    config.teacher.init_from = "runs/vit_digits"
+    config.model.distilled = kind == "hard"
+    if kind == "soft":
+        config.distill.kind = "soft_cross_entropy"
+        config.distill.qkv_weight = 1.0
+        config.distill.hidden_weight = 0.1
+        config.distill.student_layers = config.distill.teacher_layers = tuple(range(config.model.depth))
+    return config

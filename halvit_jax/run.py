@@ -23,6 +23,7 @@ from halvit_jax.training.state import TrainState, abstract_state, init_state
 
 if TYPE_CHECKING:
     from halvit_jax.data.pipeline import Loaders
+    from halvit_jax.teacher import Taught
 
 CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
 
@@ -40,6 +41,7 @@ class Run(NamedTuple):
     limit: Limit
     seed: int
     ema_decay: float
+    taught: "Taught | None" = None  # the task again and its teacher, where there is one
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""
@@ -52,7 +54,7 @@ class Run(NamedTuple):
 
 
 def build_task(config: ConfigDict) -> Classification:
-    """The model of `config.model` under the task of `config.task`.
+    """The model of `config.model` under the task of `config.task`, as it is evaluated; a teacher is for training alone.
 
     Raises:
         ValueError: fields that are not allowed or do not fit each other.
@@ -62,8 +64,10 @@ def build_task(config: ConfigDict) -> Classification:
     return Classification(model, **config.task)
 
 
-def build(config: ConfigDict) -> Run:
+def build(config: ConfigDict, *, training: bool = True) -> Run:
     """All parts of a run. Cheap checks come first, so a wrong field is answered before TensorFlow is imported.
+
+    Where it is not for training, a teacher is left out.
 
     Raises:
         ValueError: what was given, what is allowed and which field of the config to change.
@@ -82,8 +86,13 @@ def build(config: ConfigDict) -> Run:
         steps_per_epoch=loaders.train.steps_per_epoch,
         total_steps=total_steps,
     )
+    taught = None
+    if training and config.task.name == "distill":
+        from halvit_jax import teacher
+
+        taught = teacher.taught_task(config, mesh)
     return Run(
-        task=task,
+        task=taught.task if taught else task,
         optimizer=optimizer,
         mesh=mesh,
         train_loader=loaders.train,
@@ -93,6 +102,7 @@ def build(config: ConfigDict) -> Run:
         limit=limit,
         seed=config.seed,
         ema_decay=config.ema_decay,
+        taught=taught,
     )
 
 

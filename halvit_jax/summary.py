@@ -35,6 +35,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "swin_tiny": {"top1": 81.3, "source": "Swin Transformer, 300 epochs"},
     "swin_small": {"top1": 83.0, "source": "Swin Transformer, 300 epochs"},
     "swin_base": {"top1": 83.5, "source": "Swin Transformer, 300 epochs"},
+    "regnety_160": {"top1": 82.9, "source": "as DeiT's teacher; 83.0 at a crop of 0.95"},
     "resnet18": {"top1": 69.76, "source": "torchvision V1, 90 epochs"},
     "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
     "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, minivit, resnet, swin, vit
+from halvit_jax.convert import engine, minivit, regnet, resnet, swin, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
@@ -30,6 +31,7 @@ TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     SwinTransformer: swin.rules,
     MiniDeit: minivit.deit_rules,
     MiniSwin: minivit.swin_rules,
+    RegNet: regnet.rules,
 }
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.kept import keep
 from halvit_jax.layers.tied import TiedDense
 
 Before = Callable[[jax.Array, jax.Array], jax.Array]
@@ -32,6 +33,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
         dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
         query, key, value = jnp.split(nn.Dense(3 * self.width, **dense, name="qkv")(x), 3, axis=-1)
+        keep(self, "query_key_value", query, key, value)
         weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
         _keep(self, weights)
         out = average(after(weights) if after else weights, value)
@@ -53,6 +55,7 @@ class TiedAttention(nn.Module):
         query, key, value = query_output.project(x), key_value.project(x), key_value.project_back(x)
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
+        keep(self, "query_key_value", query, key, value)
         weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
         _keep(self, weights)
         out = query_output.project_back(average(after(weights) if after else weights, value))
@@ -105,9 +108,7 @@ def average(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _keep(module: nn.Module, weights: jax.Array) -> None:
-    """Hand the weights to a caller who asks for intermediates; nobody else pays for it."""
-    if not module.is_initializing():
-        module.sow("intermediates", "weights", weights)
+    keep(module, "weights", weights)
 
 
 def _split_heads(x: jax.Array, num_heads: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models import minivit, resnet, swin, vit
+from halvit_jax.models import minivit, regnet, resnet, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
@@ -29,6 +29,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     swin.SwinTransformer: Family(swin.SIZES, swin.PARTITION_RULES, swin.TRANSFER_RULES),
     minivit.MiniDeit: Family(minivit.DEIT_SIZES, minivit.PARTITION_RULES, vit.TRANSFER_RULES),
     minivit.MiniSwin: Family(minivit.SWIN_SIZES, minivit.PARTITION_RULES, swin.TRANSFER_RULES),
+    regnet.RegNet: Family(regnet.SIZES, regnet.PARTITION_RULES, regnet.TRANSFER_RULES),
 }
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.sizes.items()

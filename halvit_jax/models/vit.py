@@ -17,6 +17,7 @@ from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
 from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.kept import keep
 from halvit_jax.models.fields import check_choice, check_divides
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
@@ -43,7 +44,9 @@ class Block(nn.Module):
         ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(attention(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x)), train=train)
-        return x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        keep(self, "hidden", x)
+        return x
 
 
 class VisionTransformer(nn.Module):
@@ -120,12 +123,23 @@ class VisionTransformer(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
+        heads = self.heads(images, train=train)
+        return (heads["class"] + heads["distill"]) / 2 if self.distilled else heads["class"]
+
+    def heads(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """What each classifier answers: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+
+        Without classifiers, the features [b, d] that each would see.
+        """
         x = self._tokens(images, train)
-        pooled = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        out = self.head(pooled) if self.num_classes else pooled
+        out = {"class": x[:, 0] if self.pool == "token" else x.mean(axis=1)}
         if self.distilled:
-            out = (out + (self.head_distill(x[:, 1]) if self.num_classes else x[:, 1])) / 2
-        return out.astype(jnp.float32)
+            out["distill"] = x[:, 1]
+        if self.num_classes:
+            out["class"] = self.head(out["class"])
+            if self.distilled:
+                out["distill"] = self.head_distill(out["distill"])
+        return {name: answer.astype(jnp.float32) for name, answer in out.items()}
 
     def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
         """Normalised images [b, h, w, 3] -> {patch_size: [b, h / patch_size, w / patch_size, d]}."""

@@ -14,6 +14,7 @@ from halvit_jax.tasks import mix
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import classification_sums
 
+TASKS = ("classify", "distill")
 MIX_PER = ("batch", "image")
 
 
@@ -25,6 +26,7 @@ class Classification:
 
     Args:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
+        name: one of TASKS. What was distilled is evaluated as what was not; training with a teacher is `Distillation`.
         mean, std: of the three colours, black being 0 and white 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
         label_smoothing: share of a target spread over all classes.
@@ -40,6 +42,7 @@ class Classification:
         self,
         model: nn.Module,
         *,
+        name: str = "classify",
         mean: Sequence[float],
         std: Sequence[float],
         loss: str = "cross_entropy",
@@ -50,6 +53,8 @@ class Classification:
         mix_per: str = "batch",
         erase: float = 0.0,
     ) -> None:
+        if name not in TASKS:
+            raise ValueError(f"task.name={name!r} is not one of {', '.join(TASKS)}")
         if loss not in LOSSES:
             raise ValueError(f"task.loss={loss!r} is not one of {', '.join(LOSSES)}")
         if mix_per not in MIX_PER:

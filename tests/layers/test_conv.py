@@ -213,3 +213,15 @@ def test_conv_norm_is_a_convolution_then_its_norm() -> None:
     y = layer.apply(variables, x, train=False)
     assert y.shape == (2, 4, 4, F)
     assert not y.any()  # scale starts at what `scale_init` says
+
+
+def test_squeeze_excite_weighs_channels_by_their_means() -> None:
+    x = _random(2, 5, 4, C)
+    layer = conv.SqueezeExcite(3)
+    variables = layer.init(jax.random.key(0), x)
+    params = variables["params"]
+    reduce, expand = params["reduce"], params["expand"]
+    assert (reduce["kernel"].shape, expand["kernel"].shape) == ((1, 1, C, 3), (1, 1, 3, C))
+    hidden = np.maximum(np.asarray(x).mean((1, 2)) @ reduce["kernel"][0, 0] + reduce["bias"], 0)
+    weights = 1 / (1 + np.exp(-(hidden @ expand["kernel"][0, 0] + expand["bias"])))
+    np.testing.assert_allclose(layer.apply(variables, x), np.asarray(x) * weights[:, None, None], rtol=1e-5)

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
@@ -23,6 +24,7 @@ VIT = {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 3
 SWIN = {"width": 32, "depths": (2, 2), "head_width": 16, "window_size": 4, "image_size": 32}
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: VIT,
+    RegNet: {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
     SwinTransformer: SWIN,
     MiniDeit: VIT,

@@ -159,6 +159,7 @@ def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_no
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"name": "detect"}, "task.name='detect' is not one of classify, distill"),
         ({"loss": "hinge"}, "task.loss='hinge' is not one of cross_entropy, binary_cross_entropy"),
         ({"label_smoothing": 1.5}, "task.label_smoothing=1.5 must lie between 0 and 1"),
         ({"mix_switch": -0.5}, "task.mix_switch=-0.5 must lie between 0 and 1"),

@@ -1,0 +1,146 @@
+"""RegNetY, the convolutional teacher of DeiT and of those who follow it (Radosavovic et al., 2020, arXiv 2003.13678).
+
+Every stage repeats one block; widths and depths come from the quantised line of section 3.3,
+
+    u_j = w_0 + w_a j;   w_j = w_0 w_m^round(log_wm(u_j / w_0)), rounded to multiples of 8, then of a group's width
+
+where blocks j of equal w_j make a stage. Y stands for squeeze-excite in every block.
+
+Shapes: `b` batch, `h w` space, `c` channels, `out` channels of a stage.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.conv import ConvNorm, SqueezeExcite
+from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.init import Dtype, Initializer
+
+SIZES: dict[str, dict] = {
+    "regnety_002": {"depths": (1, 1, 4, 7), "widths": (24, 56, 152, 368), "group_width": 8},
+    "regnety_160": {"depths": (2, 4, 11, 1), "widths": (224, 448, 1232, 3024), "group_width": 112},
+}
+
+# Kernels [k, k, c, f] are split by what they put out, the head on both sides; vectors stay whole.
+PARTITION_RULES = (
+    (r"head/kernel$", (None, ("tensor", "fsdp"))),
+    (r"(conv|reduce|expand)/kernel$", (None, None, None, "fsdp")),
+    (r"(bias|scale|mean|var)$", ()),
+)
+
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "colours"))
+
+STEM = 32  # channels
+SQUEEZE = 0.25  # hidden channels of squeeze-excite / channels that its block is given
+
+_kaiming_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_head_init: Initializer = nn.initializers.normal(stddev=0.01)
+
+
+class RegNet(nn.Module):
+    """Stages of residual blocks with grouped convolutions and squeeze-excite, between a 3x3 stem and a linear head.
+
+    `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
+    features [b, c] when `num_classes` is 0. Stem and stages halve the resolution, each. Batch statistics are in the
+    collection `batch_stats`, mutable in training.
+
+    Raises ValueError, naming the config field, for depths and widths that are not one positive number for each stage,
+    and for widths that are no multiples of the group's.
+    """
+
+    depths: Sequence[int] = (2, 4, 11, 1)  # blocks in each stage
+    widths: Sequence[int] = (224, 448, 1232, 3024)  # channels of each stage, everywhere in its blocks
+    group_width: int = 112  # channels of a group of the 3x3 convolutions
+    num_classes: int = 1000
+    drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
+    image_size: int = 224  # what a recipe feeds; the network runs at any size
+    dtype: Dtype = None  # computed in; parameters and statistics are float32
+    remat: bool = False  # compute each block again in the backward pass instead of storing its inside
+    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
+
+    def __post_init__(self) -> None:
+        depths, widths = tuple(self.depths), tuple(self.widths)
+        if len(depths) != len(widths) or min((*depths, *widths), default=0) < 1:
+            raise ValueError(
+                f"model.depths={depths} and model.widths={widths} must have one number of at least 1 for each stage"
+            )
+        if self.group_width < 1 or any(width % self.group_width for width in widths):
+            raise ValueError(f"model.group_width={self.group_width} does not divide all of model.widths={widths}")
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        common = {"dtype": self.dtype, "folded": self.folded}
+        self.stem = ConvNorm(STEM, 3, 2, kernel_init=_kaiming_fan_out, **common)
+        rates = linear_rates(self.drop_path, sum(self.depths))
+        for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            mine = tuple(rates[sum(self.depths[:i]) :][:depth])
+            setattr(self, f"stage{i + 1}", Stage(width, self.group_width, mine, remat=self.remat, **common))
+        if self.num_classes:
+            # float32 whatever the body computes in: it costs nothing and the loss reads it.
+            self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_head_init)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        maps = self.features(images, train=train)
+        x = maps[max(maps)].mean((1, 2), dtype=jnp.float32)
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
+        """What each stage puts out: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
+        x = nn.relu(self.stem(images, train=train))
+        maps = {}
+        for i in range(len(self.depths)):
+            x = maps[4 * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
+        return maps
+
+
+class Stage(nn.Module):
+    """Blocks of which the first halves the map: [b, h, w, c] -> [b, h/2, w/2, out]."""
+
+    out: int
+    group_width: int
+    rates: tuple[float, ...]  # stochastic depth of each block
+    dtype: Dtype
+    remat: bool
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        def run(block: nn.Module, x: jax.Array) -> jax.Array:
+            return block(x, train=train)
+
+        for i, rate in enumerate(self.rates):
+            stride = 2 if i == 0 else 1
+            block = Block(self.out, self.group_width, stride, rate, self.dtype, self.folded, name=f"block{i}")
+            x = (nn.remat(run) if self.remat else run)(block, x)
+        return x
+
+
+class Block(nn.Module):
+    """1x1, grouped 3x3 and 1x1 convolutions of one width and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out].
+
+    Squeeze-excite stands before the last convolution.
+    """
+
+    out: int
+    group_width: int
+    stride: int
+    drop_path: float
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        common = {"kernel_init": _kaiming_fan_out, "dtype": self.dtype, "folded": self.folded}
+        groups = self.out // self.group_width
+        y = nn.relu(ConvNorm(self.out, **common, name="conv1")(x, train=train))
+        y = nn.relu(ConvNorm(self.out, 3, self.stride, groups=groups, **common, name="conv2")(y, train=train))
+        y = SqueezeExcite(round(SQUEEZE * x.shape[-1]), dtype=self.dtype, name="squeeze_excite")(y)
+        y = ConvNorm(self.out, **common, name="conv3")(y, train=train)
+        if x.shape != y.shape:
+            x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
+        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)

@@ -1,0 +1,77 @@
+"""What a MiniViT learns of the inside of its teacher (Zhang et al., 2022, arXiv 2204.07154, section 3.3).
+
+Not the teacher's numbers, which have another width, but how its tokens relate to each other.
+
+Shapes: `b` batch, `n` tokens, `c` width of one network, `m` windows of all images or the images themselves.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from halvit_jax.tasks.losses import cross_entropy
+
+HIDDEN_SCALE = 49  # of the loss over hidden states: as released, the number of tokens in a window
+SMALLEST = 1e-12  # length that a token is divided by
+
+
+def layers_of(intermediates: Mapping[str, Any], name: str) -> list[Any]:
+    """What the layers of a network kept under `name`, in order: each block after the other, its runs in a row."""
+    leaves = jax.tree_util.tree_flatten_with_path(intermediates)[0]
+    found = {
+        tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
+        for path, leaf in leaves
+        if getattr(path[-2], "key", None) == name
+    }
+    return [found[path] for path in sorted(found, key=lambda path: [_numbered(word) for word in path])]
+
+
+def qkv_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """The cross-entropy of the student's relations under the teacher's, in one layer: [m, n, 3 c], ... -> [m].
+
+    For X, Y among queries, keys and values, each of full width c, a row of softmax(X Y^T / sqrt(c)) says how one token
+    relates to the others. The mean over the nine pairs (X, Y) and the n rows. The widths may differ.
+    """
+    logits, targets = (_relations(x) for x in (student, teacher))  # [m, 3, 3, n, n]
+    return cross_entropy(logits, jax.nn.softmax(targets)).mean((1, 2, 3))
+
+
+def hidden_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """49 times the mean square of S_s - S_t, S = A A^T being the cosines between all tokens of an image: [b].
+
+    The outputs of one layer, [b, ..., c], whose dimensions between are those of the tokens; the widths may differ. On a
+    map of many tokens, |S_s - S_t|^2 = |A_s^T A_s|^2 + |A_t^T A_t|^2 - 2 |A_s^T A_t|^2 needs matrices of c x c alone.
+    """
+    student, teacher = (_directions(x) for x in (student, teacher))
+    n = student.shape[1]
+    if n <= max(student.shape[-1], teacher.shape[-1]):
+        student, teacher = (jnp.einsum("bnc,bmc->bnm", x, x) for x in (student, teacher))
+        squares = jnp.square(student - teacher).sum((1, 2))
+    else:
+        # The terms nearly cancel, so they must be exact also where products are rounded to bfloat16 by default.
+        pairs = itertools.combinations_with_replacement((student, teacher), 2)
+        own, both, others = (jnp.einsum("bnc,bnd->bcd", x, y, precision="highest") for x, y in pairs)
+        own, both, others = (jnp.square(x).sum((1, 2)) for x in (own, both, others))
+        squares = own + others - 2 * both
+    return HIDDEN_SCALE * squares / n**2
+
+
+def _relations(qkv: jax.Array) -> jax.Array:
+    """[m, n, 3 c] -> [m, 3, 3, n, n], in float32."""
+    x = qkv.astype(jnp.float32).reshape(*qkv.shape[:2], 3, -1)  # [m, n, 3, c]
+    return jnp.einsum("mnic,mkjc->mijnk", x * x.shape[-1] ** -0.5, x)
+
+
+def _directions(x: jax.Array) -> jax.Array:
+    """Tokens of length 1, [b, n, c], in float32."""
+    x = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), SMALLEST**2))
+
+
+def _numbered(word: str) -> list[str | int]:
+    """block10 after block9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", word)]
