@@ -80,9 +80,7 @@ def _architecture() -> dict[str, Any]:
         "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(
-            tuple
-        ),  # ResNet, RegNet, Swin: blocks of each stage
+        "depths": optional(tuple),  # ResNet, RegNet, Swin: blocks of each stage
         "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage

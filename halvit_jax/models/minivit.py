@@ -19,6 +19,7 @@ from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.init import Dtype
+from halvit_jax.layers.kept import keep
 from halvit_jax.layers.relative import ContextualPosition
 from halvit_jax.layers.window import RelativeBias, Windows
 from halvit_jax.models import swin, vit
@@ -124,7 +125,9 @@ class Repeat(nn.Module):
 
         y = nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="attention_norm")(x)
         x = x + drop(self.attention(y, before=before, after=mix_weights), train=train)
-        return x + drop(self.ffn(nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(self.ffn(nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        keep(self, "hidden", x)
+        return x
 
 
 class MiniSwin(swin.SwinTransformer):
@@ -220,7 +223,9 @@ class SwinRepeat(nn.Module):
         x = norm(name="local_norm")(x)
         local_conv = Conv(x.shape[-1], LOCAL, groups=x.shape[-1], use_bias=True, dtype=self.dtype, name="local_conv")
         x = x + local_conv(x)
-        return x + drop(self.ffn(norm(name="ffn_norm")(x)), train=train)
+        x = x + drop(self.ffn(norm(name="ffn_norm")(x)), train=train)
+        keep(self, "hidden", x)
+        return x
 
 
 def _run(repeat: nn.Module, x: jax.Array, train: bool, remat: bool) -> jax.Array:

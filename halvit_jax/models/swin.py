@@ -18,6 +18,7 @@ from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.kept import keep
 from halvit_jax.layers.window import RelativeBias, Windows
 from halvit_jax.models.fields import check_choice, check_divides
 
@@ -208,7 +209,9 @@ class SwinBlock(nn.Module):
 
         y = windows.split(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x))
         x = x + drop(windows.join(attention(y, before=before)), train=train)
-        return x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        keep(self, "hidden", x)
+        return x
 
 
 def half_window(grid: tuple[int, ...], window: int) -> int:

@@ -150,3 +150,28 @@ def test_a_block_that_runs_twice_has_two_layers() -> None:
     }
     assert layers_of(kept, "query_key_value") == [2, 3, 4, 5, 6]
     assert layers_of(kept, "hidden") == [7, 8]
+
+
+@pytest.mark.parametrize(("name", "fields"), [("swin_tiny", {}), ("mini_swin_tiny", {"shares": (2, 4)})])
+def test_windows_hand_out_their_states_and_blocks_whole_maps(name: str, fields: dict[str, Any]) -> None:
+    small = {"width": 32, "depths": (2, 4), "head_width": 16, "window_size": 4, "image_size": 32, "num_classes": 5}
+    model = create_model(name, **small | fields)
+    images = _random(2, 32, 32, 3)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    state = model.apply(variables, images, train=False, mutable=["intermediates"])[1]["intermediates"]
+    assert [x.shape for x in layers_of(state, "query_key_value")] == [(2 * 4, 16, 96)] * 2 + [(2, 16, 192)] * 4
+    hidden = layers_of(state, "hidden")
+    assert [x.shape for x in hidden] == [(2, 8, 8, 32)] * 2 + [(2, 4, 4, 64)] * 4
+    last = model.apply(variables, images, train=False, method="features")[8]
+    np.testing.assert_allclose(hidden[-1], last, atol=1e-6)
+
+
+def test_every_run_of_a_shared_block_is_a_layer() -> None:
+    model = create_model("mini_deit_tiny", **VIT | {"depth": 6, "share": 3})
+    images = _random(2, 8, 8, 3)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    state = model.apply(variables, images, train=False, mutable=["intermediates"])[1]["intermediates"]
+    assert [x.shape for x in layers_of(state, "query_key_value")] == [(2, 4, 96)] * 6
+    hidden = layers_of(state, "hidden")
+    assert [x.shape for x in hidden] == [(2, 4, 32)] * 6
+    assert len({float(x.sum()) for x in hidden}) == 6
