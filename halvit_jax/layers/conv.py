@@ -8,11 +8,13 @@ maths with the same number of multiplications, and agrees to float32 rounding. `
 Padding is a number of rows and columns on every side, as in PyTorch; with stride 2 XLA's "SAME" pads the far side only
 and would shift the network by a pixel.
 
-Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` channels out, `k` kernel side, `m` = buv.
+Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` channels out, `k` kernel side, `m` = buv,
+`r` hidden channels of squeeze-excite.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -140,6 +142,23 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x), train=train)
 
 
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(W2 relu(W1 mean(x) + b1) + b2): a weight for each channel (Hu et al., 2018, arXiv 1709.01507).
+
+    [b, h, w, c] -> [b, h, w, c]. The mean is over space, in float32 at least.
+    """
+
+    hidden: int  # r
+    dtype: Dtype = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        conv = functools.partial(Conv, use_bias=True, dtype=self.dtype)
+        y = x.mean((1, 2), keepdims=True, dtype=_wide(x)).astype(x.dtype)  # [b, 1, 1, c]
+        y = nn.relu(conv(self.hidden, name="reduce")(y))
+        return x * nn.sigmoid(conv(x.shape[-1], name="expand")(y))
+
+
 def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
     """The variables of a model whose batch normalisations are folded: what evaluation computes, in fewer steps.
 
@@ -202,6 +221,17 @@ def product_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: i
 
 # The formulation of each backend; one that is not named here gets XLA's own convolution.
 FORMULATIONS: dict[str, Callable[..., jax.Array]] = {"cpu": product_convolution}
+
+
+@contextlib.contextmanager
+def native() -> Iterator[None]:
+    """Inside it every backend gets XLA's own convolution, as who counts multiplications in a program must see it."""
+    kept = dict(FORMULATIONS)
+    FORMULATIONS.clear()
+    try:
+        yield
+    finally:
+        FORMULATIONS.update(kept)
 
 
 def max_pool(x: jax.Array, *, size: int, stride: int, padding: int) -> jax.Array:

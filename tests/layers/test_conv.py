@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, convolve, max_pool, native_convolution
+from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, SqueezeExcite, convolve, max_pool, native_convolution
 
 C, F = 6, 12
 
@@ -92,6 +92,9 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 
     assert "conv_general_dilated" not in program()
     assert "reduce_window" not in program()
+    with conv.native():
+        assert program().count("conv_general_dilated[") == 1
+    assert "conv_general_dilated" not in program()
     monkeypatch.delitem(conv.FORMULATIONS, "cpu")
     assert program().count("conv_general_dilated[") == 1
     assert "reduce_window" in program()
@@ -210,3 +213,35 @@ def test_conv_norm_is_a_convolution_then_its_norm() -> None:
     y = layer.apply(variables, x, train=False)
     assert y.shape == (2, 4, 4, F)
     assert not y.any()  # scale starts at what `scale_init` says
+
+
+def test_the_formulations_come_back_after_an_error() -> None:
+    kept = dict(conv.FORMULATIONS)
+    with pytest.raises(KeyError), conv.native():
+        raise KeyError
+    assert kept == conv.FORMULATIONS
+
+
+def test_squeeze_excite_is_its_formula() -> None:
+    x, hidden = _random(2, 4, 5, C), 3
+    layer = SqueezeExcite(hidden)
+    variables = layer.init(jax.random.key(0), x)
+    params = variables["params"]
+    assert jax.tree.map(jnp.shape, params) == {
+        "reduce": {"kernel": (1, 1, C, hidden), "bias": (hidden,)},
+        "expand": {"kernel": (1, 1, hidden, C), "bias": (C,)},
+    }
+    squeezed = jnp.maximum(x.mean((1, 2)) @ params["reduce"]["kernel"][0, 0] + params["reduce"]["bias"], 0)
+    weights = 1 / (1 + jnp.exp(-(squeezed @ params["expand"]["kernel"][0, 0] + params["expand"]["bias"])))
+    np.testing.assert_allclose(layer.apply(variables, x), x * weights[:, None, None], atol=1e-6)
+
+
+def test_squeeze_excite_averages_in_float32() -> None:
+    # A bfloat16 sum of 4096 ones stops at 256.
+    x = jnp.ones((1, 64, 64, C), jnp.bfloat16)
+    layer = SqueezeExcite(3, dtype=jnp.bfloat16)
+    variables = SqueezeExcite(3).init(jax.random.key(0), x.astype(jnp.float32))
+    exact = SqueezeExcite(3).apply(variables, x.astype(jnp.float32))
+    y = layer.apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0.02)
