@@ -133,12 +133,23 @@ class VisionTransformer(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
+        heads = self.heads(images, train=train)
+        return (heads["class"] + heads["distill"]) / 2 if self.distilled else heads["class"]
+
+    def heads(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """What each classifier answers: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+
+        Without classifiers, the features [b, d] that each would see.
+        """
         x = self._tokens(images, train)
-        pooled = x[:, 0] if self.pool == "token" else x.mean(axis=1)
-        out = self.head(pooled) if self.num_classes else pooled
+        out = {"class": x[:, 0] if self.pool == "token" else x.mean(axis=1)}
         if self.distilled:
-            out = (out + (self.head_distill(x[:, 1]) if self.num_classes else x[:, 1])) / 2
-        return out.astype(jnp.float32)
+            out["distill"] = x[:, 1]
+        if self.num_classes:
+            out["class"] = self.head(out["class"])
+            if self.distilled:
+                out["distill"] = self.head_distill(out["distill"])
+        return {name: answer.astype(jnp.float32) for name, answer in out.items()}
 
     def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
         """Normalised images [b, h, w, 3] -> {patch_size: [b, h / patch_size, w / patch_size, d]}."""
