@@ -66,13 +66,16 @@ def _model() -> dict[str, Any]:
         "ffn": optional(str),  # ViT: dense or tied
         "attention_bias": optional(bool),  # ViT: biases of queries, keys, values and output
         "pool": optional(str),  # ViT: token or mean
-        "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
+        "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
-        "depths": optional(tuple),  # ResNet: blocks of the four stages
-        "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
+        "depths": optional(tuple),  # ResNet, SHViT: blocks of each stage
+        "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
+        "widths": optional(tuple),  # SHViT: channels of each stage
+        "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
+        "stem_strides": optional(tuple),  # SHViT: strides of the stem's 3x3 convolutions, of which it has as many
     }
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, resnet, vit
+from halvit_jax.convert import engine, resnet, shvit, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.vit import VisionTransformer
 
 __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "to_torch", "torch_shapes"]
@@ -25,6 +26,7 @@ __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "
 TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     VisionTransformer: vit.rules,
     ResNet: resnet.rules,
+    SHViT: shvit.rules,
 }
 
 

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models import resnet, vit
+from halvit_jax.models import resnet, shvit, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
-FAMILIES: dict[type[nn.Module], types.ModuleType] = {vit.VisionTransformer: vit, resnet.ResNet: resnet}
+FAMILIES: dict[type[nn.Module], types.ModuleType] = {
+    vit.VisionTransformer: vit,
+    resnet.ResNet: resnet,
+    shvit.SHViT: shvit,
+}
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.SIZES.items()
 }
@@ -63,7 +67,9 @@ def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Map
     """The model and its variables with every batch normalisation folded, for inference; one without any as it is."""
     if "batch_stats" not in variables:
         return model, variables
-    return model.clone(folded=True), conv.fold(variables)
+    # A family that can fold more than norms into the convolutions before them has a `fold` of its own.
+    family = FAMILIES[type(model)]
+    return model.clone(folded=True), getattr(family, "fold", conv.fold)(variables)
 
 
 def fields_of(family: type[nn.Module]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.paths import flat, map_paths
 
@@ -20,6 +21,14 @@ CLASSES = 5
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
+    SHViT: {
+        "depths": (1, 1),
+        "widths": (16, 24),
+        "partial": (8, 8),
+        "stages": ("i", "s"),
+        "stem_strides": (2, 2),
+        "image_size": 32,
+    },
 }
 
 
