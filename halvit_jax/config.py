@@ -77,11 +77,11 @@ def _architecture() -> dict[str, Any]:
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
         "pool": optional(str),  # ViT: token or mean
-        "distilled": optional(bool),  # ViT: a second token and classifier, for the words of a teacher
+        "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet, RegNet, Swin: blocks of each stage
-        "stages": optional(tuple),  # ResNet: kinds of the four stages: basic, bottleneck, halvit, halvit_prenorm
+        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin: blocks of each stage
+        "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
@@ -89,8 +89,10 @@ def _architecture() -> dict[str, Any]:
         "window_size": optional(int),  # Swin: side of a window, in tokens
         "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
-        "widths": optional(tuple),  # RegNet: channels of each stage
+        "widths": optional(tuple),  # RegNet, SHViT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
+        "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
+        "stem_strides": optional(tuple),  # SHViT: strides of the stem's 3x3 convolutions, of which it has as many
     }
 
 

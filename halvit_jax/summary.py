@@ -39,6 +39,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "resnet18": {"top1": 69.76, "source": "torchvision V1, 90 epochs"},
     "resnet50": {"top1": 76.13, "source": "torchvision V1, 90 epochs"},
     "resnext101_32x8d": {"top1": 79.3, "source": "torchvision V1"},
+    "shvit_s1": {"top1": 72.8, "source": "SHViT, 300 epochs"},
+    "shvit_s2": {"top1": 75.2, "source": "SHViT, 300 epochs"},
+    "shvit_s3": {"top1": 77.4, "source": "SHViT, 300 epochs"},
+    "shvit_s4": {"top1": 79.4, "source": "SHViT, 300 epochs"},
+    "shvit_s1_distilled": {"top1": 74.0, "source": "SHViT, 300 epochs"},
+    "shvit_s2_distilled": {"top1": 76.2, "source": "SHViT, 300 epochs"},
+    "shvit_s3_distilled": {"top1": 78.3, "source": "SHViT, 300 epochs"},
+    "shvit_s4_distilled": {"top1": 80.2, "source": "SHViT, 300 epochs"},
 }
 
 

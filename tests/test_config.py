@@ -66,6 +66,16 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
     assert load(ROOT / "configs" / "halvit_tiny.py", "600").num_epochs == 600
 
 
+@pytest.mark.parametrize("name", sorted(recipes.SHVIT_DECAY))
+def test_shvits_are_trained_at_4e_3_with_a_decay_of_their_own(name: str) -> None:
+    config = load(ROOT / "configs" / f"{name}.py", "30")
+    assert (config.model.name, config.num_epochs, config.batch_size) == (name, 30, 2048)
+    assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == 4e-3
+    assert config.optim.weight_decay == recipes.shvit(f"{name}_distilled").optim.weight_decay
+    with pytest.raises(ValueError, match="'deit_tiny' has no published SHViT recipe; one of shvit_s1, shvit_s2"):
+        recipes.shvit("deit_tiny")
+
+
 def test_the_twins_on_digits_differ_in_the_model_alone() -> None:
     tied, plain = recipes.digits("halvit_tiny"), recipes.digits("deit_small")
     plain.model.name = "halvit_tiny"

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, minivit, regnet, resnet, swin, vit
+from halvit_jax.convert import engine, minivit, regnet, resnet, shvit, swin, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
 
@@ -32,6 +33,7 @@ TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     MiniDeit: minivit.deit_rules,
     MiniSwin: minivit.swin_rules,
     RegNet: regnet.rules,
+    SHViT: shvit.rules,
 }
 
 

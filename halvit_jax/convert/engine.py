@@ -150,9 +150,9 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
             problems.add("missing", f"{path} (no rule names it)")
             continue
         entries = {str(carrier.name(path)): LAYOUTS[carrier.layout].torch(array)}
-        for rule in rules:
-            if rule.layout == COUNTER and (counter := rule.name(path)):
-                entries[counter] = np.zeros((), np.int64)
+        counter = next((name for rule in rules if rule.layout == COUNTER and (name := rule.name(path))), None)
+        if counter:
+            entries[counter] = np.zeros((), np.int64)
         for name in entries.keys() & state.keys():
             problems.add("ambiguous", f"{name} (is {path} and another)")
         state |= entries

@@ -2,14 +2,14 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.models import minivit, regnet, resnet, swin, vit
+from halvit_jax.models import minivit, regnet, resnet, shvit, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
@@ -21,6 +21,7 @@ class Family(NamedTuple):
     sizes: dict[str, dict[str, Any]]
     partition_rules: Rules
     transfer_rules: TransferRules
+    fold: Callable[[Mapping[str, Any]], dict[str, Any]] = conv.fold  # of its variables
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
@@ -30,6 +31,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     minivit.MiniDeit: Family(minivit.DEIT_SIZES, minivit.PARTITION_RULES, vit.TRANSFER_RULES),
     minivit.MiniSwin: Family(minivit.SWIN_SIZES, minivit.PARTITION_RULES, swin.TRANSFER_RULES),
     regnet.RegNet: Family(regnet.SIZES, regnet.PARTITION_RULES, regnet.TRANSFER_RULES),
+    shvit.SHViT: Family(shvit.SIZES, shvit.PARTITION_RULES, shvit.TRANSFER_RULES, shvit.fold),
 }
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.sizes.items()
@@ -79,7 +81,7 @@ def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Map
     """The model and its variables with every batch normalisation folded, for inference; one without any as it is."""
     if "batch_stats" not in variables:
         return model, variables
-    return model.clone(folded=True), conv.fold(variables)
+    return model.clone(folded=True), FAMILIES[type(model)].fold(variables)
 
 
 def fields_of(family: type[nn.Module]) -> dict[str, Any]:

@@ -133,6 +133,12 @@ def test_the_first_rule_names_a_path_and_the_next_ones_are_understood() -> None:
         to_ours("net", rules, old | {"norm.bias": old["ln_f.bias"]}, wanted)
 
 
+def test_a_counter_too_is_written_under_its_first_name_alone() -> None:
+    rules = (*batch_norm("bn", "norm"), *batch_norm("old", "norm"))
+    arrays = dict.fromkeys(("params/norm/scale", "batch_stats/norm/mean"), np.ones(2, np.float32))
+    assert to_torch(rules, arrays).keys() == {"bn.weight", "bn.running_mean", "bn.num_batches_tracked"}
+
+
 def test_a_name_with_two_places_is_ambiguous() -> None:
     rules = (Rule("w", "params/a"), Rule("w", "params/b"))
     wanted = {"params/a": (1,), "params/b": (1,)}

@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.attention import ATTENTION, HeadMix, SelfAttention, TiedAttention, attention_weights, average
+from halvit_jax.layers.attention import (
+    ATTENTION,
+    HeadMix,
+    SelfAttention,
+    SingleHeadAttention,
+    TiedAttention,
+    attention_weights,
+    average,
+)
 
 B, N, D, H = 2, 5, 12, 3
 
@@ -192,3 +200,64 @@ def test_tokens_in_another_order_give_the_outputs_in_that_order(name: str) -> No
     apply, order = jax.jit(layer.apply), np.array([3, 0, 4, 1, 2])
     expected = np.asarray(apply({"params": params}, x))[:, order]
     np.testing.assert_allclose(apply({"params": params}, x[:, order]), expected, atol=1e-4)
+
+
+P, K, C = 6, 4, 10
+
+
+def _single_head_variables() -> dict[str, Any]:
+    """Random values, with statistics that a norm can have."""
+    layer = SingleHeadAttention(P, K)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((B, 2, 3, C)), train=False))
+    leaves, tree = jax.tree.flatten(shapes)
+    return tree.unflatten([np.abs(_normal(*leaf.shape, seed=seed)) / 2 for seed, leaf in enumerate(leaves)])
+
+
+def _batch_norm(x: np.ndarray, params: Any, stats: Any) -> np.ndarray:
+    return (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+
+
+def test_single_head_attention_is_its_formula() -> None:
+    x, variables = _normal(B, 2, 3, C), _single_head_variables()
+    with jax.enable_x64(True):
+        result = SingleHeadAttention(P, K).apply(variables, jnp.asarray(x), train=False)
+    params, stats = variables["params"], variables["batch_stats"]
+    expected = np.zeros((B, 2, 3, C))
+    for b in range(B):
+        mixed = x[b, ..., :P]
+        mixed = (mixed - mixed.mean()) / np.sqrt(mixed.var() + 1e-5) * params["norm"]["scale"] + params["norm"]["bias"]
+        qkv = _batch_norm(mixed @ params["qkv"]["conv"]["kernel"][0, 0], params["qkv"]["norm"], stats["qkv"]["norm"])
+        query, key, value = np.split(qkv.reshape(6, -1), [K, 2 * K], axis=1)
+        weights = np.exp(query @ key.T / np.sqrt(K))
+        mixed = (weights / weights.sum(1, keepdims=True) @ value).reshape(2, 3, P)
+        out = np.maximum(np.concatenate([mixed, x[b, ..., P:]], axis=-1), 0) @ params["output"]["conv"]["kernel"][0, 0]
+        expected[b] = _batch_norm(out, params["output"]["norm"], stats["output"]["norm"])
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_single_head_attention_begins_as_nothing_and_has_these_parameters() -> None:
+    layer, x = SingleHeadAttention(P), _normal(B, 2, 3, C).astype(np.float32)
+    variables = jax.jit(lambda: layer.init(jax.random.key(0), x, train=False))()
+    norm = {"scale": (C,), "bias": (C,)}
+    wide = 16 + 16 + P
+    assert jax.tree.map(jnp.shape, variables["params"]) == {
+        "norm": {"scale": (P,), "bias": (P,)},
+        "qkv": {"conv": {"kernel": (1, 1, P, wide)}, "norm": {"scale": (wide,), "bias": (wide,)}},
+        "output": {"conv": {"kernel": (1, 1, C, C)}, "norm": norm},
+    }
+    assert not jax.jit(lambda v: layer.apply(v, x, train=False))(variables).any()
+
+
+def test_single_head_attention_in_bfloat16_has_softmax_and_parameters_in_float32() -> None:
+    layer = SingleHeadAttention(P, dtype=jnp.bfloat16)
+    x = jnp.asarray(_normal(B, 2, 3, C), jnp.bfloat16)
+    variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, train=False))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+
+    def apply(variables: Any, x: jax.Array) -> jax.Array:
+        return layer.apply(variables, x, train=False)
+
+    assert jax.eval_shape(apply, variables, x).dtype == jnp.bfloat16
+    primitives = _primitives(jax.make_jaxpr(apply)(variables, x).jaxpr)
+    assert {frozenset(types) for kind, types in primitives if kind == "dot_general"} == {frozenset({"bfloat16"})}
+    assert {frozenset(types) for kind, types in primitives if kind == "exp"} == {frozenset({"float32"})}

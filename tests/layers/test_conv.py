@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, convolve, max_pool, native_convolution
+from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, SqueezeExcite, convolve, max_pool, native_convolution
 
 C, F = 6, 12
 
@@ -215,6 +215,13 @@ def test_conv_norm_is_a_convolution_then_its_norm() -> None:
     assert not y.any()  # scale starts at what `scale_init` says
 
 
+def test_the_formulations_come_back_after_an_error() -> None:
+    kept = dict(conv.FORMULATIONS)
+    with pytest.raises(KeyError), conv.native():
+        raise KeyError
+    assert kept == conv.FORMULATIONS
+
+
 def test_squeeze_excite_weighs_channels_by_their_means() -> None:
     x = _random(2, 5, 4, C)
     layer = conv.SqueezeExcite(3)
@@ -225,3 +232,14 @@ def test_squeeze_excite_weighs_channels_by_their_means() -> None:
     hidden = np.maximum(np.asarray(x).mean((1, 2)) @ reduce["kernel"][0, 0] + reduce["bias"], 0)
     weights = 1 / (1 + np.exp(-(hidden @ expand["kernel"][0, 0] + expand["bias"])))
     np.testing.assert_allclose(layer.apply(variables, x), np.asarray(x) * weights[:, None, None], rtol=1e-5)
+
+
+def test_squeeze_excite_averages_in_float32() -> None:
+    # A bfloat16 sum of 4096 ones stops at 256.
+    x = jnp.ones((1, 64, 64, C), jnp.bfloat16)
+    layer = SqueezeExcite(3, dtype=jnp.bfloat16)
+    variables = SqueezeExcite(3).init(jax.random.key(0), x.astype(jnp.float32))
+    exact = SqueezeExcite(3).apply(variables, x.astype(jnp.float32))
+    y = layer.apply(variables, x)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=0.02)

@@ -14,6 +14,7 @@ from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.paths import flat, map_paths
@@ -26,6 +27,14 @@ SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: VIT,
     RegNet: {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
+    SHViT: {
+        "depths": (1, 1),
+        "widths": (16, 24),
+        "partial": (8, 8),
+        "stages": ("i", "s"),
+        "stem_strides": (2, 2),
+        "image_size": 32,
+    },
     SwinTransformer: SWIN,
     MiniDeit: VIT,
     MiniSwin: SWIN | {"shares": (2, 2)},

@@ -5,7 +5,8 @@ import pytest
 from halvit_jax.models import list_models
 from halvit_jax.summary import summarise
 
-# model -> total, without head, GMACs at 224. GMACs of halvit_resnet50 were counted without a classifier (2 M of 4.1 G).
+# model -> total, without head, GMACs at its own image size. Those of halvit_resnet50 were counted without a classifier
+# (2 M of 4.1 G), those of SHViT with the norms folded, as published.
 COUNTS = {
     "deit_tiny": (5_717_416, 5_524_416, 1.258),
     "deit_small": (22_050_664, 21_665_664, 4.608),
@@ -32,6 +33,14 @@ COUNTS = {
     "mini_swin_base": (46_444_852, 45_419_852, 15.75),
     "halvit_resnet50": (15_515_176, 13_466_176, 4.119),
     "halvit_resnext101_32x8d": (25_876_776, 23_827_776, 18.12),
+    "shvit_s1": (6_330_808, 6_009_168, 0.241),
+    "shvit_s2": (11_483_072, 11_033_176, 0.366),
+    "shvit_s3": (14_245_273, 13_795_377, 0.601),
+    "shvit_s4": (16_588_484, 16_138_588, 0.986),
+    "shvit_s1_distilled": (6_652_448, 6_009_168, 0.242),
+    "shvit_s2_distilled": (11_932_968, 11_033_176, 0.366),
+    "shvit_s3_distilled": (14_695_169, 13_795_377, 0.601),
+    "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
 
 

@@ -164,6 +164,27 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
     assert pooled.shape == (2, D)
 
 
+def test_the_answer_of_each_classifier_can_be_had() -> None:
+    model = create_model("deit_tiny_distilled", **SMALL)
+    params, images = _params(model), _images()
+    heads = _apply(model, params, images, method="heads")
+    assert {name: (a.shape, a.dtype) for name, a in heads.items()} == {
+        "class": ((2, CLASSES), jnp.float32),
+        "distill": ((2, CLASSES), jnp.float32),
+    }
+    other = params | {"head_distill": jax.tree.map(lambda x: x + 1, params["head_distill"])}
+    changed = _apply(model, other, images, method="heads")
+    np.testing.assert_array_equal(changed["class"], heads["class"])
+    assert np.abs(changed["distill"] - heads["distill"]).max() > 0.1
+    np.testing.assert_array_equal(_apply(model, params, images), (heads["class"] + heads["distill"]) / 2)
+    seen = _apply(create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images, method="heads")
+    for name, head in (("class", "head"), ("distill", "head_distill")):
+        expected = seen[name] @ params[head]["kernel"] + params[head]["bias"]
+        np.testing.assert_allclose(heads[name], expected, atol=1e-5)
+    plain = create_model("deit_tiny", **SMALL)
+    assert _apply(plain, _params(plain), images, method="heads").keys() == {"class"}
+
+
 def test_the_maps_rows_and_columns_are_the_images() -> None:
     model = create_model("deit_tiny", **SMALL, position="none")
     params, images = _params(model), _images()

@@ -18,9 +18,18 @@ from halvit_jax.training.sharding import AXES, BATCH, make_mesh, partition
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
-RESNET = {"image_size": 32, "depths": (1, 1, 1, 1)}
+RESNET = {"image_size": 32, "depths": (1, 1, 1, 1), "dtype": "float64"}
+SHVIT = {
+    "image_size": 16,
+    "depths": (1, 1),
+    "widths": (16, 24),
+    "partial": (8, 8),
+    "stages": ("i", "s"),
+    "stem_strides": (1, 2),
+    "dtype": "float64",
+}
 # In float32 other sums of a BatchNorm flip the ReLUs of units near zero, which moves a gradient by more than rounding.
-MODELS = {"halvit_tiny": VIT, "deit_small": VIT, "halvit_resnet50": RESNET | {"dtype": "float64"}}
+MODELS = {"halvit_tiny": VIT, "deit_small": VIT, "halvit_resnet50": RESNET, "shvit_s1": SHVIT}
 BATCH_SIZE = 16
 
 
@@ -81,12 +90,8 @@ def _float64() -> Iterator[None]:
         yield
 
 
-SLOW = {("halvit_resnet50", mesh) for mesh in MESHES}  # half a minute to compile, each
-CASES = [
-    pytest.param(name, mesh, marks=pytest.mark.slow if (name, mesh) in SLOW else ())
-    for name in MODELS
-    for mesh in MESHES
-]
+SLOW = {"halvit_resnet50", "shvit_s1"}  # half a minute to compile, each
+CASES = [pytest.param(name, mesh, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS for mesh in MESHES]
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)

@@ -1,0 +1,16 @@
+"""SHViT-S1 on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/shvit_s1.py --workdir=runs/shvit_s1
+
+Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 16 GB and more. Expected time: not measured.
+Published top-1: 72.8 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of SHViT-S1."""
+    return recipes.shvit("shvit_s1", epochs=int(epochs))

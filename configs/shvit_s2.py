@@ -1,0 +1,16 @@
+"""SHViT-S2 on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/shvit_s2.py --workdir=runs/shvit_s2
+
+Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 16 GB and more. Expected time: not measured.
+Published top-1: 75.2 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of SHViT-S2."""
+    return recipes.shvit("shvit_s2", epochs=int(epochs))

@@ -1,0 +1,16 @@
+"""SHViT-S4 on ImageNet-1k at 256 pixels, 300 epochs.
+
+python -m halvit_jax.main --config=configs/shvit_s4.py --workdir=runs/shvit_s4
+
+Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 24 GB and more. Expected time: not measured.
+Published top-1: 79.4 (raw weights). Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of SHViT-S4."""
+    return recipes.shvit("shvit_s4", epochs=int(epochs))

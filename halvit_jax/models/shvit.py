@@ -1,0 +1,280 @@
+"""SHViT: a convolutional body whose later stages attend with one head on a part of their channels.
+
+Yun and Ro, CVPR 2024, arXiv 2401.16456; the networks are those the authors released (github.com/ysj9909/SHViT). A stem
+of strided convolutions cuts the image into few tokens, of which three stages make fewer still:
+
+    x += norm(depthwise(x));  x += attention(x), in stages of kind "s";  x += ffn(x)
+
+Every convolution is followed by a batch normalisation. There is neither position nor class token.
+
+Shapes: `b` batch, `h w` space, `c` channels.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers import conv
+from halvit_jax.layers.attention import SingleHeadAttention
+from halvit_jax.layers.conv import BatchNorm, ConvNorm, SqueezeExcite
+from halvit_jax.layers.init import Dtype, Initializer, normal_02
+
+_S1 = {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial": (32, 48, 68)}
+_S2 = {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial": (32, 66, 96)}
+_S3 = {"depths": (3, 5, 5), "widths": (192, 352, 448), "partial": (48, 75, 96)}
+_S4 = {"depths": (4, 7, 6), "widths": (224, 336, 448), "partial": (48, 72, 96), "image_size": 256}
+_DISTILLED = {"distilled": True}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "shvit_s1": _S1,
+    "shvit_s2": _S2,
+    "shvit_s3": _S3,
+    "shvit_s4": _S4,
+    "shvit_s1_distilled": _S1 | _DISTILLED,
+    "shvit_s2_distilled": _S2 | _DISTILLED,
+    "shvit_s3_distilled": _S3 | _DISTILLED,
+    "shvit_s4_distilled": _S4 | _DISTILLED,
+}
+
+# Kernels [k, k, c, f] are split by what they put out, the classifiers' matrices too; vectors stay whole.
+PARTITION_RULES = (
+    (r"head(_distill)?/linear/kernel$", (None, ("tensor", "fsdp"))),
+    (r"(conv|excite/(reduce|expand))/kernel$", (None, None, None, "fsdp")),
+    (r"(bias|scale|mean|var)$", ()),
+)
+
+TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^stem/conv0/conv/kernel$", "colours"))
+
+KINDS = {"i": False, "s": True}  # kind of stage -> whether its blocks attend
+zeros, ones = nn.initializers.zeros, nn.initializers.ones
+
+
+class SHViT(nn.Module):
+    """Stages of blocks between a stem of 3x3 convolutions and a classifier on the mean of the last map.
+
+    The published models train without stochastic depth and without dropout, so there is no field for them. Their
+    printed sizes and multiply-accumulates are those of the folded network (`models.fold`).
+
+    Args:
+        depths: blocks of each stage, without those around a merging of patches.
+        widths: channels of each stage.
+        partial: channels that take part in attention, for each stage; not used in one of kind "i".
+        stages: kind of each stage, a key of KINDS: "i" has blocks without attention, "s" with it.
+        stem_strides: stride of each convolution of the stem, whose channels double from one to the next.
+        num_classes: size of the head; 0 leaves it out and returns the pooled features.
+        distilled: a second classifier, for the words of a teacher; the logits are the mean of both classifiers'.
+        image_size: what a recipe feeds; the network runs at any size.
+        remat: compute each block again in the backward pass instead of storing its inside.
+        dtype: the type to compute in. Parameters, statistics, softmax, classifiers and logits are float32.
+        folded: for inference alone, with the variables of `fold`.
+    """
+
+    depths: Sequence[int] = (2, 4, 5)
+    widths: Sequence[int] = (128, 224, 320)
+    partial: Sequence[int] = (32, 48, 68)
+    stages: Sequence[str] = ("i", "s", "s")
+    stem_strides: Sequence[int] = (2, 2, 2, 2)
+    num_classes: int = 1000
+    distilled: bool = False
+    image_size: int = 224
+    remat: bool = False
+    dtype: Dtype = None
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        fields = {name: tuple(getattr(self, name)) for name in ("depths", "widths", "partial", "stages")}
+        if len({len(values) for values in fields.values()}) != 1 or not self.stages:
+            given = ", ".join(f"model.{name}={values}" for name, values in fields.items())
+            raise ValueError(f"{given} must have one entry for each stage")
+        for kind in self.stages:
+            if kind not in KINDS:
+                raise ValueError(f"model.stages={kind!r} is not one of {', '.join(KINDS)}")
+        for name in ("depths", "stem_strides"):
+            values = tuple(getattr(self, name))
+            if min(values, default=0) < 1:
+                raise ValueError(f"model.{name}={values} must all be at least 1, and there must be one")
+        for width, partial, kind in zip(self.widths, self.partial, self.stages, strict=True):
+            if KINDS[kind] and not 1 <= partial <= width:
+                raise ValueError(f"model.partial has {partial} in a stage of model.widths {width}; give 1 to {width}")
+        halvings = 2 ** (len(self.stem_strides) - 1)
+        if self.widths[0] < 1 or self.widths[0] % halvings:
+            raise ValueError(
+                f"model.widths begins with {self.widths[0]}, which must be a multiple of {halvings}: it is halved for "
+                f"each convolution of model.stem_strides={tuple(self.stem_strides)} but the last"
+            )
+        super().__post_init__()
+
+    def setup(self) -> None:
+        common = {"dtype": self.dtype, "folded": self.folded}
+        self.stem = Stem(self.widths[0], tuple(self.stem_strides), **common)
+        for i, (depth, width, kind) in enumerate(zip(self.depths, self.widths, self.stages, strict=True)):
+            partial = self.partial[i] if KINDS[kind] else 0
+            stage = Stage(depth, width, partial, merges=i > 0, remat=self.remat, **common)
+            setattr(self, f"stage{i + 1}", stage)
+        if self.num_classes:
+            self.head = Head(self.num_classes, self.folded)
+            if self.distilled:
+                self.head_distill = Head(self.num_classes, self.folded)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, c]."""
+        heads = self.heads(images, train=train)
+        return (heads["class"] + heads["distill"]) / 2 if "distill" in heads else heads["class"]
+
+    def heads(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """What each classifier answers: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+
+        Without classifiers, {"class": the features [b, c] that both would see}.
+        """
+        maps = self.features(images, train=train)
+        last = maps[max(maps)]
+        # From here on in float32 at least: it costs nothing and the loss reads it.
+        pooled = last.mean((1, 2), dtype=jnp.promote_types(last.dtype, jnp.float32))
+        if not self.num_classes:
+            return {"class": pooled}
+        out = {"class": self.head(pooled, train=train)}
+        if self.distilled:
+            out["distill"] = self.head_distill(pooled, train=train)
+        return out
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
+        """What each stage puts out, by its stride: {16: [b, h/16, w/16, c], 32: ..., 64: ...} with the usual stem."""
+        x, stride, maps = self.stem(images, train=train), math.prod(self.stem_strides), {}
+        for i in range(len(self.stages)):
+            x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
+        return maps
+
+
+class Stem(nn.Module):
+    """3x3 convolutions with ReLUs between them: [b, h, w, 3] -> [b, h/s, w/s, width], s the product of the strides."""
+
+    width: int
+    strides: tuple[int, ...]
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        last = len(self.strides) - 1
+        for i, stride in enumerate(self.strides):
+            width = self.width // 2 ** (last - i)
+            x = ConvNorm(width, 3, stride, dtype=self.dtype, folded=self.folded, name=f"conv{i}")(x, train=train)
+            x = nn.relu(x) if i < last else x
+        return x
+
+
+class Stage(nn.Module):
+    """Blocks, in all stages but the first after a merging between two more: [b, h, w, c] -> [b, h/2, w/2, width]."""
+
+    depth: int
+    width: int
+    partial: int  # channels that take part in attention; 0: no attention
+    merges: bool
+    remat: bool
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        block, merge = (nn.remat(part, static_argnums=(2,)) if self.remat else part for part in (Block, Merge))
+        common = {"dtype": self.dtype, "folded": self.folded}
+        if self.merges:
+            # Norms of depthwise convolutions begin at 1 here and at 0 elsewhere.
+            x = block(partial=0, local_init=ones, **common, name="before")(x, train)
+            x = merge(self.width, **common, name="merge")(x, train)
+            x = block(partial=0, local_init=ones, **common, name="after")(x, train)
+        for i in range(self.depth):
+            x = block(partial=self.partial, local_init=zeros, **common, name=f"block{i}")(x, train)
+        return x
+
+
+class Block(nn.Module):
+    """A depthwise 3x3 convolution, attention and a feed-forward layer, each with its shortcut: [b, h, w, c] -> same."""
+
+    partial: int
+    local_init: Initializer  # of the scale that the depthwise convolution's norm begins with
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        width, common = x.shape[-1], {"dtype": self.dtype, "folded": self.folded}
+        local = ConvNorm(width, 3, groups=width, scale_init=self.local_init, **common, name="local")(x, train=train)
+        x = local if self.folded else x + local  # `fold` puts the shortcut into the kernel
+        if self.partial:
+            x = x + SingleHeadAttention(self.partial, **common, name="attention")(x, train=train)
+        return x + ConvMlp(**common, name="ffn")(x, train=train)
+
+
+class ConvMlp(nn.Module):
+    """norm(relu(norm(x W1)) W2), twice as wide inside: [b, h, w, c] -> [b, h, w, c]."""
+
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = functools.partial(ConvNorm, dtype=self.dtype, folded=self.folded)
+        y = nn.relu(norm(2 * x.shape[-1], name="expand")(x, train=train))
+        return norm(x.shape[-1], scale_init=zeros, name="reduce")(y, train=train)
+
+
+class Merge(nn.Module):
+    """Half the rows and columns, through four times the channels: [b, h, w, c] -> [b, h/2, w/2, width].
+
+    1x1, strided depthwise 3x3, squeeze-excite and 1x1, as an inverted bottleneck without a shortcut.
+    """
+
+    width: int
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        norm = functools.partial(ConvNorm, dtype=self.dtype, folded=self.folded)
+        channels, inside = x.shape[-1], 4 * x.shape[-1]
+        y = nn.relu(norm(inside, name="expand")(x, train=train))
+        y = nn.relu(norm(inside, 3, 2, groups=inside, name="stride")(y, train=train))
+        y = SqueezeExcite(multiple_of_8(channels), dtype=self.dtype, name="excite")(y)
+        return norm(self.width, name="reduce")(y, train=train)
+
+
+class Head(nn.Module):
+    """A batch normalisation and a matrix, in the type of their input: [b, c] -> [b, classes]."""
+
+    classes: int
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        x = BatchNorm(folded="away" if self.folded else "", name="norm")(x, train=train)
+        return nn.Dense(self.classes, kernel_init=normal_02, name="linear")(x)
+
+
+def multiple_of_8(channels: int) -> int:
+    """The multiple of 8 that is nearest to a number of channels, the upper one where two are; at least 8."""
+    return max((channels + 4) // 8 * 8, 8)
+
+
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the folded model: what `layers.conv.fold` folds, and two things more.
+
+    x + local(x) is one depthwise convolution, `local` with 1 added to the centre of its kernel. A classifier's norm
+    before its matrix, (scale * x + bias) W + b, goes into both: diag(scale) W and bias W + b.
+    """
+    params = conv.fold(variables)["params"]
+    for name, module in params.items():
+        if name.startswith("head"):
+            norm, linear = module.pop("norm"), module["linear"]
+            linear["bias"] = norm["bias"] @ linear["kernel"] + linear["bias"]
+            linear["kernel"] = norm["scale"][:, None] * linear["kernel"]
+        elif name.startswith("stage"):
+            for block in module.values():
+                if "local" in block:
+                    block["local"]["conv"]["kernel"][1, 1] += 1
+    return {"params": params}
