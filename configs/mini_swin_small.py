@@ -2,7 +2,8 @@
 
 python -m halvit_jax.main --config=configs/mini_swin_small.py --workdir=runs/mini_swin_small
 
-Labels alone: distillation, here from the logits, relations and maps of a Swin-B, is configured by the task.
+Labels alone; `configs/mini_swin_small.py:distilled` --config.teacher.init_from=SOURCE is
+as published, taught by a Swin-B.
 Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
 Published top-1: 83.9 (distilled). Measured here: not yet.
 """
@@ -12,6 +13,6 @@ from ml_collections import ConfigDict
 from halvit_jax import recipes
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-Swin-S."""
-    return recipes.swin("mini_swin_small", drop_path=0.1, epochs=int(epochs))
+    return recipes.mini_swin("mini_swin_small", drop_path=0.1, variant=variant)

@@ -2,6 +2,7 @@
 
 python -m halvit_jax.main --config=configs/shvit_s2.py --workdir=runs/shvit_s2
 
+`configs/shvit_s2.py:distilled` with --config.teacher.init_from=SOURCE is taught by a RegNetY-16GF.
 Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 16 GB and more. Expected time: not measured.
 Published top-1: 75.2 (raw weights). Measured here: not yet.
 """
@@ -11,6 +12,6 @@ from ml_collections import ConfigDict
 from halvit_jax import recipes
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of SHViT-S2."""
-    return recipes.shvit("shvit_s2", epochs=int(epochs))
+    return recipes.shvit("shvit_s2", variant=variant)

@@ -11,6 +11,6 @@ from ml_collections import ConfigDict
 from halvit_jax import recipes
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Swin-T."""
-    return recipes.swin("swin_tiny", drop_path=0.2, epochs=int(epochs))
+    return recipes.swin("swin_tiny", drop_path=0.2, variant=variant)

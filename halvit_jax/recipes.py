@@ -47,23 +47,26 @@ def deit_384(model: str) -> ConfigDict:
     return config
 
 
-def mini_deit(model: str, *, drop_path: float, epochs: int = 300) -> ConfigDict:
-    """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth, on the labels alone.
+def mini_deit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
 
-    The tables of relative positions are decayed, the position embedding is not, as released.
+    The tables of relative positions are decayed, the position embedding is not, as released. `variant` is a number of
+    epochs on the labels alone, or "distilled": 300 epochs on nothing but the probabilities of a RegNetY-16GF.
     """
-    config = deit(model, epochs=epochs)
+    config = deit(model, epochs=_epochs(variant))
     config.model.drop_path = drop_path
+    if variant == DISTILLED:
+        _teach(config, "regnety_160", kind="soft", alpha=1.0)
     return config
 
 
-def swin(model: str, *, drop_path: float, epochs: int = 300) -> ConfigDict:
-    """Swin Transformer (Liu et al., 2021), and Mini-Swin on the labels alone.
+def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Swin Transformer (Liu et al., 2021).
 
     Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no averages, and no decay of the
     tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024.
     """
-    config = deit(model, epochs=epochs)
+    config = deit(model, epochs=int(variant))
     config.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeats = 1
@@ -75,30 +78,49 @@ def swin(model: str, *, drop_path: float, epochs: int = 300) -> ConfigDict:
     return config
 
 
-def shvit(model: str, *, epochs: int = 300) -> ConfigDict:
+def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Mini-Swin (Zhang et al., 2022): Swin's recipe.
+
+    `variant` is a number of epochs on the labels alone, or "distilled": 300 epochs on nothing but what a Swin-B says
+    and how its tokens relate, in six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
+    """
+    config = swin(model, drop_path=drop_path, variant=str(_epochs(variant)))
+    if variant == DISTILLED:
+        layers = (1, 3, 9, 15, 21, 23)
+        student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
+        _teach(config, "swin_base", kind="soft_cross_entropy", alpha=1.0, qkv_weight=1.0, hidden_weight=0.1)
+        config.distill.update(student_layers=student, teacher_layers=layers)
+    return config
+
+
+def shvit(model: str, *, variant: str = "300") -> ConfigDict:
     """SHViT (Yun and Ro, 2024, and the released code): DeiT's recipe with another clipping, decay and learning rate.
 
     The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so 4e-3 is what the published
     models were trained with. Their gradients are clipped unit by unit, the classifier's too as we read the code. They
-    were computed in float32, and know no stochastic depth.
+    were computed in float32, and know no stochastic depth. `variant` is a number of epochs on the labels alone, or
+    "distilled": 300 epochs with a second classifier that learns what a RegNetY-16GF names.
 
     Raises:
         ValueError: a model that no weight decay is published for.
     """
-    size = model.removesuffix("_distilled")
-    if size not in SHVIT_DECAY:
+    if model not in SHVIT_DECAY:
         raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
-    config = deit(model, epochs=epochs)
+    config = deit(model, epochs=_epochs(variant))
     config.batch_size = config.recipe_batch_size = 2048
     config.compute_dtype = "float32"
     config.model.drop_path = None
     config.optim.learning_rate = 1e-3
-    config.optim.weight_decay = SHVIT_DECAY[size]
+    config.optim.weight_decay = SHVIT_DECAY[model]
     config.optim.clip_adaptive = 0.02
     config.optim.no_clip_adaptive = ()
+    if variant == DISTILLED:
+        config.model.name = f"{model}_distilled"
+        _teach(config, "regnety_160", kind="hard", alpha=0.5)
     return config
 
 
+DISTILLED = "distilled"
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
 
@@ -271,3 +293,14 @@ def taught_digits(model: str, kind: str) -> ConfigDict:
         config.distill.hidden_weight = 0.1
         config.distill.student_layers = config.distill.teacher_layers = tuple(range(config.model.depth))
     return config
+
+
+def _epochs(variant: str) -> int:
+    return 300 if variant == DISTILLED else int(variant)
+
+
+def _teach(config: ConfigDict, teacher: str, **fields: object) -> None:
+    """Distillation of this teacher, whose weights `teacher.init_from` is still to name."""
+    config.task.name = "distill"
+    config.teacher.name = teacher
+    config.distill.update(fields)

@@ -9,8 +9,10 @@ from ml_collections import ConfigDict
 from halvit_jax import door, recipes
 from halvit_jax.config import default_config, from_json, to_json, validate
 from halvit_jax.run import build_task
+from halvit_jax.teacher import abstract_task
 from halvit_jax.training.optim import path_mask
 from halvit_jax.training.paths import flat
+from halvit_jax.training.sharding import make_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -66,12 +68,31 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
     assert load(ROOT / "configs" / "halvit_tiny.py", "600").num_epochs == 600
 
 
+@pytest.mark.parametrize(
+    ("name", "teacher", "kind", "layers"),
+    [
+        ("shvit_s1", "regnety_160", "hard", ()),
+        ("mini_deit_base", "regnety_160", "soft", ()),
+        ("mini_swin_tiny", "swin_base", "soft_cross_entropy", (1, 3, 5, 7, 9, 11)),
+        ("mini_swin_small", "swin_base", "soft_cross_entropy", (1, 3, 9, 15, 21, 23)),
+    ],
+)
+def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind: str, layers: tuple[int, ...]) -> None:
+    config = load(ROOT / "configs" / f"{name}.py", "distilled")
+    assert (config.task.name, config.teacher.name, config.distill.kind) == ("distill", teacher, kind)
+    assert config.distill.student_layers == layers
+    assert config.num_epochs == 300
+    config.data.data_dir = "nowhere"
+    task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
+    assert task.frozen["params"]
+
+
 @pytest.mark.parametrize("name", sorted(recipes.SHVIT_DECAY))
 def test_shvits_are_trained_at_4e_3_with_a_decay_of_their_own(name: str) -> None:
     config = load(ROOT / "configs" / f"{name}.py", "30")
     assert (config.model.name, config.num_epochs, config.batch_size) == (name, 30, 2048)
     assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == 4e-3
-    assert config.optim.weight_decay == recipes.shvit(f"{name}_distilled").optim.weight_decay
+    assert config.optim.weight_decay == load(ROOT / "configs" / f"{name}.py", "distilled").optim.weight_decay
     with pytest.raises(ValueError, match="'deit_tiny' has no published SHViT recipe; one of shvit_s1, shvit_s2"):
         recipes.shvit("deit_tiny")
 
