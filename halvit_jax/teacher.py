@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,12 @@ from halvit_jax import run as run_lib
 from halvit_jax.convert import files, native
 from halvit_jax.models import create_model, partition_rules
 from halvit_jax.protocols import PyTree
+from halvit_jax.tasks.classify import Classification
 from halvit_jax.tasks.distill import Distillation, Teacher
 from halvit_jax.training.paths import map_paths, sha256
 from halvit_jax.training.sharding import partition
 
+Colours = Sequence[float] | None
 FILE = "teacher.json"  # of the workdir: which weights the run learns from
 
 
@@ -101,15 +104,15 @@ def remember(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) ->
 
 def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     """The task with shapes for a teacher, and the teacher's name."""
-    student = run_lib.build_task(config).model
-    teacher, name = _describe(config, student)
+    student = run_lib.build_task(config)
+    teacher, name = _describe(student, **config.teacher)
     model = teacher.model
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     shapes: PyTree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     shardings = partition(shapes, partition_rules(model), mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     teacher = teacher._replace(variables=shapes)
-    return Distillation(student, teacher=teacher, **config.distill, **config.task), name
+    return Distillation(student.model, teacher=teacher, **config.distill, **config.task), name
 
 
 class _Known(NamedTuple):
@@ -120,29 +123,28 @@ class _Known(NamedTuple):
     images: dict[str, Any]  # "mean" and "std", where it says them
 
 
-def _describe(config: ConfigDict, student: nn.Module) -> tuple[Teacher, str]:
-    """The model and its normalisation, without variables, and its name."""
-    given = {field: value for field, value in config.teacher.items() if value is not None}
-    source, name = given.pop("init_from"), given.pop("name")
-    images = {field: given.pop(field) for field in ("mean", "std") if field in given}
-    known = _known(source) if os.path.exists(source) else None
+def _describe(
+    student: Classification, *, init_from: str, name: str, mean: Colours, std: Colours, **fields: Any
+) -> tuple[Teacher, str]:
+    """The model of `config.teacher` and its normalisation, without variables, and the model's name."""
+    given = {field: value for field, value in fields.items() if value is not None}
+    images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
+    known = _known(init_from) if os.path.exists(init_from) else None
     if not known and not name:
         raise ValueError(
-            f"teacher.init_from={source} does not say which model it is of, or is not there; set teacher.name, and of "
-            "its fields what its table of sizes has otherwise"
+            f"teacher.init_from={init_from} does not say which model it is of, or is not there; set teacher.name, and "
+            "of its fields what its table of sizes has otherwise"
         )
     if known:
         model = _create(known.name, known.fields)
         said = {"name": known.name, **known.images, **{field: getattr(model, field, None) for field in given}}
-        _check_agreement(source, {"name": name or known.name, **images, **given}, said)
-        name, images = known.name, known.images | images
-        given = known.fields
+        _check_agreement(init_from, {"name": name or known.name, **images, **given}, said)
+        name, given, images = known.name, known.fields, images | known.images
     else:
-        given["num_classes"] = student.num_classes
-    # Its number of classes stays, to be compared with the student's.
-    model = _create(name, given | {"image_size": student.image_size, "dtype": student.dtype})
-    normal = {"mean": config.task.mean, "std": config.task.std} | images
-    return Teacher(model, {}, **normal), name
+        given["num_classes"] = student.model.num_classes
+    # The number of classes that is known stays, to be compared with the student's.
+    model = _create(name, given | {"image_size": student.model.image_size, "dtype": student.model.dtype})
+    return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
 
 
 def _known(source: str) -> _Known | None:

@@ -68,7 +68,7 @@ class Classification:
         self.model = model
         self.frozen: PyTree = {}
         self.partition_rules = partition_rules(model)
-        self._mean, self._std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
@@ -109,11 +109,11 @@ class Classification:
     def summary_images(self, batch: Batch) -> dict[str, Any]:
         """The first 64 images as the model gets them in training."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
-        return {"train_images": jnp.clip(images[:64] * self._std + self._mean, 0.0, 1.0)}
+        return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Images of 0 to 255 [b, h, w, 3] as the model wants them."""
-        return (images.astype(jnp.float32) / 255.0 - self._mean) / self._std
+        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)

@@ -81,7 +81,7 @@ class Distillation(Classification):
         self.frozen = teacher.variables
         # From the student's normalisation to the teacher's: x -> x * scale + shift.
         mean, std = np.asarray(teacher.mean, np.float32), np.asarray(teacher.std, np.float32)
-        self._scale, self._shift = self._std / std, (self._mean - mean) / std
+        self._scale, self._shift = self.std / std, (self.mean - mean) / std
         self._teaching, self._alpha, self._tau = TEACHINGS[kind], alpha, tau
 
     def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
