@@ -19,7 +19,11 @@ BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 def digests(tree: PyTree) -> dict[str, str]:
     """{path: 16 hexadecimal digits} of all arrays of a tree; waits until they are computed."""
-    sums = {path: _sums(array) for path, array in flat(tree).items()}
+    sums = {}
+    for path, array in flat(tree).items():
+        sums[path] = _sums(array)
+        if jax.default_backend() == "cpu":  # where many small programs that exchange something may block each other
+            sums[path].block_until_ready()
     return {path: "".join(f"{int(word):08x}" for word in np.asarray(words)) for path, words in sums.items()}
 
 

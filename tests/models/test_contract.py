@@ -51,12 +51,16 @@ def _images(model: nn.Module) -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
+# What follows is kept for each small model, for sizes of one family often have the same one.
+
+
+@functools.cache
 def _shapes(model: nn.Module) -> Any:
     return jax.eval_shape(lambda: model.init(jax.random.key(0), _images(model), train=False))
 
 
 @functools.cache
-def _variables(name: str) -> Any:
+def _variables(model: nn.Module) -> Any:
     """Values that keep a signal's size, many times quicker than compiling `init`."""
     rng = np.random.default_rng(0)
 
@@ -65,18 +69,33 @@ def _variables(name: str) -> Any:
             return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
         return (rng.standard_normal(shape.shape) / math.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
 
-    return map_paths(values, _shapes(_small(name)))
+    return map_paths(values, _shapes(model))
 
 
 @functools.cache
-def _logits(name: str, dtype: str) -> jax.Array:
-    model = _small(name, dtype=dtype)
-    return jax.jit(lambda v, x: model.apply(v, x, train=False))(_variables(name), _images(model))
+def _logits(model: nn.Module) -> jax.Array:
+    variables = _variables(model.clone(dtype="float32"))
+    return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, _images(model))
+
+
+@functools.cache
+def _gradients(model: nn.Module) -> dict[str, jax.Array]:
+    params, images = _variables(model)["params"], _images(model)
+    state = {collection: tree for collection, tree in _variables(model).items() if collection != "params"}
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal((4, CLASSES)), jnp.float32)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params: Any) -> jax.Array:
+        logits, _ = model.apply({"params": params, **state}, images, train=True, mutable=list(state))
+        return jnp.sum(weights * jax.nn.log_softmax(logits))
+
+    return flat(gradient(params))
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_logits_are_float32_finite_and_of_the_right_shape(name: str) -> None:
-    logits = _logits(name, "float32")
+    logits = _logits(_small(name, dtype="float32"))
     assert (logits.shape, logits.dtype) == ((4, CLASSES), jnp.float32)
     assert bool(jnp.isfinite(logits).all())
 
@@ -89,25 +108,15 @@ def test_variables_are_float32_whatever_is_computed_in(name: str, dtype: str) ->
 
 @pytest.mark.parametrize("name", list_models())
 def test_every_parameter_learns(name: str) -> None:
-    model = _small(name)
-    params, images = _variables(name)["params"], _images(model)
-    state = {collection: tree for collection, tree in _variables(name).items() if collection != "params"}
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal((4, CLASSES)), jnp.float32)
-
-    @jax.jit
-    @jax.grad
-    def gradient(params: Any) -> jax.Array:
-        logits, _ = model.apply({"params": params, **state}, images, train=True, mutable=list(state))
-        return jnp.sum(weights * jax.nn.log_softmax(logits))
-
-    grads = flat(gradient(params))
-    assert grads.keys() == flat(params).keys()
+    model = _small(name, dtype="float32")
+    grads = _gradients(model)
+    assert grads.keys() == flat(_variables(model)["params"]).keys()
     assert [path for path, grad in grads.items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
 
 
 @pytest.mark.parametrize("name", list_models())
 def test_bfloat16_computes_close_to_float32(name: str) -> None:
-    exact, rough = _logits(name, "float32"), _logits(name, "bfloat16")
+    exact, rough = (_logits(_small(name, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert rough.dtype == jnp.float32
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(exact.std())
 
