@@ -272,6 +272,7 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
             teacher.taught_task(pupil(digits_dir, tmp_path / name), make_mesh())
 
 
+@pytest.mark.slow  # it compiles for half a minute
 def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     finished: Finished, digits_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +286,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     assert re.search(r"^skip  step        needs teacher", lines, re.M)
 
 
+@pytest.mark.slow  # it compiles
 def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.Path) -> None:
     fields = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "deit_small"}
     config = pupil(digits_dir, "/nowhere", **fields | {"mesh.fsdp": 2, "ema_decay": 0.0})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
+from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.regnet import RegNet
@@ -75,7 +76,8 @@ def _variables(model: nn.Module) -> Any:
 @functools.cache
 def _logits(model: nn.Module) -> jax.Array:
     variables = _variables(model.clone(dtype="float32"))
-    return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, _images(model))
+    with conv.native():
+        return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, _images(model))
 
 
 @functools.cache
@@ -90,7 +92,8 @@ def _gradients(model: nn.Module) -> dict[str, jax.Array]:
         logits, _ = model.apply({"params": params, **state}, images, train=True, mutable=list(state))
         return jnp.sum(weights * jax.nn.log_softmax(logits))
 
-    return flat(gradient(params))
+    with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
+        return flat(gradient(params))
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -88,6 +88,7 @@ def test_remat_recomputes_each_block() -> None:
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 5]
 
 
+@pytest.mark.slow  # both networks whole; the fold is the one of tests/models/test_resnet.py
 def test_folding_the_norms_changes_no_output() -> None:
     model, images, rng = RegNet(**SMALL), _images(), np.random.default_rng(0)
 
