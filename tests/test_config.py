@@ -82,7 +82,7 @@ def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind:
     assert (config.task.name, config.teacher.name, config.distill.kind) == ("distill", teacher, kind)
     assert config.distill.student_layers == layers
     assert config.num_epochs == 300
-    config.data.data_dir = "nowhere"
+    config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
     assert task.frozen["params"]
 
