@@ -20,6 +20,7 @@ def run(door: str, *arguments: str, code: int = 0) -> subprocess.CompletedProces
     return run_door(f"halvit_jax.{door}", *arguments, code=code)
 
 
+@pytest.mark.slow  # it counts the multiplications of all
 def test_summary_lists_every_model() -> None:
     rows = [json.loads(line) for line in run("summary", "--json").stdout.splitlines()]
     assert [row["model"] for row in rows] == list_models()
