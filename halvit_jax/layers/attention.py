@@ -1,20 +1,23 @@
 """Self-attention: full and tied, of a transformer block, and with a single head, of a convolutional one.
 
-Shapes: `b` batch, `n` tokens, `d` width, `h` heads, `k` width of a head (d = h k). Every class of ATTENTION maps
-[b, n, d] -> [b, n, d] and takes the same fields, so that a block chooses one by name. Of single-head attention, `h w`
-is space, `c` channels and `p` those it attends with. A block may also hand over what it does around the softmax, such
-as relative positions, a mask or the mixing of heads:
+Shapes: `b` batch, `n` tokens, `m` keys, `d` width, `h` heads, `k` width of a head (d = h k), `r` real heads, which have
+queries and keys of their own. Every class of ATTENTION maps [b, n, d] -> [b, n, d] and takes the same fields, so that a
+block chooses one by name. Of single-head attention, `h w` is space, `c` channels and `p` those it attends with. A block
+may also hand over what it does around the softmax, such as relative positions, a mask or the mixing of heads:
 
     before(logits [b, h, n, n], scaled queries [b, h, n, k]) -> logits;    after(weights [b, h, n, n]) -> weights
+
+Where heads are hallucinated, `before` sees the real ones and `after` all.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.conv import ConvNorm
+from halvit_jax.layers.conv import ConvNorm, depthwise_maps
 from halvit_jax.layers.init import Dtype, normal_02
 from halvit_jax.layers.kept import keep
 from halvit_jax.layers.tied import TiedDense
@@ -30,14 +33,19 @@ class SelfAttention(nn.Module):
     width: int  # d
     num_heads: int  # h
     bias: bool = True
+    real_heads: float = 1.0  # share of the heads; the maps of the others are hallucinated, see `AttentionMaps`
+    hallucinate: str = "logits"  # a key of HALLUCINATE
     dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
         dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
-        query, key, value = jnp.split(nn.Dense(3 * self.width, **dense, name="qkv")(x), 3, axis=-1)
+        maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
+        part = maps.real_width(self.width)
+        qkv = nn.Dense(2 * part + self.width, **dense, name="qkv")(x)
+        query, key, value = jnp.split(qkv, (part, 2 * part), axis=-1)
         keep(self, "query_key_value", query, key, value)
-        weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
+        weights = maps(query, key, before=before)
         keep(self, "weights", weights)
         out = average(after(weights) if after else weights, value)
         return nn.Dense(self.width, **dense, name="output")(out)
@@ -49,23 +57,28 @@ class TiedAttention(nn.Module):
     width: int  # d
     num_heads: int  # h
     bias: bool = False
+    real_heads: float = 1.0  # as in SelfAttention; saves products here and no parameters, for Wq serves the output too
+    hallucinate: str = "logits"
     dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
         query_output = TiedDense(self.width, self.width, dtype=self.dtype, name="query_output")
         key_value = TiedDense(self.width, self.width, dtype=self.dtype, name="key_value")
-        query, key, value = query_output.project(x), key_value.project(x), key_value.project_back(x)
+        maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
+        part = maps.real_width(self.width)
+        query, key = query_output.project(x, first=part), key_value.project(x, first=part)
+        value = key_value.project_back(x)
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
         keep(self, "query_key_value", query, key, value)
-        weights = attention_weights(query, key, num_heads=self.num_heads, before=before)
+        weights = maps(query, key, before=before)
         keep(self, "weights", weights)
         out = query_output.project_back(average(after(weights) if after else weights, value))
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
-        return x + self.param(f"{name}_bias", nn.initializers.zeros, (self.width,)).astype(x.dtype)
+        return x + self.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
 
 
 class SingleHeadAttention(nn.Module):
@@ -105,6 +118,71 @@ class SingleHeadAttention(nn.Module):
 ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAttention}
 
 
+class AttentionMaps(nn.Module):
+    """softmax(Q K^T / sqrt(k)) of the real heads, and the maps of the others made from theirs.
+
+    queries [b, n, r k], keys [b, m, r k] -> weights [b, h, n, m], the real heads' first. That half of the maps can be
+    hallucinated from the other half by cheap operations is the finding of Xu et al., 2023 (arXiv 2306.10875). Which
+    operations, where and how many heads is in no text we know and has no released code; those of `Hallucination`, the
+    logits as the place, and r = h / 2 rounded up are our reading. "logits": one softmax over the logits of all.
+    "maps": made of the real heads' weights, cut off below 0 and each row divided by its sum.
+    """
+
+    num_heads: int  # h
+    real_heads: float = 1.0  # r / h, rounded up to whole heads
+    hallucinate: str = "logits"  # a key of HALLUCINATE
+
+    @property
+    def real(self) -> int:
+        """r."""
+        return math.ceil(self.num_heads * self.real_heads)
+
+    def real_width(self, width: int) -> int:
+        """Of a width h k of all heads, the part r k of the real ones."""
+        return width * self.real // self.num_heads
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, *, before: Before | None = None) -> jax.Array:
+        if self.real == self.num_heads:
+            return attention_weights(query, key, num_heads=self.num_heads, before=before)
+        more = Hallucination(self.num_heads - self.real, name="hallucination")
+        if self.hallucinate == "maps":
+            weights = attention_weights(query, key, num_heads=self.real, before=before)
+            made = nn.relu(more(weights))
+            made /= jnp.maximum(made.sum(-1, keepdims=True), jnp.finfo(made.dtype).tiny)
+            return jnp.concatenate([weights, made], axis=1)
+
+        def all_logits(logits: jax.Array, query: jax.Array) -> jax.Array:
+            logits = before(logits, query) if before else logits
+            return jnp.concatenate([logits, more(logits)], axis=1)
+
+        return attention_weights(query, key, num_heads=self.real, before=all_logits)
+
+
+HALLUCINATE = ("logits", "maps")
+
+
+class Hallucination(nn.Module):
+    """The maps of further heads, made from those of the real ones: [b, r, n, m] -> [b, heads, n, m].
+
+        mixed_g = sum_r C_rg A_r        across the heads, a 1x1 convolution
+        made_g = D_g * mixed_g          within each map, a 3x3 convolution with zeros around it; m and n may differ
+
+    r heads + 9 heads parameters, no bias. At first C_rg is uniform in [0, 2 / r] and D_g does nothing: every map begins
+    as an average of the real ones with weights of its own.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, maps: jax.Array) -> jax.Array:
+        real = maps.shape[1]
+        across = self.param("across", nn.initializers.uniform(2 / real), (real, self.heads))
+        within = self.param("within", _centre, (3, 3, 1, self.heads))
+        mixed = jnp.einsum("brnm,rg->bgnm", maps, across.astype(maps.dtype))
+        return depthwise_maps(mixed, within.astype(maps.dtype))
+
+
 class HeadMix(nn.Module):
     """Every head's map becomes a weighted sum of all: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
 
@@ -125,7 +203,7 @@ class HeadMix(nn.Module):
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, before: Before | None = None) -> jax.Array:
-    """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] twice -> [b, h, n, n], whose rows sum to 1.
+    """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] and [b, m, d] -> [b, h, n, m], whose rows sum to 1.
 
     The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens
     so that every product is one of plain matrices: on a CPU twice as fast as with the heads in between. The queries are
@@ -139,9 +217,15 @@ def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, befor
 
 
 def average(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """The values [b, n, d] averaged with the weights [b, h, n, n] of their head: [b, n, d]."""
+    """The values [b, m, d] averaged with the weights [b, h, n, m] of their head: [b, n, d]."""
     out = jnp.einsum("bhqn,bhnk->bhqk", weights, _split_heads(value, weights.shape[1])).transpose(0, 2, 1, 3)
     return out.reshape(*out.shape[:2], -1)  # [b, n, h, k] -> [b, n, d]
+
+
+def _centre(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """The kernel of a depthwise convolution that changes nothing."""
+    del key
+    return jnp.zeros(shape, dtype).at[shape[0] // 2, shape[1] // 2].set(1)
 
 
 def _split_heads(x: jax.Array, num_heads: int) -> jax.Array:

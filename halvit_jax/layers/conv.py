@@ -163,8 +163,9 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
     """The variables of a model whose batch normalisations are folded: what evaluation computes, in fewer steps.
 
     A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
-    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), g goes into its
-    kernel and the rest into its bias; elsewhere both stay, as scale and bias in place of the normalisation.
+    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`) or a matrix (`dense`
+    before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias in place
+    of the normalisation.
     """
     params = jax.tree.map(np.asarray, dict(variables["params"]))
     stats = jax.tree.map(np.asarray, dict(variables.get("batch_stats", {})))
@@ -176,7 +177,7 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
         scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
         bias = norm["bias"] - moved["mean"] * scale
         before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
-        before = before or parent.get(name.replace("norm", "conv"))
+        before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
         if before is None:
             parent[name] = {"scale": scale, "bias": bias}
         else:
@@ -235,6 +236,21 @@ def native() -> Iterator[None]:
         yield
     finally:
         FORMULATIONS.update(kept)
+
+
+def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Every channel by itself with k // 2 zeros around it, channels first: x [b, c, h, w], kernel [k, k, 1, c] -> x's.
+
+    For a few channels of large maps, such as attention's: with the channels last there would be nothing to vectorise.
+    """
+    k, channels = kernel.shape[0], x.shape[1]
+    if jax.default_backend() not in FORMULATIONS:
+        padding = [(k // 2, k // 2)] * 2
+        numbers = ("NCHW", "HWIO", "NCHW")
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, dimension_numbers=numbers, feature_group_count=channels
+        )
+    return _depthwise(x, kernel, 1, k // 2, first=2)
 
 
 def max_pool(x: jax.Array, *, size: int, stride: int, padding: int) -> jax.Array:
@@ -298,13 +314,17 @@ def _pointwise_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> 
 _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """Every channel by itself: the sum over the k * k places of a window of view times weight."""
+def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int, *, first: int = 1) -> jax.Array:
+    """Every channel by itself: the sum over the k * k places of a window of view times weight.
+
+    `first`: the first of the two axes of space; behind the channels it is 2.
+    """
     k = kernel.shape[0]
+    weights = kernel if first == 1 else kernel[..., None, None]  # [k, k, 1, c] or [k, k, 1, c, 1, 1]
     y = jnp.zeros((), _wide(x))
-    for i, rows in enumerate(_views(x, 1, k, stride, padding, 0)):
-        for j, view in enumerate(_views(rows, 2, k, stride, padding, 0)):
-            y += view.astype(y.dtype) * kernel[i, j, 0].astype(y.dtype)
+    for i, rows in enumerate(_views(x, first, k, stride, padding, 0)):
+        for j, view in enumerate(_views(rows, first + 1, k, stride, padding, 0)):
+            y += view.astype(y.dtype) * weights[i, j, 0].astype(y.dtype)
     return y.astype(x.dtype)
 
 

@@ -32,10 +32,10 @@ class TiedDense(nn.Module):
         # Cast once for both uses: their gradients are then added before the devices exchange them, not after.
         self._cast = kernel if self.dtype is None else kernel.astype(self.dtype)
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """x @ W: [..., d] -> [..., f]."""
+    def project(self, x: jax.Array, *, first: int | None = None) -> jax.Array:
+        """x @ W: [..., d] -> [..., f]; with `first`, that many of its columns alone."""
         x, kernel = promote_dtype(x, self._cast, dtype=self.dtype)
-        return x @ kernel
+        return x @ (kernel if first in (None, self.features) else kernel[:, :first])
 
     def project_back(self, h: jax.Array) -> jax.Array:
         """h @ W.T: [..., f] -> [..., d]."""

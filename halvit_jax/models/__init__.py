@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers import conv
+from halvit_jax.layers import conv, ffn
 from halvit_jax.models import minivit, regnet, resnet, shvit, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
@@ -25,7 +25,7 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
-    vit.VisionTransformer: Family(vit.SIZES, vit.PARTITION_RULES, vit.TRANSFER_RULES),
+    vit.VisionTransformer: Family(vit.SIZES, vit.PARTITION_RULES, vit.TRANSFER_RULES, ffn.fold),
     resnet.ResNet: Family(resnet.SIZES, resnet.PARTITION_RULES, resnet.TRANSFER_RULES),
     swin.SwinTransformer: Family(swin.SIZES, swin.PARTITION_RULES, swin.TRANSFER_RULES),
     minivit.MiniDeit: Family(minivit.DEIT_SIZES, minivit.PARTITION_RULES, vit.TRANSFER_RULES),

@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+from halvit_jax.layers.attention import HALLUCINATE
+
 
 def check_choice(field: str, value: str, allowed: Collection[str]) -> None:
     """Raise a ValueError unless `value` is one of `allowed`."""
@@ -13,3 +15,13 @@ def check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
     """Raise a ValueError unless both are positive and `value` divides `whole`."""
     if value < 1 or whole < 1 or whole % value:
         raise ValueError(f"model.{field}={value} does not divide model.{whole_field}={whole}; change one of them")
+
+
+def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_branches: int) -> None:
+    """Raise a ValueError unless these four fields of hallucinated attention and compact FFNs can be built."""
+    for field, value in {"real_heads": real_heads, "ffn_rank": ffn_rank}.items():
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"model.{field}={value} must lie in (0, 1]")
+    check_choice("hallucinate", hallucinate, HALLUCINATE)
+    if ffn_branches < 1:
+        raise ValueError(f"model.ffn_branches={ffn_branches} must be at least 1")

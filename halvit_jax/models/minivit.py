@@ -32,6 +32,8 @@ DEIT_SIZES: dict[str, dict[str, Any]] = {
     "mini_deit_tiny": vit.TINY | MEAN,
     "mini_deit_small": vit.SMALL | MEAN,
     "mini_deit_base": vit.BASE | MEAN,
+    "mini_halvit_tiny": vit.SMALL | vit.TIED | MEAN,  # tied matrices, shared by two layers: nobody has published this
+    "mini_halvit_small": vit.BASE | vit.TIED | MEAN,
 }
 SWIN_SIZES: dict[str, dict[str, Any]] = {
     "mini_swin_tiny": {"shares": (2, 2, 6, 2)},
@@ -58,6 +60,8 @@ class MiniDeit(vit.VisionTransformer):
 
     def __post_init__(self) -> None:
         check_divides("share", self.share, "depth", self.depth)
+        if self.ffn_rank != 1.0:  # whose norms would need statistics of each run
+            raise ValueError(f"model.ffn_rank={self.ffn_rank} must be 1 where layers share matrices (model.share)")
         super().__post_init__()
 
     def _make_blocks(self) -> list[nn.Module]:
@@ -70,6 +74,8 @@ class MiniDeit(vit.VisionTransformer):
                 attention=self.attention,
                 ffn=self.ffn,
                 attention_bias=self.attention_bias,
+                real_heads=self.real_heads,
+                hallucinate=self.hallucinate,
                 dtype=self.dtype,
                 grid=self._grid,
                 rates=tuple(rates[i * self.share : (i + 1) * self.share]),
@@ -89,6 +95,8 @@ class SharedBlock(nn.Module):
     attention: str  # a key of ATTENTION
     ffn: str  # a key of FFN
     attention_bias: bool
+    real_heads: float
+    hallucinate: str  # one of HALLUCINATE
     dtype: Dtype
     grid: tuple[int, int]
     rates: tuple[float, ...]  # stochastic depth of each run
@@ -97,7 +105,13 @@ class SharedBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         attention = ATTENTION[self.attention](
-            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
+            self.width,
+            self.num_heads,
+            self.attention_bias,
+            self.real_heads,
+            self.hallucinate,
+            dtype=self.dtype,
+            name="attention",
         )
         ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
         for i, rate in enumerate(self.rates):
@@ -125,7 +139,9 @@ class Repeat(nn.Module):
 
         y = nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="attention_norm")(x)
         x = x + drop(self.attention(y, before=before, after=mix_weights), train=train)
-        x = x + drop(self.ffn(nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(
+            self.ffn(nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train
+        )
         keep(self, "hidden", x)
         return x
 
@@ -223,7 +239,7 @@ class SwinRepeat(nn.Module):
         x = norm(name="local_norm")(x)
         local_conv = Conv(x.shape[-1], LOCAL, groups=x.shape[-1], use_bias=True, dtype=self.dtype, name="local_conv")
         x = x + local_conv(x)
-        x = x + drop(self.ffn(norm(name="ffn_norm")(x)), train=train)
+        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)
         keep(self, "hidden", x)
         return x
 

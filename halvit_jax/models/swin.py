@@ -209,7 +209,7 @@ class SwinBlock(nn.Module):
 
         y = windows.split(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x))
         x = x + drop(windows.join(attention(y, before=before)), train=train)
-        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train)
         keep(self, "hidden", x)
         return x
 

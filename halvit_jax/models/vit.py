@@ -15,10 +15,10 @@ from flax import linen as nn
 from halvit_jax.layers.attention import ATTENTION
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
-from halvit_jax.layers.ffn import FFN
+from halvit_jax.layers.ffn import FFN, Compact
 from halvit_jax.layers.init import Dtype, normal_02
 from halvit_jax.layers.kept import keep
-from halvit_jax.models.fields import check_choice, check_divides
+from halvit_jax.models.fields import check_choice, check_compact, check_divides
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")
@@ -33,18 +33,27 @@ class Block(nn.Module):
     attention: str  # a key of ATTENTION
     ffn: str  # a key of FFN
     attention_bias: bool
+    real_heads: float
+    hallucinate: str  # one of HALLUCINATE
+    compact: Compact
     drop_path: float
     dtype: Dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         attention = ATTENTION[self.attention](
-            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
+            self.width,
+            self.num_heads,
+            self.attention_bias,
+            self.real_heads,
+            self.hallucinate,
+            dtype=self.dtype,
+            name="attention",
         )
-        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
+        ffn = FFN[self.ffn](self.width, self.hidden, self.compact, dtype=self.dtype, name="ffn")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(attention(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x)), train=train)
-        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x)), train=train)
+        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train)
         keep(self, "hidden", x)
         return x
 
@@ -62,6 +71,10 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         image_size: height and width of the (square) images; a multiple of `patch_size`.
+        real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
+            hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, in training each
+            the sum of `ffn_branches`; see `CompactDense`.
         pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
         distilled: a second token and a second classifier, for the words of a teacher (DeiT, section 4); the logits are
             the mean of both classifiers'. Needs `pool` "token".
@@ -69,6 +82,7 @@ class VisionTransformer(nn.Module):
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, softmax and logits are float32 whatever it is.
+        folded: for inference alone, with the variables of `layers.ffn.fold`.
     """
 
     num_classes: int = 1000
@@ -81,12 +95,17 @@ class VisionTransformer(nn.Module):
     attention: str = "full"
     ffn: str = "dense"
     attention_bias: bool = True
+    real_heads: float = 1.0
+    hallucinate: str = "logits"
+    ffn_rank: float = 1.0
+    ffn_branches: int = 2
     pool: str = "token"
     distilled: bool = False
     position: str = "learned"
     drop_path: float = 0.0
     remat: bool = False
     dtype: Dtype = jnp.float32
+    folded: bool = False
 
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
@@ -103,6 +122,9 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"model.width={self.width} must be a multiple of 4 when model.position='sincos'")
         if self.width * self.ffn_ratio < 1:
             raise ValueError(f"model.ffn_ratio={self.ffn_ratio} leaves nothing of model.width={self.width}")
+        check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
+        if self.ffn != "dense" and self.ffn_rank != 1.0:
+            raise ValueError(f"model.ffn_rank={self.ffn_rank} needs model.ffn='dense', not {self.ffn!r}")
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
         super().__post_init__()
@@ -162,6 +184,9 @@ class VisionTransformer(nn.Module):
                 attention=self.attention,
                 ffn=self.ffn,
                 attention_bias=self.attention_bias,
+                real_heads=self.real_heads,
+                hallucinate=self.hallucinate,
+                compact=Compact(self.ffn_rank, self.ffn_branches, self.folded),
                 drop_path=rate,
                 dtype=self.dtype,
                 name=f"block{i}",
@@ -187,6 +212,8 @@ class VisionTransformer(nn.Module):
 
 
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
+HALF_THE_MAPS = {"real_heads": 0.5}
+HC = {"real_heads": 0.5, "ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
 TINY = {"width": 192, "num_heads": 3}
 SMALL = {"width": 384, "num_heads": 6}
 BASE = {"width": 768, "num_heads": 12}
@@ -200,6 +227,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "deit_tiny_distilled": TINY | {"distilled": True},
     "deit_small_distilled": SMALL | {"distilled": True},
     "deit_base_distilled": BASE | {"distilled": True},
+    "deit_tiny_hc": TINY | HC,
+    "deit_small_hc": SMALL | HC,
+    "deit_base_hc": BASE | HC,
+    "halvit_tiny_h": SMALL | TIED | HALF_THE_MAPS,  # two savings that nobody has published together
+    "halvit_small_h": BASE | TIED | HALF_THE_MAPS,
 }
 
 # A tied kernel has one rule for both of its uses: split on f, its second dimension. Both axes split that one dimension,
@@ -207,10 +239,10 @@ SIZES: dict[str, dict[str, Any]] = {
 # jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
 SPLIT = ("tensor", "fsdp")
 PARTITION_RULES = (
-    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value)/kernel$", (None, SPLIT)),
-    (r"(output|reduce)/kernel$", (SPLIT, None)),
+    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d?(/dense)?)/kernel$", (None, SPLIT)),
+    (r"(output|reduce|first\d?(/dense)?)/kernel$", (SPLIT, None)),
     (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|distill_token|embedding)$", ()),
+    (r"(bias|scale|class_token|distill_token|embedding|across|within)$", ()),
 )
 
 
