@@ -163,9 +163,9 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
     """The variables of a model whose batch normalisations are folded: what evaluation computes, in fewer steps.
 
     A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
-    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`) or a matrix (`dense`
-    before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias in place
-    of the normalisation.
+    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), or a matrix
+    (`dense` before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias
+    in place of the normalisation.
     """
     params = jax.tree.map(np.asarray, dict(variables["params"]))
     stats = jax.tree.map(np.asarray, dict(variables.get("batch_stats", {})))
