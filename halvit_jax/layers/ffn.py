@@ -50,6 +50,8 @@ class CompactDense(nn.Module):
     a batch normalisation over batch and tokens each, two of them; b = B a + c, with a and c what the norms add to z
     and y. It saves parameters where r < f d / (f + d), four fifths of d when f = 4 d. With rank 1 it is a dense layer.
 
+    In training the norms of B take away what the norms of A add: those biases get no gradient and stay what they were.
+
     Raises ValueError when it is folded and in training.
     """
 
