@@ -246,7 +246,7 @@ PARTITION_RULES = (
     (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d*(/dense)?)/kernel$", (None, SPLIT)),
     (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
     (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|distill_token|embedding|across|within)$", ()),
+    (r"(bias|scale|mean|var|class_token|distill_token|embedding|across|within)$", ()),
 )
 
 

@@ -321,9 +321,12 @@ def test_each_part_of_hallucinated_and_compact_models_is_a_field() -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"folded": True}, {"ffn_branches": 11}])
-def test_every_parameter_of_a_compact_model_has_a_rule_of_its_shape(fields: dict[str, Any]) -> None:
+def test_every_array_of_a_compact_model_has_a_rule_of_its_shape(fields: dict[str, Any]) -> None:
     model = create_model("deit_tiny_hc", **SMALL, **fields)
-    for path, leaf in flat(_params(model)).items():
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), "float32")
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    assert ("batch_stats" in shapes) != model.folded
+    for path, leaf in flat(shapes).items():
         (spec,) = [spec for pattern, spec in partition_rules(model) if re.search(pattern, path)]
         assert len(spec) in (0, leaf.ndim), path
         assert (spec != ()) == path.endswith("kernel"), path
