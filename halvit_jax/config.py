@@ -76,10 +76,10 @@ def _architecture() -> dict[str, Any]:
         "attention": optional(str),  # ViT, Swin: full or tied
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(float),  # ViT: share of the heads with maps of their own; the others' are hallucinated
-        "hallucinate": optional(str),  # ViT: out of what: logits or maps
-        "ffn_rank": optional(float),  # ViT: rank / width of the feed-forward layers' second matrix; 1: one matrix
-        "ffn_branches": optional(int),  # ViT: products in the sum that each factor of a lower rank is in training
+        "real_heads": optional(float),  # ViT: share of the heads with maps of their own; the others' are made of them
+        "hallucinate": optional(str),  # ViT: what of the real heads the others' maps are made of: logits or maps
+        "ffn_rank": optional(float),  # ViT: rank / width of the second matrix of a dense FFN; below 1 it is two
+        "ffn_branches": optional(int),  # ViT: products in the sum that each of those two is in training
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
