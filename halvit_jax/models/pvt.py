@@ -213,6 +213,16 @@ class PVTv2(Pyramid):
         return maps[max(maps)].mean((1, 2), dtype=jnp.float32)
 
 
+def resampled(position: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Positions [n, d] of a square map for one of u v tokens: [u v, d], bilinear as in PVT's detectors."""
+    n, d = position.shape
+    side = math.isqrt(n)
+    if grid == (side, side):
+        return position
+    table = position.reshape(side, side, d)
+    return jax.image.resize(table, (*grid, d), "linear", antialias=False).reshape(-1, d)
+
+
 class Stage(nn.Module):
     """Patches, positions and blocks of PVT: [b, h, w, c] -> [b, u, v, d]; to `classify` -> class token [b, d]."""
 
@@ -235,7 +245,7 @@ class Stage(nn.Module):
         x = PatchEmbed(self.width, self.stride, dtype=self.dtype, name="embed")(x)  # [b, n, d]
         x = nn.LayerNorm(EMBED_EPSILON, dtype=self.dtype, name="embed_norm")(x)
         position = self.param("position", normal_02, (self.last + self.side**2, self.width))
-        x += self._resampled(position[self.last :], grid).astype(x.dtype)
+        x += resampled(position[self.last :], grid).astype(x.dtype)
         if classify:
             token = self.param("class_token", normal_02, (self.width,)) + position[0]
             token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, self.width))
@@ -245,13 +255,6 @@ class Stage(nn.Module):
         if classify:
             return nn.LayerNorm(EPSILON, dtype=self.dtype, name="norm")(x[:, 0])
         return x.reshape(b, *grid, self.width)  # [b, n, d] -> [b, u, v, d]
-
-    def _resampled(self, position: jax.Array, grid: tuple[int, int]) -> jax.Array:
-        """The table of positions for a map of this size, bilinear and not antialiased, as in PVT's detectors."""
-        if grid == (self.side, self.side):
-            return position
-        table = position.reshape(self.side, self.side, self.width)
-        return jax.image.resize(table, (*grid, self.width), "linear", antialias=False).reshape(-1, self.width)
 
 
 class OverlapStage(nn.Module):
