@@ -37,7 +37,7 @@ PYRAMID = {
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: VIT,
     PVT: PYRAMID,
-    PVTv2: PYRAMID,
+    PVTv2: PYRAMID | {"strides": (4,), "widths": (16,), "depths": (1,), "ffn_ratios": (2,), "reductions": (2,)},
     RegNet: {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
     SHViT: {

@@ -1,8 +1,10 @@
 """Exact parameter counts and multiply-accumulates: for a library about parameters, the test."""
 
+from typing import Any
+
 import pytest
 
-from halvit_jax.models import list_models
+from halvit_jax.models import MODELS, list_models
 from halvit_jax.summary import summarise
 
 # model -> total, without head, GMACs at its own image size. Those of halvit_resnet50 were counted without a classifier
@@ -59,16 +61,40 @@ COUNTS = {
     "shvit_s3_distilled": (14_695_169, 13_795_377, 0.601),
     "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
+# The deepest take seconds to trace.
+DEEP = {"pvt_large", "pvt_medium_hc", "pvt_large_hc", "pvt_v2_b4", "pvt_v2_b5"}
+
+# What is left of compact feed-forward layers once they are folded: total, GMACs.
+DEPLOYED = {
+    "pvt_tiny_hc": (11_269_780, 1.598),
+    "pvt_small_hc": (20_765_500, 3.137),
+    "pvt_medium_hc": (37_658_716, 5.495),
+    "pvt_large_hc": (52_402_780, 8.075),
+}
+
+
+def _names(counts: dict[str, Any]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in DEEP else name for name in counts]
 
 
 def test_no_model_is_missing() -> None:
     assert sorted(COUNTS) == list_models()
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", _names(COUNTS))
 def test_counts(name: str) -> None:
     row = summarise(name)
     params, without_head, gmacs = COUNTS[name]
     assert row["params"] == params
     assert row["params_without_head"] == without_head
+    assert row["gmacs"] == pytest.approx(gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", _names(DEPLOYED))
+def test_counts_of_what_is_deployed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, size = MODELS[name]
+    monkeypatch.setitem(MODELS, name, (family, size | {"folded": True}))
+    row = summarise(name)
+    params, gmacs = DEPLOYED[name]
+    assert row["params"] == params
     assert row["gmacs"] == pytest.approx(gmacs, rel=0.01)
