@@ -76,27 +76,31 @@ def _architecture() -> dict[str, Any]:
         "attention": optional(str),  # ViT, Swin: full or tied
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(float),  # ViT: share of the heads with maps of their own; the others' are made of them
-        "hallucinate": optional(str),  # ViT: what of the real heads the others' maps are made of: logits or maps
-        "ffn_rank": optional(float),  # ViT: rank / width of the second matrix of a dense FFN; below 1 it is two
-        "ffn_branches": optional(int),  # ViT: products in the sum that each of those two is in training
+        "real_heads": optional(float),  # ViT, PVT: share of the heads with maps of their own, which make the others'
+        "hallucinate": optional(str),  # ViT, PVT: what of the real heads the others' maps are made of: logits or maps
+        "ffn_rank": optional(float),  # ViT, PVT: rank / width of the second matrix of a dense FFN; below 1 it is two
+        "ffn_branches": optional(int),  # ViT, PVT: products in the sum that each of those two is in training
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin: blocks of each stage
+        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin, PVT: blocks of each stage
         "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
-        "head_width": optional(int),  # Swin: width of an attention head; divides width
+        "head_width": optional(int),  # Swin, PVT: width of an attention head; divides width, or all widths
         "window_size": optional(int),  # Swin: side of a window, in tokens
         "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
-        "widths": optional(tuple),  # RegNet, SHViT: channels of each stage
+        "widths": optional(tuple),  # RegNet, SHViT, PVT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
         "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
         "stem_strides": optional(tuple),  # SHViT: strides of the stem's 3x3 convolutions, of which it has as many
+        "strides": optional(tuple),  # PVT: of each stage's map against the one before
+        "ffn_ratios": optional(tuple),  # PVT: hidden width / width of the feed-forward layers, in each stage
+        "reductions": optional(tuple),  # PVT: side of the square of tokens that becomes one key, in each stage
+        "pool_size": optional(int),  # PVTv2: side of the map that all tokens attend to; 0: as reductions say
     }
 
 

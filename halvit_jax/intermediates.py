@@ -6,6 +6,7 @@ found["blocks"]["block0"]      # [b, n, d]; of a ResNet ["stage1/block0"], [b, h
 
 The order is that of the blocks. A block that runs several times (MiniViT) has "block0/repeat0", "block0/repeat1", ...;
 attention in windows (Swin) has the windows of an image, row by row, where others have the image: [b m, h, n, n].
+Attention over fewer keys than tokens (PVT) has a column for each key.
 
 The maps of a stage, by their stride against the image, are `model.apply(..., method="features")`.
 

@@ -88,9 +88,9 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the model has no attention maps, or its last block none of the whole image.
     """
-    weights = np.asarray(_last_maps(trained, image[None])[0].mean(0))  # [n, n]
-    side = math.isqrt(len(weights))
-    before = len(weights) - side**2  # tokens that stand before those of the image
+    weights = np.asarray(_last_maps(trained, image[None])[0].mean(0))  # [n, m]
+    side = math.isqrt(weights.shape[1])
+    before = weights.shape[1] - side**2  # tokens that stand before those of the image
     seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
     heat = (seen - seen.min()) / max(np.ptp(seen), 1e-12)
     size = image.shape[0]
@@ -102,7 +102,7 @@ def attention_over(trained: Any, image: np.ndarray) -> np.ndarray:
 
 
 def _last_maps(trained: Any, images: jax.Array) -> jax.Array:
-    """The attention of the last block, [b, h, n, n]."""
+    """The attention of the last block, [b, h, n, m]; of m keys where they are fewer than the n tokens (PVTv2)."""
     maps = capture(trained.task.model, trained.model_variables, trained.task.normalise(images))["attention"]
     last = list(maps.values())[-1]
     if len(last) > len(images):

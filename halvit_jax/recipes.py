@@ -78,6 +78,23 @@ def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     return config
 
 
+def pvt(model: str, *, epochs: int = 300) -> ConfigDict:
+    """PVT and PVTv2 (Wang et al., 2021): DeiT's recipe without averages.
+
+    The large models have more stochastic depth and clipped gradients. Unlike a ViT's, PVT's positions are decayed, as
+    released.
+    """
+    config = deit(model, epochs=epochs)
+    config.ema_decay = 0.0
+    if model.removesuffix("_hc") in PVT_LARGE:
+        config.model.drop_path = 0.3
+        config.optim.clip_norm = 1.0
+    return config
+
+
+PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
+
+
 def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     """Mini-Swin (Zhang et al., 2022): Swin's recipe.
 
@@ -270,6 +287,19 @@ def mini_swin_digits(model: str) -> ConfigDict:
     """The same for a Mini-Swin, both layers of a stage sharing their matrices."""
     config = swin_digits(model)
     config.model.shares = (2, 2)
+    return config
+
+
+def pvt_digits(model: str) -> ConfigDict:
+    """The embedded digits for a PVT or PVTv2: two stages of 4x4 and 2x2 tokens, which attend to 2x2 each."""
+    config = _digits(model)
+    config.model.strides = (2, 2)
+    config.model.widths = (64, 128)
+    config.model.depths = (2, 2)
+    config.model.head_width = 32
+    config.model.ffn_ratios = (4, 4)
+    config.model.reductions = (2, 1)
+    config.model.drop_path = 0.1
     return config
 
 

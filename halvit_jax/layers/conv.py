@@ -42,6 +42,7 @@ class Conv(nn.Module):
     groups: int = 1
     use_bias: bool = False
     kernel_init: Initializer = torch_uniform
+    bias_init: Initializer | None = None  # None: PyTorch's default
     dtype: Dtype = None
 
     @nn.compact
@@ -56,7 +57,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", torch_uniform_bias(k * k * shape[2]), (self.features,))
+            bias = self.param("bias", self.bias_init or torch_uniform_bias(k * k * shape[2]), (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
         return y if bias is None else y + bias

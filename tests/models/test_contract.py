@@ -13,6 +13,7 @@ from flax import linen as nn
 from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.pvt import PVT, PVTv2
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
@@ -24,8 +25,19 @@ CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.
 VIT = {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
 SWIN = {"width": 32, "depths": (2, 2), "head_width": 16, "window_size": 4, "image_size": 32}
+PYRAMID = {
+    "strides": (4, 2),
+    "widths": (16, 24),
+    "depths": (1, 1),
+    "head_width": 8,
+    "ffn_ratios": (2, 2),
+    "reductions": (2, 1),
+    "image_size": 32,
+}
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     VisionTransformer: VIT,
+    PVT: PYRAMID,
+    PVTv2: PYRAMID | {"strides": (4,), "widths": (16,), "depths": (1,), "ffn_ratios": (2,), "reductions": (2,)},
     RegNet: {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
     ResNet: {"depths": (1, 1, 2, 1), "image_size": 32},
     SHViT: {

@@ -1,0 +1,16 @@
+"""PVT-Large on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/pvt_large.py --workdir=runs/pvt_large
+
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Published top-1: 81.7. Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of PVT-Large."""
+    return recipes.pvt("pvt_large", epochs=int(epochs))

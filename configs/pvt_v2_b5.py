@@ -1,0 +1,16 @@
+"""PVTv2-B5 on ImageNet-1k, 300 epochs.
+
+python -m halvit_jax.main --config=configs/pvt_v2_b5.py --workdir=runs/pvt_v2_b5
+
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Published top-1: 83.8. Measured here: not yet.
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config(epochs: str = "300") -> ConfigDict:
+    """The ImageNet run of PVTv2-B5."""
+    return recipes.pvt("pvt_v2_b5", epochs=int(epochs))
