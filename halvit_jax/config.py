@@ -76,27 +76,36 @@ def _architecture() -> dict[str, Any]:
         "attention": optional(str),  # ViT, Swin: full or tied
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(float),  # ViT: share of the heads with maps of their own; the others' are hallucinated
-        "hallucinate": optional(str),  # ViT: out of what: logits or maps
-        "ffn_rank": optional(float),  # ViT: rank / width of the feed-forward layers' second matrix; 1: one matrix
-        "ffn_branches": optional(int),  # ViT: products in the sum that each factor of a lower rank is in training
+        "real_heads": optional(
+            float
+        ),  # ViT, Next-ViT: share of the heads with maps of their own; the others' are hallucinated
+        "hallucinate": optional(str),  # ViT, Next-ViT: out of what: logits or maps
+        "ffn_rank": optional(
+            float
+        ),  # ViT, Next-ViT: rank / width of the feed-forward layers' second matrix; 1: one matrix
+        "ffn_branches": optional(
+            int
+        ),  # ViT, Next-ViT: products in the sum that each factor of a lower rank is in training
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin: blocks of each stage
+        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin, Next-ViT: blocks of each stage
         "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
-        "head_width": optional(int),  # Swin: width of an attention head; divides width
+        "head_width": optional(int),  # Swin, Next-ViT: width of an attention head; divides width or all widths
         "window_size": optional(int),  # Swin: side of a window, in tokens
         "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
-        "widths": optional(tuple),  # RegNet, SHViT: channels of each stage
+        "widths": optional(tuple),  # RegNet, SHViT, Next-ViT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
         "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
-        "stem_strides": optional(tuple),  # SHViT: strides of the stem's 3x3 convolutions, of which it has as many
+        "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
+        "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
+        "periods": optional(tuple),  # Next-ViT: every how many blocks of each stage one attends; 0: none
+        "reductions": optional(tuple),  # Next-ViT: of each stage's attention, whose keys are fewer by the square of it
     }
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, minivit, regnet, resnet, shvit, swin, vit
+from halvit_jax.convert import engine, minivit, nextvit, regnet, resnet, shvit, swin, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.nextvit import NextViT
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
@@ -34,6 +35,7 @@ TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     MiniSwin: minivit.swin_rules,
     RegNet: regnet.rules,
     SHViT: shvit.rules,
+    NextViT: nextvit.rules,
 }
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv, ffn
-from halvit_jax.models import minivit, regnet, resnet, shvit, swin, vit
+from halvit_jax.models import minivit, nextvit, regnet, resnet, shvit, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
@@ -32,6 +32,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     minivit.MiniSwin: Family(minivit.SWIN_SIZES, minivit.PARTITION_RULES, swin.TRANSFER_RULES),
     regnet.RegNet: Family(regnet.SIZES, regnet.PARTITION_RULES, regnet.TRANSFER_RULES),
     shvit.SHViT: Family(shvit.SIZES, shvit.PARTITION_RULES, shvit.TRANSFER_RULES, shvit.fold),
+    nextvit.NextViT: Family(nextvit.SIZES, nextvit.PARTITION_RULES, nextvit.TRANSFER_RULES, ffn.fold),
 }
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.sizes.items()
