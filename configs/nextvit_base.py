@@ -2,7 +2,7 @@
 
 python -m halvit_jax.main --config=configs/nextvit_base.py --workdir=runs/nextvit_base
 
-Hardware: a TPU v5e-16, v4-8 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
 Published top-1: 83.2. Measured here: not yet.
 """
 

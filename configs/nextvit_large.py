@@ -2,7 +2,7 @@
 
 python -m halvit_jax.main --config=configs/nextvit_large.py --workdir=runs/nextvit_large
 
-Hardware: a TPU v5e-16, v4-8 or 8 GPUs of 40 GB and more. Expected time: not measured.
+Hardware: a TPU v5e-16, v4-16 or 8 GPUs of 40 GB and more. Expected time: not measured.
 Published top-1: 83.6. Measured here: not yet.
 """
 

@@ -1,6 +1,6 @@
 """What Next-ViT attends with (Li et al., 2022, arXiv 2207.05501, section 3), and its means over places of a map.
 
-Shapes: `b` batch, `u v` height and width of a map, `d` its channels, `n` tokens, `m` pooled tokens, `k` width of a head.
+Shapes: `b` batch, `u v` height and width of a map, `d` channels, `n` tokens, `m` pooled tokens, `k` width of a head.
 """
 
 import functools
