@@ -6,7 +6,8 @@ from halvit_jax.models import list_models
 from halvit_jax.summary import summarise
 
 # model -> total, without head, GMACs at its own image size. Those of halvit_resnet50 were counted without a classifier
-# (2 M of 4.1 G), those of SHViT with the norms folded, as published.
+# (2 M of 4.1 G), those of SHViT with the norms folded, as published. Compact models (_hc) are counted as they are
+# trained, with all branches; tests of their families hold what is left of them folded.
 COUNTS = {
     "deit_tiny": (5_717_416, 5_524_416, 1.258),
     "deit_small": (22_050_664, 21_665_664, 4.608),
@@ -33,6 +34,12 @@ COUNTS = {
     "mini_swin_base": (46_444_852, 45_419_852, 15.75),
     "halvit_resnet50": (15_515_176, 13_466_176, 4.119),
     "halvit_resnext101_32x8d": (25_876_776, 23_827_776, 18.12),
+    "nextvit_small": (31_763_368, 30_738_368, 5.811),
+    "nextvit_base": (44_818_856, 43_793_856, 8.294),
+    "nextvit_large": (57_874_344, 56_849_344, 10.777),
+    "nextvit_small_hc": (35_015_324, 33_990_324, 6.377),
+    "nextvit_base_hc": (49_499_728, 48_474_728, 9.153),
+    "nextvit_large_hc": (63_984_132, 62_959_132, 11.928),
     "shvit_s1": (6_330_808, 6_009_168, 0.241),
     "shvit_s2": (11_483_072, 11_033_176, 0.366),
     "shvit_s3": (14_245_273, 13_795_377, 0.601),
