@@ -62,7 +62,7 @@ def test_pooled_attention_is_its_formula(reduction: int) -> None:
     expected = np.einsum("bhqn,bnhk->bqhk", weights, v).reshape(2, 10, D) @ dense["output"]["kernel"]
     layer = PooledAttention(HEADS, reduction, 1.0, "logits", None, folded=False)
     with jax.enable_x64(True):
-        result = layer.apply(variables, jnp.asarray(x), train=False)
+        result = jax.jit(lambda v, x: layer.apply(v, x, train=False))(variables, x)
     # The softmax is in float32.
     np.testing.assert_allclose(result, expected + dense["output"]["bias"], atol=1e-5)
 
@@ -71,12 +71,13 @@ def test_pooled_attention_is_its_formula(reduction: int) -> None:
 def test_half_of_the_heads_need_no_queries_and_keys(hallucinate: str) -> None:
     layer = PooledAttention(HEADS, 2, 0.5, hallucinate, None, folded=False)
     x = jnp.asarray(_normal(2, 16, D), jnp.float32)
-    variables = layer.init(jax.random.key(0), x, train=False)
+    variables = jax.eval_shape(lambda: layer.init(jax.random.key(0), x, train=False))
     shapes = jax.tree.map(jnp.shape, variables["params"])
     assert shapes["query"] == shapes["key"] == {"kernel": (D, D // 2), "bias": (D // 2,)}
     assert shapes["value"] == shapes["output"] == {"kernel": (D, D), "bias": (D,)}
     assert shapes["maps"] == {"hallucination": {"across": (2, 2), "within": (3, 3, 1, 2)}}
-    _, kept = layer.apply(variables, x, train=False, mutable=["intermediates"])
+    variables = jax.tree.map(lambda leaf: np.abs(_normal(*leaf.shape)).astype(np.float32), variables)
+    _, kept = jax.jit(lambda v: layer.apply(v, x, train=False, mutable=["intermediates"]))(variables)
     (weights,) = kept["intermediates"]["weights"]
     assert weights.shape == (2, HEADS, 16, 4)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
@@ -96,6 +97,7 @@ def test_local_attention_is_its_formula() -> None:
             for j in range(3):
                 y[..., head] += padded[:, i : i + 3, j : j + 4, head] @ kernel[i, j][:, head]
     expected = np.maximum(_normalise(y, params, stats), 0) @ output[0, 0]
+    layer = LocalAttention(4, None, folded=False)
     with jax.enable_x64(True):
-        result = LocalAttention(4, None, folded=False).apply(variables, jnp.asarray(x), train=False)
+        result = jax.jit(lambda v, x: layer.apply(v, x, train=False))(variables, x)
     np.testing.assert_allclose(result, expected, rtol=1e-9, atol=1e-9)
