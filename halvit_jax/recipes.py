@@ -238,15 +238,15 @@ def digits_shvit() -> ConfigDict:
 def nextvit_digits(model: str) -> ConfigDict:
     """The digits for a small Next-ViT: two stages, on maps of 8x8 and 4x4, each ending with a block that attends."""
     config = _digits(model)
-    config.total_steps = 600
+    config.total_steps = 400
     config.log_every = 50
     config.eval_every = config.checkpoint_every = 200
     config.model.depths = config.model.periods = (2, 2)
-    config.model.widths = (48, 96)
+    config.model.widths = (24, 48)
     config.model.reductions = (2, 1)
-    config.model.stem_widths = (32, 32)
+    config.model.stem_widths = (24, 24)
     config.model.stem_strides = (1, 1)
-    config.model.head_width = 16
+    config.model.head_width = 8
     config.model.drop_path = 0.1
     config.optim.warmup_epochs = 5.0
     return config
