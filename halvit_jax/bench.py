@@ -1,7 +1,8 @@
-"""How fast models run on this machine, and what they weigh; or how fast images are read.
+"""How fast models run on this machine, and what they weigh; how fast images are read; or all families side by side.
 
 python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
 python -m halvit_jax.bench --what=input [--batch=64]
+python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
 
 One device works, however many there are. The models take turns within every round, so that drift of a shared machine
 hits all of them alike; figures are medians over the rounds. A training step is forward, backward and AdamW's update.
@@ -10,6 +11,7 @@ hits all of them alike; figures are medians over the rounds. A training step is 
 import gc
 import json
 import os
+import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -27,12 +29,16 @@ from halvit_jax.config import default_config
 
 def define_flags() -> None:
     """The flags of this door."""
-    flags.DEFINE_enum("what", "models", ["models", "input"], "Models, or the input pipeline.")
+    flags.DEFINE_enum("what", "models", ["models", "input", "families"], "Models, the input pipeline, or families.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
     flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
+    flags.DEFINE_string("workdir", "runs/families", "Where the runs of the families lie, and their picture.")
+    flags.DEFINE_integer("seeds", 3, "Runs of each family.", lower_bound=1)
+    flags.DEFINE_integer("steps", 600, "Length of each run.", lower_bound=1)
+    flags.DEFINE_list("families", [], "Some of the families; all where none is named.")
 
 
 class Subject:
@@ -132,15 +138,22 @@ def main(argv: list[str]) -> None:
             create_model(name)
     if given.what == "input":
         rows = measure_input(batch=given.batch, repeats=given.repeats)
+        report = report_input
+    elif given.what == "families":
+        rows = measure_families(given)
+        report = report_families
     else:
         rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
+        report = report_models
     if given.json:
         for row in rows:
             print(json.dumps(row))
         return
-    if given.what == "input":
-        report_input(rows, batch=given.batch, repeats=given.repeats)
-        return
+    report(rows, given)
+
+
+def report_models(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure` as a table."""
     print(f"{rows[0]['device']}, batch {given.batch}, {given.dtype}, medians of {given.repeats} rounds")
     columns = "{:<26} {:>10} {:>15} {:>7} {:>15} {:>10} {:>21}"
     head = ("model", "compile s", "infer images/s", "folded", "train images/s", "peak MiB", "params+optimizer MiB")
@@ -159,14 +172,35 @@ def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
     return speed.measure(batch=batch, rounds=repeats)
 
 
-def report_input(rows: list[dict[str, Any]], *, batch: int, repeats: int) -> None:
+def report_input(rows: list[dict[str, Any]], given: Any) -> None:
     """The rows of `measure_input` as a table."""
-    print(f"{os.cpu_count()} cores, batches of {batch}, JPEGs of 500x375, medians of {repeats} rounds")
+    print(f"{os.cpu_count()} cores, batches of {given.batch}, JPEGs of 500x375, medians of {given.repeats} rounds")
     columns = "{:<20} {:>10} {:>20} {:>10}"
     print(columns.format("what", "images/s", "images/s per core", "of bare"))
     for row in rows:
         share = row["images_per_s_per_core"] / rows[0]["images_per_s_per_core"]
         print(columns.format(row["what"], row["images_per_s"], row["images_per_s_per_core"], f"{share:.2f}"))
+
+
+def measure_families(given: Any) -> list[dict[str, Any]]:
+    """One row for each family, and a picture of all in the workdir."""
+    from halvit_jax import families
+
+    with door.bad_input():
+        families.check(given.families)
+    labels, workdir = given.families or list(families.ENTRIES), pathlib.Path(given.workdir)
+    return families.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
+
+
+def report_families(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure_families` as a table and a picture."""
+    from halvit_jax import families
+
+    print(families.table(rows))
+    picture = pathlib.Path(given.workdir) / "families.png"
+    with door.bad_input():
+        families.draw(rows, picture)
+    print(f"accuracy against parameters: {picture}")
 
 
 def _seconds(run: Callable[[], None]) -> float:

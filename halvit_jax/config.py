@@ -78,14 +78,12 @@ def _architecture() -> dict[str, Any]:
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
         "real_heads": optional(
             float
-        ),  # ViT, Next-ViT: share of the heads with maps of their own; the others' are hallucinated
-        "hallucinate": optional(str),  # ViT, Next-ViT: out of what: logits or maps
-        "ffn_rank": optional(
-            float
-        ),  # ViT, Next-ViT: rank / width of the feed-forward layers' second matrix; 1: one matrix
-        "ffn_branches": optional(
-            int
-        ),  # ViT, Next-ViT: products in the sum that each factor of a lower rank is in training
+        ),  # ViT, Next-ViT: share of the heads with maps of their own, which make the others'
+        "hallucinate": optional(
+            str
+        ),  # ViT, Next-ViT: what of the real heads the others' maps are made of: logits or maps
+        "ffn_rank": optional(float),  # ViT, Next-ViT: rank / width of the second matrix of an FFN; below 1 it is two
+        "ffn_branches": optional(int),  # ViT, Next-ViT: products in the sum that each of those two is in training
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
@@ -104,8 +102,12 @@ def _architecture() -> dict[str, Any]:
         "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
         "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
         "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
-        "periods": optional(tuple),  # Next-ViT: every how many blocks of each stage one attends; 0: none
-        "reductions": optional(tuple),  # Next-ViT: of each stage's attention, whose keys are fewer by the square of it
+        "periods": optional(
+            tuple
+        ),  # Next-ViT: every how many blocks of each stage, from its last, one attends; 0: none
+        "reductions": optional(
+            tuple
+        ),  # Next-ViT: of each stage's attention; its square of tokens in a row make one key
     }
 
 

@@ -1,18 +1,55 @@
-"""Every model in one table: parameters, multiply-accumulates, image size, and what was published.
+"""Every model in one table: parameters, multiply-accumulates, image size, what it saves, and what was published.
 
 python -m halvit_jax.summary [--json] [NAME...]
+
+"deployed" is the model as it serves, with its batch normalisations and sums folded (`models.fold`). "saved" compares it
+with its host, the known model that it does the same work as with less: both deployed, so folding alone saves nothing.
 """
 
+import functools
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from flax import linen as nn
 
 from halvit_jax import door
 from halvit_jax.layers import conv
 from halvit_jax.macs import count_macs
-from halvit_jax.models import create_model, list_models
+from halvit_jax.models import MODELS, create_model, list_models
+
+# Model -> its host; that of one whose name ends in HC is the model without it.
+HOSTS = {
+    "halvit_tiny": "deit_small",
+    "halvit_small": "deit_base",
+    "halvit_tiny_h": "deit_small",
+    "halvit_small_h": "deit_base",
+    "halvit_resnet50": "resnet50",
+    "halvit_resnext101_32x8d": "resnext101_32x8d",
+    "mini_halvit_tiny": "deit_small",
+    "mini_halvit_small": "deit_base",
+    "mini_deit_tiny": "deit_tiny",
+    "mini_deit_small": "deit_small",
+    "mini_deit_base": "deit_base",
+    "mini_swin_tiny": "swin_tiny",
+    "mini_swin_small": "swin_small",
+    "mini_swin_base": "swin_base",
+}
+HC = "_hc"
+HEADINGS = (
+    "model",
+    "parameters",
+    "without head",
+    "GMACs",
+    "deployed",
+    "GMACs",
+    "image",
+    "saved",
+    "GMACs",
+    "of its host",
+    "published (not measured here)",
+)
 
 # Top-1 on ImageNet-1k and how it was trained, by the papers or torchvision; None of these was measured here.
 # `params` where the paper's own figure differs from ours, as it was printed.
@@ -58,24 +95,72 @@ def define_flags() -> None:
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
 
 
+class Counts(NamedTuple):
+    """Exact counts of a model at its own image size."""
+
+    params: int
+    head: int  # of them
+    macs: int
+
+
+def host_of(name: str) -> str | None:
+    """The model that `name` is to be compared with, if there is one."""
+    host = name.removesuffix(HC) if name.endswith(HC) else HOSTS.get(name)
+    return host if host in MODELS else None
+
+
 def summarise(name: str) -> dict[str, Any]:
-    """Exact counts of one model at its own image size, nothing computed: {"model", "params", "gmacs", ...}."""
-    model = create_model(name)
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-    heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
-    head = sum(leaf.size for leaf in jax.tree.leaves(heads))
-    with conv.native():
-        macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
+    """Exact counts of one model at its own image size, nothing computed: {"model", "params", "gmacs", ...}.
+
+    "params_saved" and "gmacs_saved" are in percent of the host's, None without one.
+    """
+    model, host = create_model(name), host_of(name)
+    own, deployed = _counts(name), _counts(name, deployed=True)
+    saved = _saved(deployed, _counts(host, deployed=True)) if host else (None, None)
     return {
         "model": name,
-        "params": params,
-        "params_without_head": params - head,
-        "gmacs": round(macs / 1e9, 3),
+        "params": own.params,
+        "params_without_head": own.params - own.head,
+        "gmacs": round(own.macs / 1e9, 3),
+        "params_deployed": deployed.params,
+        "params_deployed_without_head": deployed.params - deployed.head,
+        "gmacs_deployed": round(deployed.macs / 1e9, 3),
         "image_size": model.image_size,
+        "host": host,
+        "params_saved": saved[0],
+        "gmacs_saved": saved[1],
         "published": PUBLISHED.get(name),
     }
+
+
+@functools.cache
+def _counts(name: str, *, deployed: bool = False) -> Counts:
+    model = create_model(name)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    variables = _shapes(model, images)
+    if deployed:
+        if "batch_stats" not in variables:
+            return _counts(name)
+        model = model.clone(folded=True)
+        variables = _shapes(model, images)  # those that `models.fold` gives
+    heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
+    with conv.native():
+        macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
+    return Counts(_size(variables["params"]), _size(heads), macs)
+
+
+def _shapes(model: nn.Module, images: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _saved(ours: Counts, host: Counts) -> tuple[float, float]:
+    """Parameters and multiply-accumulates, in percent of the host's."""
+    shares = (1 - ours.params / host.params, 1 - ours.macs / host.macs)
+    return tuple(round(100 * share, 1) + 0.0 for share in shares)  # + 0.0: -0.0 is 0.0
 
 
 def main(argv: list[str]) -> None:
@@ -86,11 +171,15 @@ def main(argv: list[str]) -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    columns = "{:<26} {:>12} {:>13} {:>8} {:>6}  {}"
-    print(columns.format("model", "parameters", "without head", "GMACs", "image", "published (not measured here)"))
+    columns = "{:<26} {:>12} {:>13} {:>8} {:>12} {:>8} {:>6} {:>7} {:>7}  {:<17} {}"
+    print(columns.format(*HEADINGS).rstrip())
     for row in rows:
-        counts = f"{row['params']:,}", f"{row['params_without_head']:,}", f"{row['gmacs']:.3f}", row["image_size"]
-        print(columns.format(row["model"], *counts, _published(row["published"])))
+        counts = f"{row['params']:,}", f"{row['params_without_head']:,}", f"{row['gmacs']:.3f}"
+        deployed = f"{row['params_deployed']:,}", f"{row['gmacs_deployed']:.3f}"
+        saved = [f"{row[key]:.1f} %" if row["host"] else "" for key in ("params_saved", "gmacs_saved")]
+        published = _published(row["published"])
+        line = columns.format(row["model"], *counts, *deployed, row["image_size"], *saved, row["host"] or "", published)
+        print(line.rstrip())
 
 
 def _published(figures: dict[str, Any] | None) -> str:

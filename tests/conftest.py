@@ -66,19 +66,3 @@ def reference_weights() -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="session")
-def parameter_shapes() -> dict[str, Any]:
-    """Every model's parameters as a tree of shapes, at the model's own size; nothing is computed."""
-    import jax
-    import jax.numpy as jnp
-
-    from halvit_jax.models import create_model, list_models
-
-    def shapes(name: str) -> Any:
-        model = create_model(name)
-        images = jnp.zeros((1, model.image_size, model.image_size, 3))
-        return jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))["params"]
-
-    return {name: shapes(name) for name in list_models()}

@@ -26,7 +26,8 @@ ROOMS: dict[str, set[str] | None] = {
     **dict.fromkeys(
         ("__init__", "run", "door", "cluster", "lock", "memory", "macs", "compiled", "initial", "intermediates")
     ),
-    **dict.fromkeys(("main", "predict", "export", "bench", "summary", "check", "preflight", "plan", "tpu", "teacher")),
+    **dict.fromkeys(("main", "predict", "export", "bench", "families", "summary", "check", "preflight")),
+    **dict.fromkeys(("plan", "tpu", "teacher")),
 }
 ONLY_IN_DATA = {"tensorflow", "tensorflow_datasets"}
 

@@ -1,13 +1,14 @@
 """Self-attention: full and tied, of a transformer block, and with a single head, of a convolutional one.
 
 Shapes: `b` batch, `n` tokens, `m` keys, `d` width, `h` heads, `k` width of a head (d = h k), `r` real heads, which have
-queries and keys of their own. Every class of ATTENTION maps [b, n, d] -> [b, n, d] and takes the same fields, so that a
-block chooses one by name. Of single-head attention, `h w` is space, `c` channels and `p` those it attends with. A block
-may also hand over what it does around the softmax, such as relative positions, a mask or the mixing of heads:
+queries and keys of their own (r = h where no map is hallucinated). Every class of ATTENTION maps [b, n, d] -> [b, n, d]
+and takes the same fields, so that a block chooses one by name. Of single-head attention, `h w` is space, `c` channels
+and `p` those it attends with. A block may also hand over what it does around the softmax, such as relative positions, a
+mask or the mixing of heads:
 
-    before(logits [b, h, n, n], scaled queries [b, h, n, k]) -> logits;    after(weights [b, h, n, n]) -> weights
+    before(logits [b, r, n, n], scaled queries [b, r, n, k]) -> logits;    after(weights [b, h, n, n]) -> weights
 
-Where heads are hallucinated, `before` sees the real ones and `after` all.
+`before` sees the real heads alone, ahead of any hallucination, and `after` sees all.
 """
 
 import math
@@ -34,7 +35,7 @@ class SelfAttention(nn.Module):
     num_heads: int  # h
     bias: bool = True
     real_heads: float = 1.0  # share of the heads; the maps of the others are hallucinated, see `AttentionMaps`
-    hallucinate: str = "logits"  # a key of HALLUCINATE
+    hallucinate: str = "logits"  # one of HALLUCINATE
     dtype: Dtype = None
 
     @nn.compact
@@ -57,7 +58,7 @@ class TiedAttention(nn.Module):
     width: int  # d
     num_heads: int  # h
     bias: bool = False
-    real_heads: float = 1.0  # as in SelfAttention; saves products here and no parameters, for Wq serves the output too
+    real_heads: float = 1.0  # as in SelfAttention; saves products but no matrix: of both, the other use needs all
     hallucinate: str = "logits"
     dtype: Dtype = None
 
@@ -119,23 +120,29 @@ ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAtte
 
 
 class AttentionMaps(nn.Module):
-    """softmax(Q K^T / sqrt(k)) of the real heads, and the maps of the others made from theirs.
+    """The weights of all heads: of the real ones from their queries and keys, of the others hallucinated from theirs.
 
-    queries [b, n, r k], keys [b, m, r k] -> weights [b, h, n, m], the real heads' first. That half of the maps can be
-    hallucinated from the other half by cheap operations is the finding of Xu et al., 2023 (arXiv 2306.10875). Which
-    operations, where and how many heads is in no text we know and has no released code; those of `Hallucination`, the
-    logits as the place, and r = h / 2 rounded up are our reading. "logits": one softmax over the logits of all.
-    "maps": made of the real heads' weights, cut off below 0 and each row divided by its sum.
+    queries [b, n, r k], keys [b, m, r k] -> weights [b, h, n, m], the real heads' first. With L = Q K^T / sqrt(k) of
+    the real heads [b, r, n, m] and H of `Hallucination`, either of
+
+        "logits"    softmax([L, H(L)])
+        "maps"      [A, relu(H(A)) / row sums],  A = softmax(L)
+
+    Rows sum to 1, but for "maps" of which H leaves less than FLOOR: they fade to 0. All heads real, there is no H.
+
+    The paper (Xu et al., 2023, arXiv 2306.10875) has it that half of the maps are hallucinated from the other half by
+    much cheaper operations. Its code is not released, and what we could read of it says no more. Which operations,
+    "logits" as the place, r = h / 2 rounded up where h is odd, and the order of the heads are our reading.
     """
 
     num_heads: int  # h
     real_heads: float = 1.0  # r / h, rounded up to whole heads
-    hallucinate: str = "logits"  # a key of HALLUCINATE
+    hallucinate: str = "logits"  # one of HALLUCINATE
 
     @property
     def real(self) -> int:
         """r."""
-        return math.ceil(self.num_heads * self.real_heads)
+        return math.ceil(round(self.num_heads * self.real_heads, 6))  # 20 x 0.55 is a little more than 11
 
     def real_width(self, width: int) -> int:
         """Of a width h k of all heads, the part r k of the real ones."""
@@ -148,9 +155,9 @@ class AttentionMaps(nn.Module):
         more = Hallucination(self.num_heads - self.real, name="hallucination")
         if self.hallucinate == "maps":
             weights = attention_weights(query, key, num_heads=self.real, before=before)
-            made = nn.relu(more(weights))
-            made /= jnp.maximum(made.sum(-1, keepdims=True), jnp.finfo(made.dtype).tiny)
-            return jnp.concatenate([weights, made], axis=1)
+            made = nn.relu(more(weights)).astype(jnp.float32)  # as the softmax
+            made /= jnp.maximum(made.sum(-1, keepdims=True), FLOOR)
+            return jnp.concatenate([weights, made.astype(weights.dtype)], axis=1)
 
         def all_logits(logits: jax.Array, query: jax.Array) -> jax.Array:
             logits = before(logits, query) if before else logits
@@ -160,23 +167,24 @@ class AttentionMaps(nn.Module):
 
 
 HALLUCINATE = ("logits", "maps")
+FLOOR = 1e-6  # The gradient of a division by less would be huge, and by a sum of 0 not a number.
 
 
 class Hallucination(nn.Module):
-    """The maps of further heads, made from those of the real ones: [b, r, n, m] -> [b, heads, n, m].
+    """H, maps or logits of further heads made from those of the real ones: [b, r, n, m] -> [b, heads, n, m].
 
-        mixed_g = sum_r C_rg A_r        across the heads, a 1x1 convolution
+        mixed_g = sum_s C_sg A_s        across the heads, s = 1 ... r: a 1x1 convolution
         made_g = D_g * mixed_g          within each map, a 3x3 convolution with zeros around it; m and n may differ
 
-    r heads + 9 heads parameters, no bias. At first C_rg is uniform in [0, 2 / r] and D_g does nothing: every map begins
-    as an average of the real ones with weights of its own.
+    heads (r + 9) parameters, no bias. At first C is uniform in [0, 2 / r] and D_g changes nothing: every map begins as
+    a sum of the real ones with weights of its own, 1 / r in the mean. All of this is our reading, see `AttentionMaps`.
     """
 
     heads: int
 
     @nn.compact
     def __call__(self, maps: jax.Array) -> jax.Array:
-        real = maps.shape[1]
+        real = maps.shape[1]  # r
         across = self.param("across", nn.initializers.uniform(2 / real), (real, self.heads))
         within = self.param("within", _centre, (3, 3, 1, self.heads))
         mixed = jnp.einsum("brnm,rg->bgnm", maps, across.astype(maps.dtype))

@@ -239,9 +239,10 @@ def native() -> Iterator[None]:
 
 
 def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Every channel by itself with k // 2 zeros around it, channels first: x [b, c, h, w], kernel [k, k, 1, c] -> x's.
+    """The depthwise convolution of maps, channels first, k odd: x [b, c, h, w], kernel [k, k, 1, c] -> [b, c, h, w].
 
-    For a few channels of large maps, such as attention's: with the channels last there would be nothing to vectorise.
+    As `convolve` with c groups and k // 2 zeros around. For a few channels of large maps, such as attention's, which
+    have nothing to vectorise over when the channels come last.
     """
     k, channels = kernel.shape[0], x.shape[1]
     if jax.default_backend() not in FORMULATIONS:

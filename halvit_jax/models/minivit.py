@@ -107,9 +107,9 @@ class SharedBlock(nn.Module):
         attention = ATTENTION[self.attention](
             self.width,
             self.num_heads,
-            self.attention_bias,
-            self.real_heads,
-            self.hallucinate,
+            bias=self.attention_bias,
+            real_heads=self.real_heads,
+            hallucinate=self.hallucinate,
             dtype=self.dtype,
             name="attention",
         )

@@ -42,8 +42,8 @@ SIZES: dict[str, dict[str, Any]] = {
 SPLIT = ("tensor", "fsdp")  # as in models.vit
 PARTITION_RULES = (
     (r"(conv|local/output)/kernel$", (None, None, None, "fsdp")),
-    (r"(query|key|value|expand|head|second\d?(/dense)?)/kernel$", (None, SPLIT)),
-    (r"(output|reduce|first\d?(/dense)?)/kernel$", (SPLIT, None)),
+    (r"(query|key|value|expand|head|second\d*(/dense)?)/kernel$", (None, SPLIT)),
+    (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
     (r"(bias|scale|mean|var|across|within)$", ()),
 )
 
@@ -65,7 +65,8 @@ class NextViT(nn.Module):
         image_size: what a recipe feeds; the network runs at any size whose maps have the tokens to be pooled.
         depths: blocks of each stage. All stages but the first halve the map in their first block.
         widths: channels of each stage's convolution blocks. A transformer block attends with as many and adds a third.
-        periods: every how many blocks of a stage one is a transformer block; 0: none is.
+        periods: every how many blocks of a stage one is a transformer block, counted from its last, which is one; 0:
+            none is.
         reductions: of each stage's attention; the square of that many tokens in a row are pooled to one key.
         stem_widths: channels of the stem's convolutions.
         stem_strides: their strides, one for each.
@@ -77,7 +78,7 @@ class NextViT(nn.Module):
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, head and logits are float32.
-        folded: for inference alone, with the variables of `layers.ffn.fold`.
+        folded: for inference alone, with the variables of `models.fold`.
     """
 
     num_classes: int = 1000
@@ -103,8 +104,8 @@ class NextViT(nn.Module):
         self._check_lengths("a convolution of the stem", "stem_widths", "stem_strides")
         for i, (width, period) in enumerate(zip(self.widths, self.periods, strict=True)):
             check_divides("head_width", self.head_width, f"widths[{i}]", width)
-            if period < 0 or (period and self.depths[i] % period):
-                raise ValueError(f"model.periods[{i}]={period} must be 0 or divide model.depths[{i}]={self.depths[i]}")
+            if period < 0:
+                raise ValueError(f"model.periods[{i}]={period} must not be negative; 0 stands for no transformer block")
             if period and width % (ATTENDING * self.head_width):
                 raise ValueError(
                     f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
@@ -141,8 +142,8 @@ class NextViT(nn.Module):
 
     def attends(self, stage: int) -> list[bool]:
         """Which blocks of a stage, the first being 0, are transformer blocks."""
-        period = self.periods[stage]
-        return [period > 0 and i % period == period - 1 for i in range(self.depths[stage])]
+        depth, period = self.depths[stage], self.periods[stage]
+        return [period > 0 and (depth - 1 - i) % period == 0 for i in range(depth)]
 
     def _blocks(self, stage: int, rates: Sequence[float]) -> list[Callable[..., nn.Module]]:
         """What makes the blocks of a stage, given their name; they are called as block(x, train)."""
@@ -220,7 +221,9 @@ class ConvBlock(nn.Module):
         local = LocalAttention(self.head_width, **common, name="local")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(local(x, train=train), train=train)
-        ffn = Mlp(self.width, CONV_RATIO * self.width, self.compact, nn.relu, dtype=self.dtype, name="ffn")
+        ffn = Mlp(
+            self.width, CONV_RATIO * self.width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
+        )
         return x + drop(ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train), train=train)
 
 
@@ -261,7 +264,9 @@ class TransformerBlock(nn.Module):
 
         x = jnp.concatenate([x, y], axis=-1)
         width = x.shape[-1]
-        ffn = Mlp(width, TRANSFORMER_RATIO * width, self.compact, nn.relu, dtype=self.dtype, name="ffn")
+        ffn = Mlp(
+            width, TRANSFORMER_RATIO * width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
+        )
         y = ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train)
         return x + DropPath(self.drop_path, name="ffn_drop")(y, train=train)
 

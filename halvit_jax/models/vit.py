@@ -44,13 +44,13 @@ class Block(nn.Module):
         attention = ATTENTION[self.attention](
             self.width,
             self.num_heads,
-            self.attention_bias,
-            self.real_heads,
-            self.hallucinate,
+            bias=self.attention_bias,
+            real_heads=self.real_heads,
+            hallucinate=self.hallucinate,
             dtype=self.dtype,
             name="attention",
         )
-        ffn = FFN[self.ffn](self.width, self.hidden, self.compact, dtype=self.dtype, name="ffn")
+        ffn = FFN[self.ffn](self.width, self.hidden, compact=self.compact, dtype=self.dtype, name="ffn")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(attention(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x)), train=train)
         x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train)
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """A plain ViT whose blocks are dense (DeiT) or tied (HaLViT).
+    """A plain ViT whose blocks are dense (DeiT), tied (HaLViT) or compact, with hallucinated attention maps (`_hc`).
 
     `halvit_tiny` and `halvit_small` are our reading of the paper's T and M. Neither its text nor its code states the
     width, depth, heads, biases, positions or recipe of the ViT. We take the shapes of DeiT-S and DeiT-B with class
@@ -71,10 +71,14 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         image_size: height and width of the (square) images; a multiple of `patch_size`.
+        attention: "full" or "tied".
+        ffn: "dense" or "tied".
         real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
-            hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
-        ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, in training each
-            the sum of `ffn_branches`; see `CompactDense`.
+            hallucinated from theirs, see `AttentionMaps`.
+        hallucinate: what of the real heads they are made from, "logits" or "maps".
+        ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, see
+            `CompactDense`. Needs `ffn` "dense".
+        ffn_branches: the products in the sum that each of the two is in training.
         pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
         distilled: a second token and a second classifier, for the words of a teacher (DeiT, section 4); the logits are
             the mean of both classifiers'. Needs `pool` "token".
@@ -82,7 +86,7 @@ class VisionTransformer(nn.Module):
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, softmax and logits are float32 whatever it is.
-        folded: for inference alone, with the variables of `layers.ffn.fold`.
+        folded: for inference alone, with the variables of `models.fold`.
     """
 
     num_classes: int = 1000
@@ -213,7 +217,7 @@ class VisionTransformer(nn.Module):
 
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
 HALF_THE_MAPS = {"real_heads": 0.5}
-HC = {"real_heads": 0.5, "ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
+HC = HALF_THE_MAPS | {"ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
 TINY = {"width": 192, "num_heads": 3}
 SMALL = {"width": 384, "num_heads": 6}
 BASE = {"width": 768, "num_heads": 12}
@@ -239,10 +243,10 @@ SIZES: dict[str, dict[str, Any]] = {
 # jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
 SPLIT = ("tensor", "fsdp")
 PARTITION_RULES = (
-    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d?(/dense)?)/kernel$", (None, SPLIT)),
-    (r"(output|reduce|first\d?(/dense)?)/kernel$", (SPLIT, None)),
+    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d*(/dense)?)/kernel$", (None, SPLIT)),
+    (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
     (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|distill_token|embedding|across|within)$", ()),
+    (r"(bias|scale|mean|var|class_token|distill_token|embedding|across|within)$", ()),
 )
 
 

@@ -7,6 +7,10 @@ import pytest
 
 from halvit_jax.layers.attention import (
     ATTENTION,
+    FLOOR,
+    HALLUCINATE,
+    AttentionMaps,
+    Hallucination,
     HeadMix,
     SelfAttention,
     SingleHeadAttention,
@@ -200,6 +204,197 @@ def test_tokens_in_another_order_give_the_outputs_in_that_order(name: str) -> No
     apply, order = jax.jit(layer.apply), np.array([3, 0, 4, 1, 2])
     expected = np.asarray(apply({"params": params}, x))[:, order]
     np.testing.assert_allclose(apply({"params": params}, x[:, order]), expected, atol=1e-4)
+
+
+def _hallucinated(maps: np.ndarray, params: dict[str, np.ndarray]) -> np.ndarray:
+    """Head after head, place after place; beyond the edges there is nothing."""
+    b, r, n, m = maps.shape
+    across, within = params["across"], params["within"]
+    heads = across.shape[1]
+    mixed = [sum(across[s, g] * maps[:, s] for s in range(r)) for g in range(heads)]
+    out = np.zeros((b, heads, n, m))
+    for g in range(heads):
+        for i in range(n):
+            for j in range(m):
+                for u in (-1, 0, 1):
+                    for v in (-1, 0, 1):
+                        if 0 <= i + u < n and 0 <= j + v < m:
+                            out[:, g, i, j] += within[u + 1, v + 1, 0, g] * mixed[g][:, i + u, j + v]
+    return out
+
+
+def _hallucination_params(real: int, heads: int) -> dict[str, np.ndarray]:
+    return {"across": _normal(real, heads), "within": _normal(3, 3, 1, heads)}
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _heads(x: np.ndarray, k: int) -> np.ndarray:
+    return x.reshape(*x.shape[:2], -1, k).transpose(0, 2, 1, 3)
+
+
+def _all_weights(query: np.ndarray, key: np.ndarray, k: int, params: dict[str, np.ndarray], place: str) -> np.ndarray:
+    logits = np.einsum("bhik,bhjk->bhij", _heads(query, k), _heads(key, k)) / np.sqrt(k)
+    if place == "logits":
+        return _softmax(np.concatenate([logits, _hallucinated(logits, params)], axis=1))
+    weights = _softmax(logits)
+    made = np.maximum(_hallucinated(weights, params), 0)
+    return np.concatenate([weights, made / np.maximum(made.sum(-1, keepdims=True), FLOOR)], axis=1)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 6), (1, 1, 5, 2), (2, 2, 1, 1)])
+def test_hallucination_mixes_across_the_heads_and_then_within_each_map(shape: tuple[int, ...]) -> None:
+    maps, params = _normal(*shape), _hallucination_params(shape[1], 2)
+    with jax.enable_x64(True):
+        result = Hallucination(2).apply({"params": params}, jnp.asarray(maps))
+    np.testing.assert_allclose(result, _hallucinated(maps, params), rtol=1e-10, atol=1e-12)
+
+
+def test_hallucinated_maps_begin_as_sums_of_the_real_ones() -> None:
+    maps = _normal(2, 3, 4, 6).astype(np.float32)
+    made, variables = Hallucination(50).init_with_output(jax.random.key(0), jnp.asarray(maps))
+    across, within = variables["params"]["across"], variables["params"]["within"]
+    assert (across.shape, within.shape) == ((3, 50), (3, 3, 1, 50))
+    assert 0 <= float(across.min()) < 0.05
+    assert 0.62 < float(across.max()) <= 2 / 3
+    assert float(across.mean()) == pytest.approx(1 / 3, abs=0.05)
+    np.testing.assert_array_equal(within[1, 1], 1)
+    assert float(within.sum()) == 50
+    np.testing.assert_allclose(made, np.einsum("brnm,rg->bgnm", maps, across), atol=1e-6)
+
+
+@pytest.mark.parametrize("place", HALLUCINATE)
+@pytest.mark.parametrize(("heads", "real"), [(4, 2), (3, 2), (2, 1)])
+def test_the_weights_of_all_heads_are_their_formula_with_the_real_heads_first(
+    heads: int, real: int, place: str
+) -> None:
+    k, n, m = 4, 5, 7  # fewer queries than keys, as where the keys are of reduced space
+    query, key = _normal(B, n, real * k), _normal(B, m, real * k, seed=1)
+    params = _hallucination_params(real, heads - real)
+    layer = AttentionMaps(heads, 0.5, place)
+    assert (layer.real, layer.real_width(heads * k)) == (real, real * k)
+    with jax.enable_x64(True):
+        weights = jax.jit(layer.apply)({"params": {"hallucination": params}}, jnp.asarray(query), jnp.asarray(key))
+    weights = np.asarray(weights)
+    assert weights.shape == (B, heads, n, m)
+    np.testing.assert_allclose(weights, _all_weights(query, key, k, params, place), rtol=1e-5, atol=1e-6)
+    assert float(weights.min()) >= 0
+    sums = weights.sum(-1)
+    cut_off = (sums == 0) if place == "maps" else np.zeros_like(sums, bool)
+    np.testing.assert_allclose(sums[~cut_off], 1, atol=1e-6)
+    assert cut_off.mean() < 0.5
+
+
+def test_a_hallucinated_map_of_which_nothing_is_left_is_0_and_its_gradient_a_number() -> None:
+    layer, params = AttentionMaps(2, 0.5, "maps"), {"across": -np.ones((1, 1)), "within": np.ones((3, 3, 1, 1))}
+    params = jax.tree.map(np.float32, params)
+    query, key = jnp.asarray(_normal(1, 3, 4), jnp.float32), jnp.asarray(_normal(1, 5, 4), jnp.float32)
+
+    def first_column(params: Any, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights = layer.apply({"params": {"hallucination": params}}, query, key)
+        return weights[..., 0].sum(), weights
+
+    grads, weights = jax.jit(jax.grad(first_column, argnums=(0, 1), has_aux=True))(params, query)
+    assert not weights[:, 1].any()
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    ("heads", "share", "real"),
+    [(3, 0.5, 2), (6, 0.5, 3), (1, 0.5, 1), (5, 0.5, 3), (20, 0.55, 11), (6, 1 / 3, 2), (7, 0.01, 1), (7, 1.0, 7)],
+)
+def test_real_heads_are_a_share_rounded_up(heads: int, share: float, real: int) -> None:
+    assert AttentionMaps(heads, share).real == real
+
+
+@pytest.mark.parametrize("place", HALLUCINATE)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_with_half_of_the_heads_real_is_its_formula(name: str, place: str) -> None:
+    x, k, part = _normal(B, N, D), D // H, 2 * (D // H)  # two real heads of three
+    made = _hallucination_params(2, 1)
+    params = _tied_params(bias=True)
+    params |= {"query_bias": params["query_bias"][:part], "key_bias": params["key_bias"][:part]}
+    wq, wkv = params["query_output"]["kernel"], params["key_value"]["kernel"]
+    query = x @ wq[:, :part] + params["query_bias"]
+    key = x @ wkv[:, :part] + params["key_bias"]
+    value = x @ wkv.T + params["value_bias"]
+    averaged = _all_weights(query, key, k, made, place) @ _heads(value, k)
+    expected = averaged.transpose(0, 2, 1, 3).reshape(B, N, D) @ wq.T + params["output_bias"]
+    if name == "full":
+        bias = np.concatenate([params[f"{part}_bias"] for part in ("query", "key", "value")])
+        qkv = np.concatenate([wq[:, :part], wkv[:, :part], wkv.T], axis=1)
+        params = {"qkv": {"kernel": qkv, "bias": bias}, "output": {"kernel": wq.T, "bias": params["output_bias"]}}
+    params["maps"] = {"hallucination": made}
+    layer = ATTENTION[name](D, H, bias=True, real_heads=0.5, hallucinate=place)
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), jnp.ones((1, N, D))))["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, params)
+    weights = _normal(B, N, D, seed=1)
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        result = layer.apply({"params": params}, jnp.asarray(x))
+        return jnp.sum(weights * result), result
+
+    with jax.enable_x64(True):
+        grads, result = jax.jit(jax.grad(loss, has_aux=True))(params)
+    grads = jax.tree.map(np.asarray, grads)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+    assert [leaf.dtype for leaf in jax.tree.leaves(grads)] == [np.float64] * len(jax.tree.leaves(params))
+    assert all(0 < np.abs(leaf).max() < np.inf for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_with_all_heads_real_nothing_is_hallucinated(name: str) -> None:
+    x = jnp.asarray(_normal(B, N, D), jnp.float32)
+    plain, all_real = ATTENTION[name](D, H), ATTENTION[name](D, H, real_heads=1.0, hallucinate="maps")
+    (out, ours), (same, params) = (layer.init_with_output(jax.random.key(0), x) for layer in (plain, all_real))
+    assert jax.tree.structure(ours) == jax.tree.structure(params)
+    jax.tree.map(np.testing.assert_array_equal, ours, params)
+    np.testing.assert_array_equal(out, same)
+
+
+@pytest.mark.parametrize("place", HALLUCINATE)
+def test_before_sees_the_real_heads_and_after_all(place: str) -> None:
+    layer, x, seen = SelfAttention(D, H, real_heads=0.5, hallucinate=place), np.float32(_normal(B, N, D)), {}
+
+    def before(logits: jax.Array, query: jax.Array) -> jax.Array:
+        seen.update(logits=logits.shape, query=query.shape)
+        return jnp.where(jnp.arange(N) == 2, 40.0, 0.0) + 0 * logits
+
+    def after(weights: jax.Array) -> jax.Array:
+        seen["shape"] = weights.shape
+        return jnp.where(jnp.abs(weights[..., 2:3] - 1) < 1e-4, 0.0, jnp.nan) + weights
+
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))
+    params = jax.tree.map(lambda leaf: np.float32(np.abs(_normal(*leaf.shape))), shapes)
+    params["params"]["maps"]["hallucination"]["within"] = np.float32(
+        np.pad(np.ones((1, 1, 1, 1)), ((1, 1), (1, 1), (0, 0), (0, 0)))
+    )
+    out = jax.jit(lambda p: layer.apply(p, x, before=before, after=after))(params)
+    assert (seen["logits"], seen["query"]) == ((B, 2, N, N), (B, 2, N, D // H))
+    assert seen["shape"] == (B, 3, N, N)
+    assert bool(jnp.isfinite(out).all())  # what is changed before, the made heads follow
+
+
+@pytest.mark.parametrize("place", HALLUCINATE)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_in_bfloat16_hallucinated_maps_are_close_on_float32_parameters(name: str, place: str) -> None:
+    x = jnp.asarray(_normal(B, N, D), jnp.float32)
+    exact, layer = (
+        ATTENTION[name](D, H, real_heads=0.5, hallucinate=place, dtype=dtype) for dtype in ("float32", "bfloat16")
+    )
+    shapes = jax.eval_shape(lambda: layer.init(jax.random.key(0), x))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    variables = jax.tree.map(lambda leaf: np.float32(np.abs(_normal(*leaf.shape))) / 4, shapes)
+    expected = jax.jit(exact.apply)(variables, x)
+    result, kept = jax.jit(lambda v: layer.apply(v, x, mutable=["intermediates"]))(variables)
+    assert result.dtype == jnp.bfloat16
+    assert 0 < float(jnp.abs(result - expected).max()) < 0.05 * float(expected.std())
+    np.testing.assert_allclose(kept["intermediates"]["weights"][0].astype(jnp.float32).sum(-1), 1, atol=2e-2)
+    primitives = _primitives(jax.make_jaxpr(layer.apply)(variables, x).jaxpr)
+    assert {frozenset(types) for kind, types in primitives if kind == "exp"} == {frozenset({"float32"})}
 
 
 P, K, C = 6, 4, 10

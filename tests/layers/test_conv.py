@@ -100,6 +100,33 @@ def test_one_switch_gives_accelerators_xlas_convolution(
     assert "reduce_window" in program()
 
 
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_maps_are_the_convolution_of_each_channel_with_the_channels_first(k: int) -> None:
+    x, kernel = _random(2, C, 9, 7), _random(k, k, 1, C, seed=1)
+    ours = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
+    with conv.native():
+        native = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
+
+    def channels_last(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return native_convolution(x.transpose(0, 2, 3, 1), kernel, 1, k // 2, C).transpose(0, 3, 1, 2)
+
+    reference = _value_and_gradients(channels_last, x, kernel)
+    _assert_same(ours, reference)
+    _assert_same(native, reference)
+    rough = conv.depthwise_maps(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    assert rough.dtype == jnp.bfloat16
+    assert float(jnp.abs(rough - ours[0]).max() / ours[0].std()) < 0.03
+
+
+def test_the_one_switch_is_that_of_depthwise_maps_too() -> None:
+    def program() -> str:
+        return str(jax.make_jaxpr(lambda x, w: conv.depthwise_maps(x, w))(_random(1, C, 5, 4), _random(3, 3, 1, C)))
+
+    assert "conv_general_dilated" not in program()
+    with conv.native():
+        assert program().count("conv_general_dilated[") == 1
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 7)])
 def test_max_pool_is_xlas_also_where_values_are_equal(size: tuple[int, int]) -> None:
     x = jnp.round(_random(2, *size, C))  # whole numbers: nearly every window has equals

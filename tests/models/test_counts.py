@@ -3,11 +3,10 @@
 import pytest
 
 from halvit_jax.models import list_models
-from halvit_jax.summary import summarise
+from halvit_jax.summary import HOSTS, host_of, summarise
 
-# model -> total, without head, GMACs at its own image size. Those of halvit_resnet50 were counted without a classifier
-# (2 M of 4.1 G), those of SHViT with the norms folded, as published. Compact models (_hc) are counted as they are
-# trained, with all branches; tests of their families hold what is left of them folded.
+# model -> total, without head, GMACs at its own image size, as it is trained. Those of halvit_resnet50 were counted
+# without a classifier (2 M of 4.1 G), those of SHViT with the norms folded, as published.
 COUNTS = {
     "deit_tiny": (5_717_416, 5_524_416, 1.258),
     "deit_small": (22_050_664, 21_665_664, 4.608),
@@ -17,6 +16,13 @@ COUNTS = {
     "deit_base_distilled": (87_338_192, 85_800_192, 17.676),
     "halvit_tiny": (11_415_400, 11_030_400, 4.608),
     "halvit_small": (44_063_464, 43_294_464, 17.583),
+    "deit_tiny_hc": (5_874_988, 5_681_988, 1.262),
+    "deit_small_hc": (22_069_528, 21_684_528, 4.535),
+    "deit_base_hc": (86_605_600, 85_836_600, 17.446),
+    "halvit_tiny_h": (11_415_832, 11_030_832, 4.187),
+    "halvit_small_h": (44_064_544, 43_295_544, 16.052),
+    "mini_halvit_tiny": (6_133_192, 5_748_192, 4.661),
+    "mini_halvit_small": (22_846_312, 22_077_312, 17.71),
     "regnety_002": (3_162_996, 2_793_996, 0.2),
     "regnety_160": (83_590_140, 80_565_140, 15.96),
     "resnet18": (11_689_512, 11_176_512, 1.819),
@@ -50,9 +56,56 @@ COUNTS = {
     "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
 
+# The same as they serve, with all norms and sums folded; every other model without batch normalisation serves as it is.
+DEPLOYED = {
+    "deit_tiny_hc": (4_757_548, 4_564_548, 1.0449),
+    "deit_small_hc": (17_622_808, 17_237_808, 3.6642),
+    "deit_base_hc": (68_864_800, 68_095_800, 13.960),
+    "shvit_s1": (6_308_660, 5_987_660, 0.2414),
+    "shvit_s2": (11_453_508, 11_004_508, 0.36551),
+    "shvit_s3": (14_210_010, 13_761_010, 0.60071),
+    "shvit_s4": (16_546_248, 16_097_248, 0.98643),
+}
+# Of the host's parameters and multiply-accumulates, in percent.
+SAVED = {
+    "deit_tiny_hc": ("deit_tiny", 16.8, 17.0),
+    "deit_small_hc": ("deit_small", 20.1, 20.5),
+    "deit_base_hc": ("deit_base", 20.4, 20.6),
+    "halvit_tiny": ("deit_small", 48.2, 0.0),
+    "halvit_tiny_h": ("deit_small", 48.2, 9.2),
+    "mini_halvit_tiny": ("deit_small", 72.2, -1.1),
+    "mini_deit_tiny": ("deit_tiny", 45.9, -1.9),
+}
+
 
 def test_no_model_is_missing() -> None:
     assert sorted(COUNTS) == list_models()
+
+
+@pytest.mark.parametrize("name", DEPLOYED)
+def test_counts_as_deployed(name: str) -> None:
+    row = summarise(name)
+    params, without_head, gmacs = DEPLOYED[name]
+    assert row["params_deployed"] == params
+    assert row["params_deployed_without_head"] == without_head
+    assert row["gmacs_deployed"] == pytest.approx(gmacs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved_of_the_host(name: str) -> None:
+    row = summarise(name)
+    assert (row["host"], row["params_saved"], row["gmacs_saved"]) == SAVED[name]
+
+
+def test_every_host_is_a_model_and_a_host_has_none() -> None:
+    assert set(HOSTS) < set(list_models())
+    assert {host_of(name) for name in list_models() if name in HOSTS} == set(HOSTS.values())
+    assert [host for host in map(host_of, list_models()) if host and host_of(host)] == []
+    assert host_of("deit_base_hc") == "deit_base"
+    assert host_of("no_such_model_hc") is None
+    row = summarise("deit_tiny")
+    assert (row["host"], row["params_saved"], row["gmacs_saved"]) == (None, None, None)
+    assert (row["params_deployed"], row["gmacs_deployed"]) == (row["params"], row["gmacs"])
 
 
 @pytest.mark.parametrize("name", COUNTS)

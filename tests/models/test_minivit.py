@@ -100,6 +100,31 @@ def test_kernels_can_be_tied_and_shared(name: str) -> None:
     assert matrices(**shared, **TIED) == 3 * squares
 
 
+def test_a_mini_halvit_shares_tied_kernels_by_two() -> None:
+    shapes = _shapes("mini_halvit_tiny")
+    for kernel, shape in {"attention/key_value": (384, 384), "ffn/tied": (384, 1536)}.items():
+        found = [leaf.shape for path, leaf in shapes.items() if path.endswith(f"{kernel}/kernel")]
+        assert found == 6 * [shape]
+    assert not any("qkv" in path or "expand" in path for path in shapes)
+    assert _shapes("mini_halvit_small").keys() == shapes.keys()
+
+
+def test_runs_share_what_hallucinates_and_mix_the_real_heads_before_and_all_after() -> None:
+    fields = DEIT | {"num_heads": 4, "depth": 2, "real_heads": 0.5, "remat": True}
+    shapes = _shapes("mini_halvit_tiny", **fields)
+    made = {path: leaf.shape for path, leaf in shapes.items() if "hallucination" in path}
+    folder = "block0/attention/maps/hallucination"
+    assert made == {f"{folder}/across": (2, 2), f"{folder}/within": (3, 3, 1, 2)}
+    for i in (0, 1):
+        assert shapes[f"block0/repeat{i}/mix_logits/kernel"].shape == (2, 2)
+        assert shapes[f"block0/repeat{i}/mix_weights/kernel"].shape == (4, 4)
+    params = {path: array.astype(np.float32) for path, array in _values("mini_halvit_tiny", **fields).items()}
+    model = create_model("mini_halvit_tiny", **fields)
+    with conv.native():
+        grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, _images(), train=True).sum()))(_nest(params))
+    assert [path for path, grad in flat(grads).items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
+
+
 def _owner(path: str) -> str:
     """Where the array of a network that shares nothing lies in the one whose layers share by two."""
     number = int(re.search(r"block(\d+)", path)[1]) if "block" in path else 0
@@ -178,6 +203,11 @@ def test_a_class_token_has_a_bucket_of_positions_more() -> None:
             "model.shares=(2, 2, 6, 2) must have an entry for each stage of model.depths=(2, 2)",
         ),
         ("deit_tiny", {"share": 2}, "model.share=2: deit_tiny has no such field"),
+        (
+            "mini_deit_tiny",
+            {"ffn_rank": 0.5},
+            "model.ffn_rank=0.5 must be 1 where layers share matrices (model.share)",
+        ),
     ],
 )
 def test_impossible_fields_are_refused_by_name(name: str, overrides: dict[str, Any], message: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.config import default_config
-from halvit_jax.models import create_model, list_models
+from halvit_jax.layers import conv
+from halvit_jax.models import create_model, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.tasks.classify import Classification
 from halvit_jax.training.optim import make_optimizer
@@ -250,6 +251,106 @@ def test_drop_path_acts_in_training_only() -> None:
     assert (first != plain).any()
 
 
+def _variables(model: VisionTransformer) -> dict[str, Any]:
+    """With statistics as of a network that was trained, and a signal that keeps its size."""
+    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    rng = np.random.default_rng(0)
+
+    def values(path: Any, leaf: Any) -> np.ndarray:
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 1.5 if name == "scale" else 2.0, leaf.shape).astype(np.float32)
+        size = np.sqrt(leaf.shape[0]) if leaf.ndim == 2 else 1.0
+        return (rng.standard_normal(leaf.shape) / size).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+@pytest.mark.parametrize("place", ["logits", "maps"])
+def test_a_folded_model_answers_as_the_one_it_was(place: str) -> None:
+    model = create_model("deit_tiny_hc", **SMALL, hallucinate=place)
+    variables = _variables(model)
+    folded, fewer = fold(model, variables)
+    assert folded.folded
+    shapes = jax.eval_shape(lambda: folded.init(jax.random.key(0), _images(), train=False))
+    assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, shapes)
+    assert set(fewer["params"]["block0"]["ffn"]["reduce"]) == {"first", "second"}
+
+    def apply(model: VisionTransformer, variables: Any) -> jax.Array:
+        return jax.jit(lambda v: model.apply(v, _images(), train=False))(variables)
+
+    expected = apply(model, variables)
+    assert float(jnp.abs(apply(folded, fewer) - expected).max() / expected.std()) <= 1e-5
+    with pytest.raises(ValueError, match="reduce is folded and cannot be trained"):
+        jax.eval_shape(lambda: folded.apply(fewer, _images(), train=True))
+    plain = create_model("deit_tiny", **SMALL)
+    assert fold(plain, {"params": {}}) == (plain, {"params": {}})  # has nothing to fold
+
+
+@pytest.mark.parametrize("name", ["deit_small", "halvit_tiny"])
+def test_all_heads_real_and_the_whole_rank_are_the_plain_model_bit_for_bit(name: str) -> None:
+    plain = create_model(name, **SMALL)
+    fields = {"real_heads": 1.0, "hallucinate": "maps", "ffn_rank": 1.0, "ffn_branches": 3}
+    same = create_model(name, **SMALL, **fields)
+    key = jax.random.key(0)
+    (logits, params), (others, theirs) = (
+        jax.jit(lambda m=model: m.init_with_output(key, _images(), train=False))() for model in (plain, same)
+    )
+    assert jax.tree.structure(params) == jax.tree.structure(theirs)
+    jax.tree.map(np.testing.assert_array_equal, params, theirs)
+    np.testing.assert_array_equal(logits, others)
+
+
+def test_each_part_of_hallucinated_and_compact_models_is_a_field() -> None:
+    def paths(name: str, **fields: Any) -> set[str]:
+        return {re.sub(r"\d", "", path) for path in flat(_params(create_model(name, **SMALL, **fields)))}
+
+    plain, made = paths("deit_tiny"), {f"block/attention/maps/hallucination/{part}" for part in ("across", "within")}
+    compact = {
+        f"block/ffn/reduce/{factor}/{part}"
+        for factor in ("first", "second")
+        for part in ("dense/kernel", "norm/scale", "norm/bias")
+    }
+    dense = {f"block/ffn/reduce/{part}" for part in ("kernel", "bias")}
+    assert paths("deit_tiny_hc") == (plain | made | compact) - dense
+    assert paths("deit_tiny_hc", ffn_rank=1.0) == plain | made
+    assert paths("deit_tiny_hc", real_heads=1.0) == (plain | compact) - dense
+    assert paths("deit_tiny_hc", real_heads=1.0, ffn_rank=1.0) == plain
+    assert paths("halvit_tiny_h") == paths("halvit_tiny") | made
+
+
+@pytest.mark.parametrize("fields", [{}, {"folded": True}, {"ffn_branches": 11}])
+def test_every_array_of_a_compact_model_has_a_rule_of_its_shape(fields: dict[str, Any]) -> None:
+    model = create_model("deit_tiny_hc", **SMALL, **fields)
+    images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), "float32")
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    assert ("batch_stats" in shapes) != model.folded
+    for path, leaf in flat(shapes).items():
+        (spec,) = [spec for pattern, spec in partition_rules(model) if re.search(pattern, path)]
+        assert len(spec) in (0, leaf.ndim), path
+        assert (spec != ()) == path.endswith("kernel"), path
+
+
+def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
+    plain, model = (create_model("deit_tiny_hc", **SMALL, remat=remat) for remat in (False, True))
+    variables = _variables(model)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    def train(params: Any, model: VisionTransformer) -> tuple[jax.Array, Any]:
+        given = {"params": params, "batch_stats": stats}
+        logits, changed = model.apply(given, _images(), train=True, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(logits)), changed["batch_stats"]
+
+    with conv.native():  # quicker to compile
+        loss, once = jax.jit(lambda p: train(p, plain))(params)
+        (again, moved), grads = jax.jit(jax.value_and_grad(lambda p: train(p, model), has_aux=True))(params)
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, once)
+    assert all(jax.tree.leaves(jax.tree.map(lambda new, old: bool((new != old).any()), moved, stats)))
+    assert [path for path, grad in flat(grads).items() if not bool(jnp.isfinite(grad).all())] == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -268,6 +369,13 @@ def test_drop_path_acts_in_training_only() -> None:
         ({"num_classes": 2.5}, "model.num_classes=2.5 must be a whole number"),
         ({"drop_path": -0.1}, "model.drop_path=-0.1 must not be negative"),
         ({"drop_path": 1.0}, "model.drop_path=1.0 must lie in [0, 1)"),
+        ({"real_heads": 0.0}, "model.real_heads=0.0 must lie in (0, 1]"),
+        ({"real_heads": 1.5}, "model.real_heads=1.5 must lie in (0, 1]"),
+        ({"hallucinate": "values"}, "model.hallucinate='values' is not one of logits, maps"),
+        ({"ffn_rank": 0.0, "ffn": "dense"}, "model.ffn_rank=0.0 must lie in (0, 1]"),
+        ({"ffn_rank": 2, "ffn": "dense"}, "model.ffn_rank=2 must lie in (0, 1]"),
+        ({"ffn_rank": 0.5}, "model.ffn_rank=0.5 needs model.ffn='dense', not 'tied'"),
+        ({"ffn_branches": 0}, "model.ffn_branches=0 must be at least 1"),
         ({"ffn_ratio": 0.0}, "model.ffn_ratio=0.0 leaves nothing of model.width=384"),
         ({"dtype": "floaty"}, "dtype='floaty' is no type of floating-point numbers"),
         ({"dtype": "int32"}, "dtype='int32' is no type of floating-point numbers"),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from halvit_jax.layers.attention import attention_weights
 from halvit_jax.models import create_model
@@ -31,6 +32,19 @@ def _normal(weights: types.ModuleType, name: str, *shape: int) -> np.ndarray:
 
 def _random(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def _variables(model: nn.Module, images: jax.Array) -> Any:
+    """Values of the size that `init` gives, which takes long to compile."""
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    return jax.tree.map(lambda x: (0.2 * rng.standard_normal(x.shape)).astype(np.float32), shapes)
+
+
+def _kept(model: nn.Module, variables: Any, images: jax.Array, **keywords: Any) -> Any:
+    """What the model answers, and what it hands out."""
+    keywords |= {"train": False, "mutable": ["intermediates"]}
+    return jax.jit(lambda variables, images: model.apply(variables, images, **keywords))(variables, images)
 
 
 def test_relations_of_queries_keys_and_values_are_the_references(
@@ -91,15 +105,19 @@ def test_hidden_relation_is_its_definition(tokens: tuple[int, ...]) -> None:
             cosines.append(x @ x.swapaxes(1, 2))
         return 49 * jnp.square(cosines[0] - cosines[1]).mean((1, 2))
 
-    found, back = jax.vjp(lambda x: hidden_relation(x, teacher), student)
-    expected, expected_back = jax.vjp(defined, student)
+    @jax.jit
+    def both(x: jax.Array) -> list[tuple[jax.Array, jax.Array]]:
+        pairs = [jax.vjp(function, x) for function in (lambda x: hidden_relation(x, teacher), defined)]
+        return [(value, back(jnp.ones(2))[0]) for value, back in pairs]
+
+    (found, gradient), (expected, expected_gradient) = both(student)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_allclose(back(jnp.ones(2))[0], expected_back(jnp.ones(2))[0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_of_zeros_has_a_loss_and_a_gradient() -> None:
     student = _random(1, 4, 8).at[:, 0].set(0.0)
-    value, gradient = jax.value_and_grad(lambda x: hidden_relation(x, _random(1, 4, 12)).sum())(student)
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: hidden_relation(x, _random(1, 4, 12)).sum()))(student)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -108,9 +126,9 @@ def test_a_token_of_zeros_has_a_loss_and_a_gradient() -> None:
 def test_layers_hand_out_their_states_in_order_when_asked(name: str) -> None:
     model = create_model(name, **VIT)
     images = _random(2, 8, 8, 3)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
+    variables = _variables(model, images)
     assert variables.keys() == {"params"}
-    _, state = model.apply(variables, images, train=False, mutable=["intermediates"])
+    expected, state = _kept(model, variables, images)
     qkv, hidden = (layers_of(state["intermediates"], kind) for kind in ("query_key_value", "hidden"))
     assert [x.shape for x in qkv] == [(2, 5, 96)] * 11
     assert [x.shape for x in hidden] == [(2, 5, 32)] * 11
@@ -119,7 +137,6 @@ def test_layers_hand_out_their_states_in_order_when_asked(name: str) -> None:
     last = np.asarray(hidden[-1])[:, 0]
     normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
     logits = (normal * params["norm"]["scale"] + params["norm"]["bias"]) @ params["head"]["kernel"]
-    expected = model.apply(variables, images, train=False)
     np.testing.assert_allclose(logits + params["head"]["bias"], expected, atol=1e-5)
     # Of full width and not yet scaled: the attention follows from them.
     maps = layers_of(state["intermediates"], "weights")
@@ -157,20 +174,18 @@ def test_windows_hand_out_their_states_and_blocks_whole_maps(name: str, fields: 
     small = {"width": 32, "depths": (2, 4), "head_width": 16, "window_size": 4, "image_size": 32, "num_classes": 5}
     model = create_model(name, **small | fields)
     images = _random(2, 32, 32, 3)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
-    state = model.apply(variables, images, train=False, mutable=["intermediates"])[1]["intermediates"]
+    last, kept = _kept(model, _variables(model, images), images, method="features")
+    state = kept["intermediates"]
     assert [x.shape for x in layers_of(state, "query_key_value")] == [(2 * 4, 16, 96)] * 2 + [(2, 16, 192)] * 4
     hidden = layers_of(state, "hidden")
     assert [x.shape for x in hidden] == [(2, 8, 8, 32)] * 2 + [(2, 4, 4, 64)] * 4
-    last = model.apply(variables, images, train=False, method="features")[8]
-    np.testing.assert_allclose(hidden[-1], last, atol=1e-6)
+    np.testing.assert_allclose(hidden[-1], last[8], atol=1e-6)
 
 
 def test_every_run_of_a_shared_block_is_a_layer() -> None:
     model = create_model("mini_deit_tiny", **VIT | {"depth": 6, "share": 3})
     images = _random(2, 8, 8, 3)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), images, train=False))()
-    state = model.apply(variables, images, train=False, mutable=["intermediates"])[1]["intermediates"]
+    state = _kept(model, _variables(model, images), images)[1]["intermediates"]
     assert [x.shape for x in layers_of(state, "query_key_value")] == [(2, 4, 96)] * 6
     hidden = layers_of(state, "hidden")
     assert [x.shape for x in hidden] == [(2, 4, 32)] * 6

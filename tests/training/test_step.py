@@ -193,8 +193,10 @@ def on_one_device() -> list[float]:
 
 @pytest.mark.parametrize(
     ("sizes", "share"),
-    [({"data": 8}, (48, 192)), ({"data": 2, "fsdp": 2, "tensor": 2}, (48, 48))],
-    ids=["data=8", "data=2,fsdp=2,tensor=2"],
+    [
+        pytest.param({"data": 8}, (48, 192), id="data=8", marks=pytest.mark.slow),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, (48, 48), id="data=2,fsdp=2,tensor=2"),
+    ],
 )
 def test_eight_devices_learn_what_one_does(
     sizes: dict[str, int], share: tuple[int, ...], on_one_device: list[float]
