@@ -76,30 +76,33 @@ def _architecture() -> dict[str, Any]:
         "attention": optional(str),  # ViT, Swin: full or tied
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(float),  # ViT, PVT: share of the heads with maps of their own, which make the others'
-        "hallucinate": optional(str),  # ViT, PVT: what of the real heads the others' maps are made of: logits or maps
-        "ffn_rank": optional(float),  # ViT, PVT: rank / width of the second matrix of a dense FFN; below 1 it is two
-        "ffn_branches": optional(int),  # ViT, PVT: products in the sum that each of those two is in training
+        "real_heads": optional(float),  # ViT, PVT, Next-ViT: share of the heads that make their own maps
+        "hallucinate": optional(str),  # ViT, PVT, Next-ViT: what of them makes the others' maps: logits or maps
+        "ffn_rank": optional(float),  # ViT, PVT, Next-ViT: rank / width of an FFN's second matrix; below 1 it is two
+        "ffn_branches": optional(int),  # ViT, PVT, Next-ViT: products in the sum that each of the two is in training
         "pool": optional(str),  # ViT: token or mean
         "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
         "position": optional(str),  # ViT: learned, sincos or none
         "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin, PVT: blocks of each stage
+        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin, PVT, Next-ViT: blocks of each stage
         "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
-        "head_width": optional(int),  # Swin, PVT: width of an attention head; divides width, or all widths
+        "head_width": optional(int),  # Swin, PVT, Next-ViT: width of an attention head; divides width, or all widths
         "window_size": optional(int),  # Swin: side of a window, in tokens
         "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
-        "widths": optional(tuple),  # RegNet, SHViT, PVT: channels of each stage
+        "widths": optional(tuple),  # RegNet, SHViT, PVT, Next-ViT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
         "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
-        "stem_strides": optional(tuple),  # SHViT: strides of the stem's 3x3 convolutions, of which it has as many
+        "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
+        "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
+        "periods": optional(tuple),  # Next-ViT: every how many blocks one attends, from a stage's last on; 0: none
         "strides": optional(tuple),  # PVT: of each stage's map against the one before
         "ffn_ratios": optional(tuple),  # PVT: hidden width / width of the feed-forward layers, in each stage
-        "reductions": optional(tuple),  # PVT: side of the square of tokens that becomes one key, in each stage
+        "reductions": optional(tuple),  # PVT: side of the square of tokens that makes one key, in each stage; Next-ViT:
+        # the side of as many tokens in a row
         "pool_size": optional(int),  # PVTv2: side of the map that all tokens attend to; 0: as reductions say
     }
 

@@ -137,6 +137,23 @@ def shvit(model: str, *, variant: str = "300") -> ConfigDict:
     return config
 
 
+def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches, and not repeated.
+
+    The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
+    clipped, no repeated augmentation and no averages. `variant` is a number of epochs.
+    """
+    config = deit(model, epochs=int(variant))
+    config.batch_size = config.recipe_batch_size = 2048
+    config.ema_decay = 0.0
+    config.model.drop_path = drop_path
+    config.data.repeats = 1
+    config.optim.weight_decay = 0.1
+    config.optim.clip_norm = 5.0
+    config.optim.warmup_epochs = 20.0
+    return config
+
+
 DISTILLED = "distilled"
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
@@ -231,6 +248,23 @@ def digits_shvit() -> ConfigDict:
     config.model.widths = (32, 64, 96)
     config.model.partial = (16, 16, 24)
     config.model.stem_strides = (1, 1)
+    config.optim.warmup_epochs = 5.0
+    return config
+
+
+def nextvit_digits(model: str) -> ConfigDict:
+    """The digits for a small Next-ViT: two stages, on maps of 8x8 and 4x4, each ending with a block that attends."""
+    config = _digits(model)
+    config.total_steps = 400
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 200
+    config.model.depths = config.model.periods = (2, 2)
+    config.model.widths = (24, 48)
+    config.model.reductions = (2, 1)
+    config.model.stem_widths = (24, 24)
+    config.model.stem_strides = (1, 1)
+    config.model.head_width = 8
+    config.model.drop_path = 0.1
     config.optim.warmup_epochs = 5.0
     return config
 

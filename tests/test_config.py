@@ -97,6 +97,14 @@ def test_shvits_are_trained_at_4e_3_with_a_decay_of_their_own(name: str) -> None
         recipes.shvit("deit_tiny")
 
 
+@pytest.mark.parametrize(("name", "drop_path"), [("small", 0.1), ("base", 0.2), ("large", 0.2), ("small_hc", 0.1)])
+def test_next_vits_are_trained_at_2e_3_in_batches_of_2048(name: str, drop_path: float) -> None:
+    config = load(ROOT / "configs" / f"nextvit_{name}.py", "30")
+    assert (config.model.name, config.num_epochs, config.batch_size) == (f"nextvit_{name}", 30, 2048)
+    assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == 2e-3
+    assert config.model.drop_path == drop_path
+
+
 def test_the_twins_on_digits_differ_in_the_model_alone() -> None:
     tied, plain = recipes.digits("halvit_tiny"), recipes.digits("deit_small")
     plain.model.name = "halvit_tiny"

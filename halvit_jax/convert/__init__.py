@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, minivit, pvt, regnet, resnet, shvit, swin, vit
+from halvit_jax.convert import engine, minivit, nextvit, pvt, regnet, resnet, shvit, swin, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.nextvit import NextViT
 from halvit_jax.models.pvt import PVT, PVTv2
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
@@ -37,6 +38,7 @@ TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     SHViT: shvit.rules,
     PVT: pvt.rules,
     PVTv2: pvt.rules,
+    NextViT: nextvit.rules,
 }
 
 

@@ -5,7 +5,7 @@ the same fields, so that a block chooses one by name.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -100,12 +100,13 @@ class Mlp(nn.Module):
     width: int  # d
     hidden: int  # f
     compact: Compact = Compact()
+    activation: Callable[[jax.Array], jax.Array] = gelu
     dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         h = nn.Dense(self.hidden, kernel_init=normal_02, dtype=self.dtype, name="expand")(x)
-        return CompactDense(self.width, self.compact, dtype=self.dtype, name="reduce")(gelu(h), train=train)
+        return CompactDense(self.width, self.compact, dtype=self.dtype, name="reduce")(self.activation(h), train=train)
 
 
 class TiedMlp(nn.Module):

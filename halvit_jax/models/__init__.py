@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import conv, ffn
-from halvit_jax.models import minivit, pvt, regnet, resnet, shvit, swin, vit
+from halvit_jax.models import minivit, nextvit, pvt, regnet, resnet, shvit, swin, vit
 
 Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
 TransferRules = tuple[tuple[str, str], ...]
@@ -34,6 +34,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
     shvit.SHViT: Family(shvit.SIZES, shvit.PARTITION_RULES, shvit.TRANSFER_RULES, shvit.fold),
     pvt.PVT: Family(pvt.SIZES, pvt.PARTITION_RULES, pvt.TRANSFER_RULES, ffn.fold),
     pvt.PVTv2: Family(pvt.V2_SIZES, pvt.PARTITION_RULES, pvt.TRANSFER_RULES, ffn.fold),
+    nextvit.NextViT: Family(nextvit.SIZES, nextvit.PARTITION_RULES, nextvit.TRANSFER_RULES, ffn.fold),
 }
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     name: (model, size) for model, family in FAMILIES.items() for name, size in family.sizes.items()

@@ -13,6 +13,7 @@ from flax import linen as nn
 from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
+from halvit_jax.models.nextvit import NextViT
 from halvit_jax.models.pvt import PVT, PVTv2
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
@@ -49,6 +50,16 @@ SMALL: dict[type[nn.Module], dict[str, Any]] = {
         "image_size": 32,
     },
     SwinTransformer: SWIN,
+    NextViT: {
+        "depths": (1, 2),
+        "widths": (16, 24),
+        "periods": (0, 2),
+        "reductions": (1, 2),
+        "stem_widths": (8, 16),
+        "stem_strides": (2, 2),
+        "head_width": 8,
+        "image_size": 32,
+    },
     MiniDeit: VIT,
     MiniSwin: SWIN | {"shares": (2, 2)},
 }

@@ -1,0 +1,13 @@
+"""A small Next-ViT on the 1,797 digits that ship inside scikit-learn.
+
+python -m halvit_jax.main --config=configs/nextvit_digits.py --workdir=runs/nextvit_digits
+"""
+
+from ml_collections import ConfigDict
+
+from halvit_jax import recipes
+
+
+def get_config() -> ConfigDict:
+    """The digits run of the hybrid of convolutions and attention."""
+    return recipes.nextvit_digits("nextvit_small")

@@ -1,0 +1,284 @@
+"""Next-ViT: convolutional blocks, and after some of them a block that attends (Li et al., 2022, arXiv 2207.05501).
+
+A stage repeats a few convolution blocks (NCB) and one transformer block (NTB), the first stage the former alone:
+
+    convolution block:   x += local(x);                  x += ffn(norm(x))
+    transformer block:   x += attention(norm(x));  y = norm(x W);  y += local(y);  x = [x, y];  x += ffn(norm(x))
+
+`local` is a grouped convolution, multi-head as attention is (MHCA), `attention` has fewer keys than queries (E-MHSA).
+All norms are batch normalisations. There is neither position nor class token.
+
+Shapes: `b` batch, `u v` height and width of a map, `d` its channels, `n` = u v tokens, `m` pooled tokens.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.conv import BatchNorm, ConvNorm
+from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.ffn import Compact, Mlp
+from halvit_jax.layers.init import Dtype, normal_02
+from halvit_jax.layers.pooled import LocalAttention, PooledAttention, halve_map
+from halvit_jax.models.fields import check_compact, check_divides
+from halvit_jax.models.vit import HC
+
+BASE = {"depths": (3, 4, 20, 3)}
+LARGE = {"depths": (3, 4, 30, 3)}
+SIZES: dict[str, dict[str, Any]] = {
+    "nextvit_small": {},
+    "nextvit_base": BASE,
+    "nextvit_large": LARGE,
+    "nextvit_small_hc": HC,
+    "nextvit_base_hc": BASE | HC,
+    "nextvit_large_hc": LARGE | HC,
+}
+
+SPLIT = ("tensor", "fsdp")  # as in models.vit
+PARTITION_RULES = (
+    (r"(conv|local/output)/kernel$", (None, None, None, "fsdp")),
+    (r"(query|key|value|expand|head|second\d*(/dense)?)/kernel$", (None, SPLIT)),
+    (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
+    (r"(bias|scale|mean|var|across|within)$", ()),
+)
+
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv0/conv/kernel$", "colours"))
+
+# A transformer block attends with three quarters of the channels that it puts out, and convolves the last quarter.
+ATTENDING = 3
+CONV_RATIO, TRANSFORMER_RATIO = 3, 2  # hidden width / width of the feed-forward layers
+
+
+class NextViT(nn.Module):
+    """Stages between a stem of 3x3 convolutions and a classifier on the mean of the last map, normalised.
+
+    `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
+    features [b, d] when `num_classes` is 0.
+
+    Args:
+        num_classes: size of the head; 0 leaves it out.
+        image_size: what a recipe feeds; the network runs at any size whose maps have the tokens to be pooled.
+        depths: blocks of each stage. All stages but the first halve the map in their first block.
+        widths: channels of each stage's convolution blocks. A transformer block attends with as many and adds a third.
+        periods: every how many blocks of a stage one is a transformer block, counted from its last, which is one; 0:
+            none is.
+        reductions: of each stage's attention; the square of that many tokens in a row are pooled to one key.
+        stem_widths: channels of the stem's convolutions.
+        stem_strides: their strides, one for each.
+        head_width: channels of an attention head, and of a group of the 3x3 convolutions in the blocks.
+        real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
+            hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        ffn_rank: rank of the second matrix of all blocks' FFNs as a share of the width; below 1 it is two matrices, in
+            training each the sum of `ffn_branches`; see `CompactDense`.
+        drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
+        remat: recompute each block in the backward pass instead of keeping its activations.
+        dtype: the type to compute in. Parameters, statistics, softmax, head and logits are float32.
+        folded: for inference alone, with the variables of `models.fold`.
+    """
+
+    num_classes: int = 1000
+    image_size: int = 224
+    depths: Sequence[int] = (3, 4, 10, 3)
+    widths: Sequence[int] = (96, 192, 384, 768)
+    periods: Sequence[int] = (0, 4, 5, 3)
+    reductions: Sequence[int] = (8, 4, 2, 1)
+    stem_widths: Sequence[int] = (64, 32, 64, 64)
+    stem_strides: Sequence[int] = (2, 1, 1, 2)
+    head_width: int = 32
+    real_heads: float = 1.0
+    hallucinate: str = "logits"
+    ffn_rank: float = 1.0
+    ffn_branches: int = 2
+    drop_path: float = 0.0
+    remat: bool = False
+    dtype: Dtype = None
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_lengths("a stage", "depths", "widths", "periods", "reductions")
+        self._check_lengths("a convolution of the stem", "stem_widths", "stem_strides")
+        for i, (width, period) in enumerate(zip(self.widths, self.periods, strict=True)):
+            check_divides("head_width", self.head_width, f"widths[{i}]", width)
+            if period < 0:
+                raise ValueError(f"model.periods[{i}]={period} must not be negative; 0 stands for no transformer block")
+            if period and width % (ATTENDING * self.head_width):
+                raise ValueError(
+                    f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
+                    f"{ATTENDING * self.head_width}, for model.periods[{i}]={period} asks for transformer blocks"
+                )
+        check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.stem = Stem(tuple(self.stem_widths), tuple(self.stem_strides), self.dtype, self.folded)
+        rates = linear_rates(self.drop_path, sum(self.depths))
+        for i, depth in enumerate(self.depths):
+            blocks = self._blocks(i, rates[sum(self.depths[:i]) :][:depth])
+            setattr(self, f"stage{i + 1}", Stage(tuple(blocks)))
+        self.norm = lone_norm(self.dtype, self.folded)
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=normal_02)
+
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        maps = self.features(images, train=train)
+        x = self.norm(maps[max(maps)], train=train)
+        # From here on in float32 at least: it costs nothing and the loss reads it.
+        x = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        return self.head(x) if self.num_classes else x
+
+    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
+        """What each stage puts out, not normalised, by its stride: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
+        x, stride, maps = self.stem(images, train=train), math.prod(self.stem_strides), {}
+        for i in range(len(self.depths)):
+            x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train)
+        return maps
+
+    def attends(self, stage: int) -> list[bool]:
+        """Which blocks of a stage, the first being 0, are transformer blocks."""
+        depth, period = self.depths[stage], self.periods[stage]
+        return [period > 0 and (depth - 1 - i) % period == 0 for i in range(depth)]
+
+    def _blocks(self, stage: int, rates: Sequence[float]) -> list[Callable[..., nn.Module]]:
+        """What makes the blocks of a stage, given their name; they are called as block(x, train)."""
+        common = {
+            "width": self.widths[stage],
+            "head_width": self.head_width,
+            "compact": Compact(self.ffn_rank, self.ffn_branches, self.folded),
+            "dtype": self.dtype,
+        }
+        attention = {
+            "reduction": self.reductions[stage],
+            "real_heads": self.real_heads,
+            "hallucinate": self.hallucinate,
+        }
+        blocks = []
+        for i, (attends, rate) in enumerate(zip(self.attends(stage), rates, strict=True)):
+            kind, fields = (TransformerBlock, common | attention) if attends else (ConvBlock, common)
+            kind = nn.remat(kind, static_argnums=(2,)) if self.remat else kind
+            blocks.append(functools.partial(kind, **fields, halve=stage > 0 and i == 0, drop_path=rate))
+        return blocks
+
+    def _check_lengths(self, whose: str, *names: str) -> None:
+        """Raise a ValueError unless these fields have one entry each for the same things, none of them below 1."""
+        fields = {name: tuple(getattr(self, name)) for name in names}
+        if len({len(values) for values in fields.values()}) != 1 or not fields[names[0]]:
+            given = ", ".join(f"model.{name}={values}" for name, values in fields.items())
+            raise ValueError(f"{given} must have one entry for each of {whose}")
+        for name, values in fields.items():
+            if name != "periods" and min(values) < 1:
+                raise ValueError(f"model.{name}={values} must all be at least 1")
+
+
+class Stem(nn.Module):
+    """3x3 convolutions, each with its norm and a ReLU: [b, h, w, 3] -> [b, h/s, w/s, d], s the product of strides."""
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        norm = functools.partial(ConvNorm, kernel_init=normal_02, dtype=self.dtype, folded=self.folded)
+        for i, (width, stride) in enumerate(zip(self.widths, self.strides, strict=True)):
+            x = nn.relu(norm(width, 3, stride, name=f"conv{i}")(x, train=train))
+        return x
+
+
+class Stage(nn.Module):
+    """The blocks of a stage, one after the other."""
+
+    blocks: tuple[Callable[..., nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        for i, block in enumerate(self.blocks):
+            x = block(name=f"block{i}")(x, train)
+        return x
+
+
+class ConvBlock(nn.Module):
+    """Next Convolution Block: [b, u, v, c] -> [b, u, v, d], or a map of half the size."""
+
+    width: int  # d
+    head_width: int
+    compact: Compact
+    dtype: Dtype
+    halve: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        common = {"dtype": self.dtype, "folded": self.compact.folded}
+        x = enter(x, self.width, halve=self.halve, train=train, **common)
+        local = LocalAttention(self.head_width, **common, name="local")
+        drop = DropPath(self.drop_path, name="drop_path")
+        x = x + drop(local(x, train=train), train=train)
+        ffn = Mlp(
+            self.width, CONV_RATIO * self.width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
+        )
+        return x + drop(ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train), train=train)
+
+
+class TransformerBlock(nn.Module):
+    """Next Transformer Block: [b, u, v, c] -> [b, u, v, 4/3 d], or a map of half the size.
+
+    Three quarters of the channels attend, the last is a convolution of them: low frequencies here, high ones there.
+    The rate of stochastic depth is shared out among the two as the channels are.
+    """
+
+    width: int  # d
+    head_width: int
+    reduction: int
+    real_heads: float
+    hallucinate: str
+    compact: Compact
+    dtype: Dtype
+    halve: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        common = {"dtype": self.dtype, "folded": self.compact.folded}
+        x = enter(x, self.width, halve=self.halve, train=train, **common)
+        heads = self.width // self.head_width
+        attention = PooledAttention(
+            heads, self.reduction, self.real_heads, self.hallucinate, **common, name="attention"
+        )
+        share = ATTENDING / (ATTENDING + 1)
+        y = lone_norm(**common, name="attention_norm")(x, train=train)
+        y = attention(y.reshape(y.shape[0], -1, self.width), train=train).reshape(x.shape)  # [b, n, d], [b, u, v, d]
+        x = x + DropPath(self.drop_path * share, name="attention_drop")(y, train=train)
+
+        narrow = ConvNorm(self.width // ATTENDING, kernel_init=normal_02, **common, name="narrow")
+        y = narrow(x, train=train)
+        local = LocalAttention(self.head_width, **common, name="local")(y, train=train)
+        y = y + DropPath(self.drop_path * (1 - share), name="local_drop")(local, train=train)
+
+        x = jnp.concatenate([x, y], axis=-1)
+        width = x.shape[-1]
+        ffn = Mlp(
+            width, TRANSFORMER_RATIO * width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
+        )
+        y = ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train)
+        return x + DropPath(self.drop_path, name="ffn_drop")(y, train=train)
+
+
+def lone_norm(dtype: Dtype, folded: bool, name: str | None = None) -> BatchNorm:
+    """A batch normalisation that no convolution stands before: folded it remains, as a scale and a bias."""
+    return BatchNorm(dtype=dtype, folded="in place" if folded else "", name=name)
+
+
+def enter(x: jax.Array, width: int, *, halve: bool, train: bool, dtype: Dtype, folded: bool) -> jax.Array:
+    """What a block begins with: [b, u, v, c] -> [b, u, v, d] or [b, u/2, v/2, d]; nothing where nothing changes."""
+    if not halve and x.shape[-1] == width:
+        return x
+    norm = ConvNorm(width, kernel_init=normal_02, dtype=dtype, folded=folded, name="embed")
+    return norm(halve_map(x) if halve else x, train=train)
