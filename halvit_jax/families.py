@@ -32,6 +32,10 @@ ENTRIES: dict[str, Callable[[], ConfigDict]] = {
     "SHViT": recipes.digits_shvit,
     "Swin": lambda: recipes.swin_digits("swin_tiny"),
     "Mini-Swin": lambda: recipes.mini_swin_digits("mini_swin_tiny"),
+    "PVT": lambda: recipes.pvt_digits("pvt_tiny"),
+    "PVT hc": lambda: recipes.pvt_digits("pvt_tiny_hc"),
+    "Next-ViT": lambda: recipes.nextvit_digits("nextvit_small"),
+    "Next-ViT hc": lambda: recipes.nextvit_digits("nextvit_small_hc"),
 }
 STEPS_PER_EPOCH = 11  # of the digits, in batches of 128
 WEIGHTS_FILE = "weights.safetensors"  # in each workdir: the folded model's, for its size

@@ -25,6 +25,7 @@ from halvit_jax.layers.init import Dtype, normal_02
 from halvit_jax.layers.kept import keep
 from halvit_jax.layers.window import SpatialReductionAttention
 from halvit_jax.models.fields import check_compact, check_divides
+from halvit_jax.models.vit import HC
 
 EPSILON = 1e-6  # of the LayerNorms in blocks and at the end of stages
 EMBED_EPSILON = 1e-5  # of those of patches
@@ -34,7 +35,6 @@ ZEROS = nn.initializers.zeros
 FAN_OUT = {"kernel_init": nn.initializers.variance_scaling(2.0, "fan_out", "normal"), "bias_init": ZEROS}
 DEPTHWISE = {"kernel_init": nn.initializers.normal(math.sqrt(2 / 9)), "bias_init": ZEROS}
 
-HC = {"real_heads": 0.5, "ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
 SMALL, MEDIUM, LARGE = ({"depths": depths} for depths in ((3, 4, 6, 3), (3, 4, 18, 3), (3, 8, 27, 3)))
 SIZES: dict[str, dict[str, Any]] = {
     "pvt_tiny": {},
@@ -63,7 +63,7 @@ PARTITION_RULES = (
     (r"(output|reduce|first\d?(/dense)?)/kernel$", (SPLIT, None)),
     (r"depthwise/kernel$", (None, None, None, SPLIT)),  # as what it follows
     (r"(embed|reduction)/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|position|across|within)$", ()),
+    (r"(bias|scale|mean|var|class_token|position|across|within)$", ()),
 )
 
 TRANSFER_RULES = ((r"^head/", "head"), (r"/position$", "grid"), (r"^stage1/embed/kernel$", "colours"))
