@@ -63,7 +63,7 @@ PARTITION_RULES = (
     (r"(output|reduce|first\d?(/dense)?)/kernel$", (SPLIT, None)),
     (r"depthwise/kernel$", (None, None, None, SPLIT)),  # as what it follows
     (r"(embed|reduction)/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|class_token|position|across|within)$", ()),
+    (r"(bias|scale|mean|var|class_token|position|across|within)$", ()),
 )
 
 TRANSFER_RULES = ((r"^head/", "head"), (r"/position$", "grid"), (r"^stage1/embed/kernel$", "colours"))
