@@ -76,12 +76,8 @@ def _architecture() -> dict[str, Any]:
         "attention": optional(str),  # ViT, Swin: full or tied
         "ffn": optional(str),  # ViT, Swin: dense or tied
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(
-            float
-        ),  # ViT, Next-ViT: share of the heads with maps of their own, which make the others'
-        "hallucinate": optional(
-            str
-        ),  # ViT, Next-ViT: what of the real heads the others' maps are made of: logits or maps
+        "real_heads": optional(float),  # ViT, Next-ViT: share of the heads with own maps, which make the others'
+        "hallucinate": optional(str),  # ViT, Next-ViT: what of theirs the others' maps are made of: logits or maps
         "ffn_rank": optional(float),  # ViT, Next-ViT: rank / width of the second matrix of an FFN; below 1 it is two
         "ffn_branches": optional(int),  # ViT, Next-ViT: products in the sum that each of those two is in training
         "pool": optional(str),  # ViT: token or mean
@@ -102,12 +98,8 @@ def _architecture() -> dict[str, Any]:
         "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
         "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
         "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
-        "periods": optional(
-            tuple
-        ),  # Next-ViT: every how many blocks of each stage, from its last, one attends; 0: none
-        "reductions": optional(
-            tuple
-        ),  # Next-ViT: of each stage's attention; its square of tokens in a row make one key
+        "periods": optional(tuple),  # Next-ViT: every how many blocks of a stage, from its last, one attends; 0: none
+        "reductions": optional(tuple),  # Next-ViT: the square of it of tokens in a row make one key, in each stage
     }
 
 
