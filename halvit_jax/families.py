@@ -53,7 +53,7 @@ def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
     config = ENTRIES[label]()
     config.seed = seed
     config.total_steps = config.eval_every = config.checkpoint_every = steps
-    config.log_every = 100
+    config.log_every, config.ema_decay = 100, 0.0
     config.optim.warmup_epochs = steps / STEPS_PER_EPOCH / 5
     return config
 
