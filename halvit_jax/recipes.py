@@ -37,12 +37,7 @@ def deit(model: str, *, epochs: int = 300) -> ConfigDict:
 
 def deit_384(model: str) -> ConfigDict:
     """DeiT's fine-tuning at 384 pixels of what was trained at 224: a constant 5e-6 for 30 epochs, hardly any decay."""
-    config = deit(model, epochs=30)
-    config.batch_size = config.recipe_batch_size = 512
-    config.model.image_size = 384
-    config.data.eval_crop = 1.0
-    config.optim.learning_rate = 5e-6
-    config.optim.weight_decay = 1e-8
+    config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
     config.optim.schedule = "constant"
     return config
 
@@ -51,10 +46,15 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDi
     """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
 
     The tables of relative positions are decayed, the position embedding is not, as released. `variant` is a number of
-    epochs on the labels alone, or "distilled": 300 epochs on nothing but the probabilities of a RegNetY-16GF.
+    epochs on the labels alone, "distilled": 300 epochs on nothing but the probabilities of a RegNetY-16GF, or "384":
+    fine-tuning at 384 pixels, on the labels and without stochastic depth.
     """
     config = deit(model, epochs=_epochs(variant))
     config.model.drop_path = drop_path
+    if variant == AT_384:
+        _fine_tune(config, batch_size=256, learning_rate=5e-6)
+        config.optim.schedule = "constant"  # the released floor lies above the rate
+        config.model.drop_path = 0.0
     if variant == DISTILLED:
         _teach(config, "regnety_160", kind="soft", alpha=1.0)
     return config
@@ -64,9 +64,10 @@ def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     """Swin Transformer (Liu et al., 2021).
 
     Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no averages, and no decay of the
-    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024.
+    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024. `variant` is a
+    number of epochs, or "384": fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
     """
-    config = deit(model, epochs=int(variant))
+    config = deit(model, epochs=_epochs(variant))
     config.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeats = 1
@@ -75,6 +76,11 @@ def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     config.optim.warmup_epochs = 20.0
     config.optim.warmup_start = 1e-6
     config.optim.floor = 1e-5
+    if variant == AT_384:
+        _fine_tune(config, batch_size=256, learning_rate=2e-5)
+        config.optim.warmup_epochs = 5.0
+        config.optim.warmup_start = 1e-8
+        config.optim.floor = 1e-7
     return config
 
 
@@ -98,10 +104,10 @@ PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     """Mini-Swin (Zhang et al., 2022): Swin's recipe.
 
-    `variant` is a number of epochs on the labels alone, or "distilled": 300 epochs on nothing but what a Swin-B says
-    and how its tokens relate, in six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
+    `variant` is as for Swin, or "distilled": 300 epochs on nothing but what a Swin-B says and how its tokens relate, in
+    six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
     """
-    config = swin(model, drop_path=drop_path, variant=str(_epochs(variant)))
+    config = swin(model, drop_path=drop_path, variant="300" if variant == DISTILLED else variant)
     if variant == DISTILLED:
         layers = (1, 3, 9, 15, 21, 23)
         student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
@@ -141,9 +147,10 @@ def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict
     """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches, and not repeated.
 
     The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
-    clipped, no repeated augmentation and no averages. `variant` is a number of epochs.
+    clipped, no repeated augmentation and no averages. `variant` is a number of epochs, or "384": fine-tuning at 384
+    pixels.
     """
-    config = deit(model, epochs=int(variant))
+    config = deit(model, epochs=_epochs(variant))
     config.batch_size = config.recipe_batch_size = 2048
     config.ema_decay = 0.0
     config.model.drop_path = drop_path
@@ -151,10 +158,14 @@ def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
+    if variant == AT_384:
+        _fine_tune(config, batch_size=2048, learning_rate=5e-6)
+        config.optim.schedule = "constant"
+        config.optim.warmup_epochs = 0.0
     return config
 
 
-DISTILLED = "distilled"
+DISTILLED, AT_384 = "distilled", "384"  # variants that are no number of epochs
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
 
@@ -362,7 +373,18 @@ def taught_digits(model: str, kind: str) -> ConfigDict:
 
 
 def _epochs(variant: str) -> int:
-    return 300 if variant == DISTILLED else int(variant)
+    return 300 if variant in (DISTILLED, AT_384) else int(variant)
+
+
+def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float) -> ConfigDict:
+    """Make 30 epochs at 384 pixels of a recipe, with hardly any decay; `init_from` is still to name what begins."""
+    config.num_epochs = 30
+    config.batch_size = config.recipe_batch_size = batch_size
+    config.model.image_size = 384
+    config.data.eval_crop = 1.0
+    config.optim.learning_rate = learning_rate
+    config.optim.weight_decay = 1e-8
+    return config
 
 
 def _teach(config: ConfigDict, teacher: str, **fields: object) -> None:

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax import door, recipes
 from halvit_jax.config import default_config, from_json, to_json, validate
+from halvit_jax.models import create_model
 from halvit_jax.run import build_task
 from halvit_jax.teacher import abstract_task
 from halvit_jax.training.optim import path_mask
@@ -74,7 +75,9 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
         ("shvit_s1", "regnety_160", "hard", ()),
         ("mini_deit_base", "regnety_160", "soft", ()),
         ("mini_swin_tiny", "swin_base", "soft_cross_entropy", (1, 3, 5, 7, 9, 11)),
-        ("mini_swin_small", "swin_base", "soft_cross_entropy", (1, 3, 9, 15, 21, 23)),
+        pytest.param(
+            "mini_swin_small", "swin_base", "soft_cross_entropy", (1, 3, 9, 15, 21, 23), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind: str, layers: tuple[int, ...]) -> None:
@@ -85,6 +88,24 @@ def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind:
     config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
     assert task.frozen["params"]
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "schedule"),
+    [
+        ("mini_deit_base", 2.5e-6, "constant"),
+        ("swin_base", 1e-5, "cosine"),
+        ("mini_swin_base", 1e-5, "cosine"),
+        ("nextvit_small", 2e-5, "constant"),
+    ],
+)
+def test_fine_tuning_at_384_is_an_argument(name: str, rate: float, schedule: str) -> None:
+    config = load(ROOT / "configs" / f"{name}.py", "384")
+    assert (config.model.name, config.model.image_size, config.num_epochs) == (name, 384, 30)
+    assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == pytest.approx(rate)
+    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classify")
+    validate(config)
+    assert create_model(**config.model).image_size == 384
 
 
 @pytest.mark.parametrize("name", sorted(recipes.SHVIT_DECAY))

@@ -66,6 +66,7 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
     assert rows[1]["train_peak_bytes"] > adam_bytes
 
 
+@pytest.mark.slow
 def test_bench_measures_what_folding_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     family, size = MODELS["resnet18"]
     small = {"depths": (1, 1, 1, 1), "image_size": 32, "num_classes": 5}

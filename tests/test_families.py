@@ -28,6 +28,7 @@ def test_entries_differ_in_the_model_alone() -> None:
     assert (recipe("ViT")["seed"], recipe("ViT")["total_steps"]) == (3, 7)
 
 
+@pytest.mark.slow
 def test_a_family_is_trained_once_and_weighed_as_it_is_deployed(
     digits_dir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,5 @@
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_every_way_is_measured_and_reported(capsys: pytest.CaptureFixture[str]) 
     rows = speed.measure(batch=2, rounds=1, batches=1, image_size=32)
     assert [row["what"] for row in rows] == ["bare tf.data", "crop", "crop, antialias", "DeiT", "loader, DeiT"]
     assert all(np.isfinite(row["images_per_s"]) and row["images_per_s_per_core"] > 0 for row in rows)
-    bench.report_input(rows, batch=2, repeats=1)
+    bench.report_input(rows, types.SimpleNamespace(batch=2, repeats=1))
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 + len(rows)
     assert "1.00" in printed[2]
