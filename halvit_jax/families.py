@@ -114,6 +114,7 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xlabel("parameters of the deployed model, thousands")
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)
+    axes.margins(0.15)  # room for the names
     picture.savefig(path, dpi=120)
 
 
