@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from halvit_jax import main, recipes
 from halvit_jax import run as run_lib
 from halvit_jax.convert import native
-from halvit_jax.layers import conv
-from halvit_jax.macs import count_macs
 from halvit_jax.models import fold
+from halvit_jax.summary import counts_of
+from halvit_jax.training.sharding import bytes_of
 
 # label -> its model on digits. Those of one shape stand together, the host first.
 ENTRIES: dict[str, Callable[[], ConfigDict]] = {
@@ -137,15 +137,14 @@ def _weigh(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
     name, weights = fields["name"], folder / WEIGHTS_FILE
     native.save(weights, name, variables, **{field: value for field, value in fields.items() if field != "name"})
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
-    with conv.native():
-        macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, image)
     answer = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, image).compile()
     variables = jax.device_put(variables)
+    counts = counts_of(model)
     row = {
-        "params": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "params": counts.params,
         "bytes_on_disk": weights.stat().st_size,
-        "optimizer_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.opt_state)),
-        "gmacs": macs / 1e9,
+        "optimizer_bytes": bytes_of(state.opt_state),
+        "gmacs": counts.macs / 1e9,
     }
     return row, lambda: jax.block_until_ready(answer(variables, image))
 

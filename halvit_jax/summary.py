@@ -126,8 +126,8 @@ def summarise(name: str) -> dict[str, Any]:
     "params_saved" and "gmacs_saved" are in percent of the host's, None without one.
     """
     model, host = create_model(name), host_of(name)
-    own, deployed = _counts(name), _counts(name, deployed=True)
-    saved = _saved(deployed, _counts(host, deployed=True)) if host else (None, None)
+    own, deployed = counts_of(model), counts_of(_deployed(model))
+    saved = _saved(deployed, counts_of(_deployed(create_model(host)))) if host else (None, None)
     return {
         "model": name,
         "params": own.params,
@@ -145,23 +145,27 @@ def summarise(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _counts(name: str, *, deployed: bool = False) -> Counts:
-    model = create_model(name)
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    variables = _shapes(model, images)
-    if deployed:
-        if "batch_stats" not in variables:
-            return _counts(name)
-        model = model.clone(folded=True)
-        variables = _shapes(model, images)  # those that `models.fold` gives
-    heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
+def counts_of(model: nn.Module) -> Counts:
+    """What a model counts as it is built; nothing is computed."""
+    params = _shapes(model)["params"]
+    heads = [tree for name, tree in params.items() if name.startswith("head")]
     with conv.native():
-        macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
-    return Counts(_size(variables["params"]), _size(heads), macs)
+        macs = count_macs(lambda v, x: model.apply(v, x, train=False), _shapes(model), _image(model))
+    return Counts(_size(params), _size(heads), macs)
 
 
-def _shapes(model: nn.Module, images: jax.ShapeDtypeStruct) -> Any:
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+def _deployed(model: nn.Module) -> nn.Module:
+    """The model that `models.fold` makes of it."""
+    return model.clone(folded=True) if "batch_stats" in _shapes(model) else model
+
+
+@functools.cache
+def _shapes(model: nn.Module) -> Any:
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), _image(model))
+
+
+def _image(model: nn.Module) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
 
 
 def _size(tree: Any) -> int:

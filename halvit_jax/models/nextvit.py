@@ -221,10 +221,7 @@ class ConvBlock(nn.Module):
         local = LocalAttention(self.head_width, **common, name="local")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(local(x, train=train), train=train)
-        ffn = Mlp(
-            self.width, CONV_RATIO * self.width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
-        )
-        return x + drop(ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train), train=train)
+        return x + drop(feed_forward(x, CONV_RATIO, self.compact, train=train, dtype=self.dtype), train=train)
 
 
 class TransformerBlock(nn.Module):
@@ -263,17 +260,20 @@ class TransformerBlock(nn.Module):
         y = y + DropPath(self.drop_path * (1 - share), name="local_drop")(local, train=train)
 
         x = jnp.concatenate([x, y], axis=-1)
-        width = x.shape[-1]
-        ffn = Mlp(
-            width, TRANSFORMER_RATIO * width, compact=self.compact, activation=nn.relu, dtype=self.dtype, name="ffn"
-        )
-        y = ffn(lone_norm(**common, name="ffn_norm")(x, train=train), train=train)
+        y = feed_forward(x, TRANSFORMER_RATIO, self.compact, train=train, dtype=self.dtype)
         return x + DropPath(self.drop_path, name="ffn_drop")(y, train=train)
 
 
 def lone_norm(dtype: Dtype, folded: bool, name: str | None = None) -> BatchNorm:
     """A batch normalisation that no convolution stands before: folded it remains, as a scale and a bias."""
     return BatchNorm(dtype=dtype, folded="in place" if folded else "", name=name)
+
+
+def feed_forward(x: jax.Array, ratio: int, compact: Compact, *, train: bool, dtype: Dtype) -> jax.Array:
+    """What a block ends with, W2 relu(W1 norm(x) + b1) + b2 with `ratio` times as many hidden channels."""
+    width = x.shape[-1]
+    ffn = Mlp(width, ratio * width, compact=compact, activation=nn.relu, dtype=dtype, name="ffn")
+    return ffn(lone_norm(dtype, compact.folded, name="ffn_norm")(x, train=train), train=train)
 
 
 def enter(x: jax.Array, width: int, *, halve: bool, train: bool, dtype: Dtype, folded: bool) -> jax.Array:
