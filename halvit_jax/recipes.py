@@ -121,8 +121,9 @@ def shvit(model: str, *, variant: str = "300") -> ConfigDict:
 
     The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so 4e-3 is what the published
     models were trained with. Their gradients are clipped unit by unit, the classifier's too as we read the code. They
-    were computed in float32, and know no stochastic depth. `variant` is a number of epochs on the labels alone, or
-    "distilled": 300 epochs with a second classifier that learns what a RegNetY-16GF names.
+    were computed in float32, and know no stochastic depth. `variant` is a number of epochs on the labels alone,
+    "distilled": 300 epochs with a second classifier that learns what a RegNetY-16GF names, or "384" or "512":
+    fine-tuning at that many pixels.
 
     Raises:
         ValueError: a model that no weight decay is published for.
@@ -137,6 +138,8 @@ def shvit(model: str, *, variant: str = "300") -> ConfigDict:
     config.optim.weight_decay = SHVIT_DECAY[model]
     config.optim.clip_adaptive = 0.02
     config.optim.no_clip_adaptive = ()
+    if variant in FINE_TUNED:
+        _fine_tune(config, batch_size=2048, learning_rate=1e-3, image_size=int(variant))
     if variant == DISTILLED:
         config.model.name = f"{model}_distilled"
         _teach(config, "regnety_160", kind="hard", alpha=0.5)
@@ -166,6 +169,7 @@ def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict
 
 
 DISTILLED, AT_384 = "distilled", "384"  # variants that are no number of epochs
+FINE_TUNED = (AT_384, "512")  # of SHViT
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
 
@@ -376,11 +380,11 @@ def _epochs(variant: str) -> int:
     return 300 if variant in (DISTILLED, AT_384) else int(variant)
 
 
-def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float) -> ConfigDict:
-    """Make 30 epochs at 384 pixels of a recipe, with hardly any decay; `init_from` is still to name what begins."""
+def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, image_size: int = 384) -> ConfigDict:
+    """Make 30 epochs at more pixels of a recipe, with hardly any decay; `init_from` is still to name what begins."""
     config.num_epochs = 30
     config.batch_size = config.recipe_batch_size = batch_size
-    config.model.image_size = 384
+    config.model.image_size = image_size
     config.data.eval_crop = 1.0
     config.optim.learning_rate = learning_rate
     config.optim.weight_decay = 1e-8

@@ -118,6 +118,15 @@ def test_shvits_are_trained_at_4e_3_with_a_decay_of_their_own(name: str) -> None
         recipes.shvit("deit_tiny")
 
 
+@pytest.mark.parametrize("pixels", [384, 512])
+def test_shvits_are_fine_tuned_at_4e_3_at_more_pixels(pixels: int) -> None:
+    config = load(ROOT / "configs" / "shvit_s4.py", str(pixels))
+    assert (config.model.name, config.model.image_size, config.num_epochs) == ("shvit_s4", pixels, 30)
+    assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == 4e-3
+    assert config.optim.weight_decay == 1e-8
+    validate(config)
+
+
 @pytest.mark.parametrize(("name", "drop_path"), [("small", 0.1), ("base", 0.2), ("large", 0.2), ("small_hc", 0.1)])
 def test_next_vits_are_trained_at_2e_3_in_batches_of_2048(name: str, drop_path: float) -> None:
     config = load(ROOT / "configs" / f"nextvit_{name}.py", "30")
