@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import random_variables, variable_shapes
 
 from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
@@ -20,7 +21,7 @@ from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.training.paths import flat
 
 CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.
@@ -78,22 +79,8 @@ def _images(model: nn.Module) -> jax.Array:
 # What follows is kept for each small model, for sizes of one family often have the same one.
 
 
-@functools.cache
-def _shapes(model: nn.Module) -> Any:
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), _images(model), train=False))
-
-
-@functools.cache
-def _variables(model: nn.Module) -> Any:
-    """Values that keep a signal's size, many times quicker than compiling `init`."""
-    rng = np.random.default_rng(0)
-
-    def values(path: str, shape: Any) -> np.ndarray:
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (rng.standard_normal(shape.shape) / math.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
-
-    return map_paths(values, _shapes(model))
+_shapes = functools.cache(variable_shapes)
+_variables = functools.cache(random_variables)
 
 
 @functools.cache

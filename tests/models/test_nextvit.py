@@ -1,4 +1,3 @@
-import math
 import re
 from typing import Any
 
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import random_variables, variable_shapes
 
 from halvit_jax import capture
 from halvit_jax.layers import conv
@@ -15,7 +15,7 @@ from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, fold
 from halvit_jax.models.nextvit import PARTITION_RULES, NextViT
 from halvit_jax.models.vit import HC
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.training.paths import flat
 
 CLASSES = 5
 # A block of each kind, two stages, and a stem of stride 4: maps of 8x8 and 4x4, which is pooled to 2x2.
@@ -43,23 +43,6 @@ def _images(model: NextViT, b: int = 2) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
-def _shapes(model: NextViT) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-
-
-def _random(model: NextViT) -> Any:
-    """Variables that keep a signal's size, without compiling `init`."""
-    rng = np.random.default_rng(0)
-
-    def array(path: str, shape: Any) -> np.ndarray:
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (rng.standard_normal(shape.shape) / np.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
-
-    return map_paths(array, _shapes(model))
-
-
 def _apply(model: NextViT, variables: Any, **keywords: Any) -> Any:
     with conv.native():  # quicker to compile
         return jax.jit(lambda v, x: model.apply(v, x, train=False, **keywords))(variables, _images(model))
@@ -72,10 +55,10 @@ def _size(shapes: Any) -> int:
 @pytest.mark.parametrize("fields", [{}, HC])
 def test_folding_the_norms_and_factors_changes_no_output(fields: dict[str, Any]) -> None:
     model = NextViT(**SMALL, **fields)
-    variables = _random(model)
+    variables = random_variables(model)
     before = jax.tree.map(np.array, variables)
     folded, fewer = fold(model, variables)
-    assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, _shapes(folded))
+    assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, variable_shapes(folded))
     expected, found = _apply(model, variables), _apply(folded, fewer)
     assert np.abs(found - expected).max() / expected.std() <= 1e-5
     blocks = [f"stage{stage}/block{i}" for stage, i in ((1, 0), (2, 0), (2, 1))]
@@ -94,7 +77,7 @@ def test_folding_the_norms_and_factors_changes_no_output(fields: dict[str, Any])
 def test_deployed_counts_of_the_compact_models(name: str) -> None:
     params, gmacs = DEPLOYED[name]
     model = create_model(f"{name}_hc").clone(folded=True)
-    shapes, images = _shapes(model), jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+    shapes, images = variable_shapes(model), jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
     # The host is counted with its norms, which have as many scales as the convolutions that they are folded into have
     # biases; of the compact layers no norm is left.
     scales = [leaf for path, leaf in flat(shapes["params"]).items() if path.endswith("conv/bias")]
@@ -105,7 +88,7 @@ def test_deployed_counts_of_the_compact_models(name: str) -> None:
 
 
 def test_blocks_have_the_parameters_of_the_official_ones() -> None:
-    params = _shapes(create_model("nextvit_small"))["params"]
+    params = variable_shapes(create_model("nextvit_small"))["params"]
     assert _size(params["stem"]) == 75_904
     assert {stage: [_size(block) for block in params[stage].values()] for stage in params if "stage" in stage} == {
         "stage1": [99_264, 92_928, 92_928],
@@ -137,7 +120,7 @@ def test_stochastic_depth_is_shared_out_in_a_transformer_block() -> None:
         return call(*args, **keywords)
 
     with nn.intercept_methods(note):
-        _shapes(model)
+        variable_shapes(model)
     assert rates == {
         "stage1/block0/drop_path": 0.0,
         "stage2/block0/drop_path": 0.2,
@@ -149,7 +132,7 @@ def test_stochastic_depth_is_shared_out_in_a_transformer_block() -> None:
 
 def test_the_classifier_sees_the_mean_of_the_last_map_normalised() -> None:
     model = NextViT(**SMALL | {"num_classes": 0})
-    variables = _random(model)
+    variables = random_variables(model)
     assert "head" not in variables["params"]
     pooled, maps = _apply(model, variables), _apply(model, variables, method="features")
     assert {stride: a.shape for stride, a in maps.items()} == {4: (2, 8, 8, 16), 8: (2, 4, 4, 32)}
@@ -162,7 +145,9 @@ def test_the_classifier_sees_the_mean_of_the_last_map_normalised() -> None:
 def test_the_published_maps_are_of_strides_4_to_32(size: int, sides: tuple[int, ...]) -> None:
     model = create_model("nextvit_small", image_size=size, depths=(1, 1, 1, 1))
     images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-    maps = jax.eval_shape(lambda v, x: model.apply(v, x, train=False, method="features"), _shapes(model), images)
+    maps = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=False, method="features"), variable_shapes(model), images
+    )
     assert {stride: a.shape for stride, a in maps.items()} == {
         stride: (1, side, side, width)
         for stride, side, width in zip((4, 8, 16, 32), sides, (96, 256, 512, 1024), strict=True)
@@ -171,7 +156,7 @@ def test_the_published_maps_are_of_strides_4_to_32(size: int, sides: tuple[int, 
 
 def test_images_too_small_to_be_pooled_are_refused() -> None:
     with pytest.raises(ValueError, match=r"a map of 1 places cannot be pooled 4 to one; raise model.image_size"):
-        _shapes(NextViT(**SMALL | {"image_size": 8}))
+        variable_shapes(NextViT(**SMALL | {"image_size": 8}))
 
 
 def test_initial_values_are_the_released_ones() -> None:
@@ -189,7 +174,7 @@ def test_initial_values_are_the_released_ones() -> None:
 @pytest.mark.parametrize("fields", [{}, HC])
 def test_training_moves_every_statistic(fields: dict[str, Any]) -> None:
     model = NextViT(**SMALL, **fields)
-    variables, images = _random(model), _images(model, 4)
+    variables, images = random_variables(model), _images(model, 4)
     with conv.native():
         _, changed = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
     stats = flat(changed["batch_stats"])
@@ -198,7 +183,7 @@ def test_training_moves_every_statistic(fields: dict[str, Any]) -> None:
 
 def test_both_formulations_are_one_network() -> None:
     model = NextViT(**SMALL, **HC)
-    variables = _random(model)
+    variables = random_variables(model)
     ours = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, _images(model))
     native = _apply(model, variables)
     np.testing.assert_allclose(ours, native, atol=1e-5 * float(native.std()))
@@ -209,13 +194,17 @@ def test_remat_recomputes_each_block() -> None:
     for remat in (False, True):
         model = NextViT(**SMALL, remat=remat)
         images = _images(model)
-        programs.append(str(jax.make_jaxpr(lambda v, m=model, x=images: m.apply(v, x, train=False))(_shapes(model))))
+        programs.append(
+            str(jax.make_jaxpr(lambda v, m=model, x=images: m.apply(v, x, train=False))(variable_shapes(model)))
+        )
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 3]
 
 
 def test_attention_maps_can_be_had() -> None:
     model = NextViT(**SMALL)
-    shapes = jax.eval_shape(lambda v: capture(model, v, _images(model), ("attention", "blocks")), _shapes(model))
+    shapes = jax.eval_shape(
+        lambda v: capture(model, v, _images(model), ("attention", "blocks")), variable_shapes(model)
+    )
     assert {name: a.shape for name, a in shapes["attention"].items()} == {"stage2/block1": (2, 3, 16, 4)}
     assert list(shapes["blocks"]) == ["stage1/block0", "stage2/block0", "stage2/block1"]
 
@@ -223,7 +212,7 @@ def test_attention_maps_can_be_had() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("fields", [{}, HC])
 def test_every_parameter_has_a_rule_of_its_shape(fields: dict[str, Any], folded: bool) -> None:
-    for path, leaf in flat(_shapes(NextViT(**SMALL, **fields, folded=folded))["params"]).items():
+    for path, leaf in flat(variable_shapes(NextViT(**SMALL, **fields, folded=folded))["params"]).items():
         spec = next(spec for pattern, spec in PARTITION_RULES if re.search(pattern, path))
         assert len(spec) == (leaf.ndim if path.endswith("kernel") else 0), path
 

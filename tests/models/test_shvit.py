@@ -1,4 +1,3 @@
-import math
 import re
 from typing import Any
 
@@ -6,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from shapes import random_variables, variable_shapes
 
 from halvit_jax import capture
 from halvit_jax.layers import conv
 from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, fold, shvit
 from halvit_jax.models.shvit import KINDS, PARTITION_RULES, SHViT, multiple_of_8
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.training.paths import flat
 
 CLASSES = 5
 # A block of each kind, two stages, and a stem of stride 4: maps of 8x8 and 4x4.
@@ -39,23 +39,6 @@ def _images(model: SHViT, b: int = 2) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
-def _shapes(model: SHViT) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-
-
-def _random(model: SHViT) -> Any:
-    """Variables that keep a signal's size, without compiling `init`."""
-    rng = np.random.default_rng(0)
-
-    def array(path: str, shape: Any) -> np.ndarray:
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (rng.standard_normal(shape.shape) / np.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
-
-    return map_paths(array, _shapes(model))
-
-
 def _apply(model: SHViT, variables: Any, **keywords: Any) -> Any:
     return jax.jit(lambda v, x: model.apply(v, x, train=False, **keywords))(variables, _images(model))
 
@@ -63,10 +46,10 @@ def _apply(model: SHViT, variables: Any, **keywords: Any) -> Any:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_folding_the_norms_and_shortcuts_changes_no_output(distilled: bool) -> None:
     model = SHViT(**SMALL, distilled=distilled)
-    variables = _random(model)
+    variables = random_variables(model)
     before = jax.tree.map(np.array, variables)
     folded, fewer = fold(model, variables)
-    assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, _shapes(folded))
+    assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, variable_shapes(folded))
     expected = _apply(model, variables, method="heads")
     for name, found in _apply(folded, fewer, method="heads").items():
         assert np.abs(found - expected[name]).max() / expected[name].std() <= 1e-5
@@ -81,7 +64,7 @@ def test_folding_the_norms_and_shortcuts_changes_no_output(distilled: bool) -> N
 def test_folded_counts_are_the_published_ones(name: str) -> None:
     params, gmacs = FOLDED[name]
     model = create_model(name).clone(folded=True)
-    shapes = _shapes(model)
+    shapes = variable_shapes(model)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == params
     with conv.native():
@@ -97,7 +80,7 @@ def test_folded_counts_are_the_published_ones(name: str) -> None:
 
 def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
     model = SHViT(**SMALL, distilled=True)
-    variables = _random(model)
+    variables = random_variables(model)
     heads = _apply(model, variables, method="heads")
     assert {name: (a.shape, a.dtype) for name, a in heads.items()} == {
         "class": ((2, CLASSES), jnp.float32),
@@ -116,7 +99,7 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
 
 def test_the_classifier_sees_the_mean_of_the_last_map() -> None:
     model = SHViT(**SMALL | {"num_classes": 0}, distilled=True)
-    variables = _random(model)
+    variables = random_variables(model)
     assert not any(name.startswith("head") for name in variables["params"])
     pooled, maps = _apply(model, variables), _apply(model, variables, method="features")
     assert {stride: a.shape for stride, a in maps.items()} == {4: (2, 8, 8, 16), 8: (2, 4, 4, 20)}
@@ -130,7 +113,9 @@ def test_the_classifier_sees_the_mean_of_the_last_map() -> None:
 def test_the_published_maps_are_of_strides_16_32_and_64(size: int, sides: tuple[int, ...]) -> None:
     model = create_model("shvit_s4", image_size=size)
     images = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
-    maps = jax.eval_shape(lambda v, x: model.apply(v, x, train=False, method="features"), _shapes(model), images)
+    maps = jax.eval_shape(
+        lambda v, x: model.apply(v, x, train=False, method="features"), variable_shapes(model), images
+    )
     assert {stride: a.shape for stride, a in maps.items()} == {
         stride: (1, side, side, width) for stride, side, width in zip((16, 32, 64), sides, model.widths, strict=True)
     }
@@ -139,7 +124,7 @@ def test_the_published_maps_are_of_strides_16_32_and_64(size: int, sides: tuple[
 def test_squeeze_excite_is_a_quarter_wide_in_multiples_of_8() -> None:
     widths = {}
     for name in FOLDED:
-        params = flat(_shapes(create_model(name))["params"])
+        params = flat(variable_shapes(create_model(name))["params"])
         widths[name] = [params[f"stage{i}/merge/excite/reduce/bias"].size for i in (2, 3)]
     assert widths == {
         "shvit_s1": [128, 224],
@@ -170,7 +155,7 @@ def test_blocks_begin_as_their_shortcuts() -> None:
 
 def test_training_moves_every_statistic() -> None:
     model = SHViT(**SMALL)
-    variables, images = _random(model), _images(model, 4)
+    variables, images = random_variables(model), _images(model, 4)
     _, changed = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
     stats = flat(changed["batch_stats"])
     assert [path for path, old in flat(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []
@@ -178,7 +163,7 @@ def test_training_moves_every_statistic() -> None:
 
 def test_both_formulations_are_one_network() -> None:
     model = SHViT(**SMALL)
-    variables = _random(model)
+    variables = random_variables(model)
     ours = _apply(model, variables)
     with conv.native():
         native = _apply(model, variables)
@@ -190,14 +175,16 @@ def test_remat_recomputes_each_block() -> None:
     for remat in (False, True):
         model = SHViT(**SMALL, remat=remat)
         images = _images(model)
-        programs.append(str(jax.make_jaxpr(lambda v, m=model, x=images: m.apply(v, x, train=False))(_shapes(model))))
+        programs.append(
+            str(jax.make_jaxpr(lambda v, m=model, x=images: m.apply(v, x, train=False))(variable_shapes(model)))
+        )
     # Three blocks, and a merging with a block before and one after it.
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 3 + 3]
 
 
 def test_attention_maps_can_be_had() -> None:
     model = SHViT(**SMALL)
-    found = jax.jit(lambda v: capture(model, v, _images(model), ("attention", "blocks")))(_random(model))
+    found = jax.jit(lambda v: capture(model, v, _images(model), ("attention", "blocks")))(random_variables(model))
     assert list(found["attention"]) == ["stage2/block0", "stage2/block1"]
     assert list(found["blocks"]) == ["stage1/block0", "stage2/block0", "stage2/block1"]
     for weights in found["attention"].values():
@@ -206,7 +193,7 @@ def test_attention_maps_can_be_had() -> None:
 
 
 def test_every_parameter_has_a_rule_of_its_shape() -> None:
-    params = flat(_shapes(SHViT(**SMALL, distilled=True))["params"])
+    params = flat(variable_shapes(SHViT(**SMALL, distilled=True))["params"])
     for path, leaf in params.items():
         (spec,) = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]
         assert len(spec) in (0, leaf.ndim), path
