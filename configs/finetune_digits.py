@@ -12,7 +12,7 @@ from halvit_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """A tenth of the quickstart's steps, at a third of its learning rate."""
+    """An eighth of the quickstart's steps, at a third of its learning rate."""
     config = recipes.digits("halvit_tiny")
     config.init_from = "runs/halvit_digits"
     config.model.image_size = 12

@@ -289,10 +289,10 @@ def nextvit_digits(model: str) -> ConfigDict:
 def _digits(model: str) -> ConfigDict:
     config = default_config()
     config.batch_size = config.recipe_batch_size = 128
-    config.total_steps = 2200
+    config.total_steps = 1600
     config.log_every = 100
-    config.eval_every = 550
-    config.checkpoint_every = 550
+    config.eval_every = 400
+    config.checkpoint_every = 400
     config.ema_decay = 0.99
     config.compute_dtype = "float32"
 
