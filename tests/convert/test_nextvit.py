@@ -1,20 +1,12 @@
 """Next-ViT under the official names."""
 
-import json
-import pathlib
-import types
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
+from official import check_values_keep_their_places, official_shapes
 
-from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
-from halvit_jax.convert.engine import flatten, nest
-from halvit_jax.models import create_model
+from halvit_jax.convert import torch_shapes
 
-Shapes = dict[str, tuple[int, ...]]
 SMALL: dict[str, Any] = {
     "depths": (1, 2),
     "widths": (16, 24),
@@ -28,36 +20,11 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def official(golden: pathlib.Path) -> Shapes:
-    """The names and shapes of the reference implementation."""
-    case = json.loads((golden / "nextvit_small.json").read_text())
-    return {key: tuple(shape) for key, shape in case["state"].items()}
-
-
-def test_a_state_makes_the_round_trip_and_gives_the_references_logits(
-    official: Shapes, golden: pathlib.Path, reference_weights: types.ModuleType
-) -> None:
-    state = {key: reference_weights.weights(key, shape) for key, shape in official.items()}
-    model, variables = create_model("nextvit_small"), from_torch("nextvit_small", state)
-    back = to_torch("nextvit_small", variables)
-    assert back.keys() == state.keys()
-    for key, array in state.items():
-        assert (back[key].dtype, back[key].shape) == (array.dtype, array.shape)
-        assert back[key].tobytes() == array.tobytes()
-
-    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
-    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    with np.load(golden / "nextvit_small.npz") as file:
-        reference = file["logits"]
-    assert np.abs(logits - reference).max() / reference.std() <= 1e-4
-
-
 @pytest.mark.parametrize(("name", "groups"), [("nextvit_small", 2), ("nextvit_base", 4), ("nextvit_large", 6)])
-def test_all_sizes_have_the_names_of_the_official_ones(name: str, groups: int, official: Shapes) -> None:
+def test_all_sizes_have_the_names_of_the_official_ones(name: str, groups: int) -> None:
     """The third stage is a group of five blocks, 7 to 11, and then some like the next one, 12 to 16."""
     expected = {}
-    for key, shape in official.items():
+    for key, shape in official_shapes("nextvit_small").items():
         first, number, rest = key.split(".", 2) if key.startswith("features.") else ("", "0", "")
         more = groups - 2
         if not first or int(number) < 12:
@@ -71,13 +38,7 @@ def test_all_sizes_have_the_names_of_the_official_ones(name: str, groups: int, o
 
 @pytest.mark.parametrize("name", ["nextvit_small", "nextvit_small_hc"])
 def test_values_keep_their_places(name: str) -> None:
-    rng = np.random.default_rng(0)
-    shapes = shapes_of(create_model(name, **SMALL))
-    arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
-    state = to_torch(name, nest(arrays), **SMALL)
-    again = flatten(from_torch(name, state, **SMALL))
-    assert again.keys() == arrays.keys()
-    assert all(np.array_equal(again[path], array) for path, array in arrays.items())
+    check_values_keep_their_places(name, **SMALL)
 
 
 def test_the_compact_layers_are_named_like_modules() -> None:

@@ -1,19 +1,14 @@
 """ResNets under torchvision's names, and HaLViT's under their authors'."""
 
-import json
-import pathlib
 import re
-import types
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from official import Shapes, check_values_keep_their_places, official_shapes, zeros
 
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
-from halvit_jax.convert.engine import flatten, nest, to_ours
+from halvit_jax.convert.engine import nest, to_ours
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.resnet import ResNet
 
@@ -23,54 +18,14 @@ SMALL = {"depths": (1, 1, 2, 1), "image_size": 32, "num_classes": 3}
 PARAMS = {"resnet101": 44_549_160, "resnext101_32x8d": 88_791_336, "halvit_resnext101_32x8d": 25_876_776}
 
 
-def zeros(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Arrays of zeros that take no memory."""
-    return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
-
-
-def fields_of(name: str) -> dict[str, Any]:
-    return {"num_classes": 0} if name == "halvit_resnet50" else {}
-
-
-@pytest.fixture(scope="module")
-def official(golden: pathlib.Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The names and shapes of the reference implementations."""
-    cases = {name: json.loads((golden / f"{name}.json").read_text()) for name in GOLDEN}
-    return {name: {key: tuple(shape) for key, shape in case["state"].items()} for name, case in cases.items()}
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_state_makes_the_round_trip_and_gives_the_references_output(
-    name: str,
-    official: dict[str, dict[str, tuple[int, ...]]],
-    golden: pathlib.Path,
-    reference_weights: types.ModuleType,
-) -> None:
-    state = {key: reference_weights.weights(key, shape) for key, shape in official[name].items()}
-    model, variables = create_model(name, **fields_of(name)), from_torch(name, state, **fields_of(name))
-    assert variables.keys() == {"params", "batch_stats"}
-
-    back = to_torch(name, variables, **fields_of(name))
-    assert back.keys() == state.keys()
-    for key, array in state.items():
-        assert (back[key].dtype, back[key].shape) == (array.dtype, array.shape)
-        assert back[key].tobytes() == array.tobytes()
-
-    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
-    output = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    with np.load(golden / f"{name}.npz") as file:
-        reference = file["features" if name == "halvit_resnet50" else "logits"]
-    assert np.abs(output - reference).max() / reference.std() <= 1e-4
-
-
-def resnet101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def resnet101() -> Shapes:
     """ResNet-101 has 23 blocks instead of 6 in its third stage; all but the first are alike."""
-    like = {key: shape for key, shape in official["resnet50"].items() if key.startswith("layer3.1.")}
+    like = {key: shape for key, shape in official_shapes("resnet50").items() if key.startswith("layer3.1.")}
     more = {key.replace("layer3.1.", f"layer3.{i}."): shape for i in range(6, 23) for key, shape in like.items()}
-    return official["resnet50"] | more
+    return official_shapes("resnet50") | more
 
 
-def resnext101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def resnext101() -> Shapes:
     """ResNeXt-101 32x8d is a ResNet-101 whose blocks are four times as wide inside, in groups of 32."""
 
     def wider(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -82,14 +37,14 @@ def resnext101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tup
             return (4 * shape[0], 4 * shape[1] // 32, 3, 3)
         return (shape[0], 4 * shape[1], 1, 1) if ".conv3." in key else shape
 
-    return {key: wider(key, shape) if "layer" in key else shape for key, shape in resnet101(official).items()}
+    return {key: wider(key, shape) if "layer" in key else shape for key, shape in resnet101().items()}
 
 
-def halvit_resnext101(official: dict[str, dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def halvit_resnext101() -> Shapes:
     """The authors' ResNeXt101Halvit: their stem, ResNeXt's stages 1 and 2, their lists in stages 3 and 4, and `fc`."""
-    plain = resnext101(official)
+    plain = resnext101()
     state = {key: shape for key, shape in plain.items() if re.match(r"layer[12]|fc", key)}
-    state |= {key: shape for key, shape in official["halvit_resnet50"].items() if key.startswith("stem")}
+    state |= {key: shape for key, shape in official_shapes("halvit_resnet50").items() if key.startswith("stem")}
     for stage, blocks, width, channels in ((3, 23, 1024, 1024), (4, 3, 2048, 2048)):
         layer = f"layer{stage}"
         state[f"{layer}.convp"] = (width, channels, 1, 1)
@@ -114,8 +69,8 @@ OTHERS = {"resnet101": resnet101, "resnext101_32x8d": resnext101, "halvit_resnex
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_other_sizes_load_by_the_same_tables(name: str, official: dict[str, dict[str, tuple[int, ...]]]) -> None:
-    shapes, model = OTHERS[name](official), create_model(name)
+def test_the_other_sizes_load_by_the_same_tables(name: str) -> None:
+    shapes, model = OTHERS[name](), create_model(name)
     weights = (np.prod(shape) for key, shape in shapes.items() if not re.search(r"running_|num_batches", key))
     assert sum(weights) == PARAMS[name]
     rules, wanted = convert.TABLES[type(model)](model), shapes_of(model)
@@ -132,13 +87,7 @@ def test_every_model_of_a_family_with_a_table_is_tested() -> None:
 @pytest.mark.parametrize("name", [*GOLDEN, *OTHERS])
 def test_values_keep_their_places(name: str) -> None:
     fields = SMALL | ({"groups": 4, "base_width": 16} if "resnext" in name else {})
-    shapes = shapes_of(create_model(name, **fields))
-    rng = np.random.default_rng(0)
-    arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
-    state = to_torch(name, nest(arrays), **fields)
-    again = flatten(from_torch(name, state, **fields))
-    assert again.keys() == arrays.keys()
-    assert all(np.array_equal(again[path], array) for path, array in arrays.items())
+    check_values_keep_their_places(name, **fields)
 
 
 def test_the_number_of_updates_is_not_kept() -> None:
@@ -163,8 +112,6 @@ def test_what_has_no_table_or_is_no_vit_is_refused(monkeypatch: pytest.MonkeyPat
         from_torch("resnet18", {})
 
 
-def test_the_authors_state_needs_a_model_without_classifier(
-    official: dict[str, dict[str, tuple[int, ...]]],
-) -> None:
+def test_the_authors_state_needs_a_model_without_classifier() -> None:
     with pytest.raises(ValueError, match=r"do not fit halvit_resnet50; 2 missing: fc.bias, fc.weight$"):
-        from_torch("halvit_resnet50", zeros(official["halvit_resnet50"]))
+        from_torch("halvit_resnet50", zeros(official_shapes("halvit_resnet50")))

@@ -1,18 +1,15 @@
 """SHViT under the official names and under timm's."""
 
-import json
-import pathlib
 import re
-import types
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from official import check_values_keep_their_places, official_shapes, random_arrays, state_of, zeros
 
-from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
-from halvit_jax.convert.engine import flatten, nest
+from halvit_jax.convert import from_torch, shapes_of, torch_shapes
+from halvit_jax.convert.engine import flatten
 from halvit_jax.models import create_model
 from halvit_jax.models.shvit import SIZES
 
@@ -26,13 +23,6 @@ SMALL: dict[str, Any] = {
     "num_classes": 3,
     "image_size": 16,
 }
-
-
-@pytest.fixture(scope="module")
-def official(golden: pathlib.Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The names and shapes of the reference implementation."""
-    cases = {name: json.loads((golden / f"{name}.json").read_text()) for name in GOLDEN}
-    return {name: {key: tuple(shape) for key, shape in case["state"].items()} for name, case in cases.items()}
 
 
 def timms_name(name: str) -> str:
@@ -49,33 +39,9 @@ def timms_name(name: str) -> str:
     return f"stages.{stage - 1}.downsample.{int(part) + 3 * (number == 2)}.{rest}"
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_state_makes_the_round_trip_and_gives_the_references_logits(
-    name: str,
-    official: dict[str, dict[str, tuple[int, ...]]],
-    golden: pathlib.Path,
-    reference_weights: types.ModuleType,
-) -> None:
-    state = {key: reference_weights.weights(key, shape) for key, shape in official[name].items()}
-    model, variables = create_model(name), from_torch(name, state)
-    back = to_torch(name, variables)
-    assert back.keys() == state.keys()
-    for key, array in state.items():
-        assert (back[key].dtype, back[key].shape) == (array.dtype, array.shape)
-        assert back[key].tobytes() == array.tobytes()
-
-    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
-    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    with np.load(golden / f"{name}.npz") as file:
-        reference = file["logits"]
-    assert np.abs(logits - reference).max() / reference.std() <= 1e-4
-
-
 @pytest.mark.parametrize("name", SIZES)
-def test_all_sizes_have_the_parts_of_the_official_ones(
-    name: str, official: dict[str, dict[str, tuple[int, ...]]]
-) -> None:
-    size, reference = SIZES[name], official[GOLDEN["distilled" in name]]
+def test_all_sizes_have_the_parts_of_the_official_ones(name: str) -> None:
+    size, reference = SIZES[name], official_shapes(GOLDEN["distilled" in name])
     names = torch_shapes(name)
     assert {_without_numbers(key) for key in names} == {_without_numbers(key) for key in reference}
     blocks = [len({key.split(".")[1] for key in names if key.startswith(f"blocks{stage}.")}) for stage in (1, 2, 3)]
@@ -85,29 +51,23 @@ def test_all_sizes_have_the_parts_of_the_official_ones(
         assert names[f"{first}.conv.m.c.weight"] == (width, 1, 3, 3)
 
 
-def test_the_small_ones_are_the_official_ones_in_number_and_shape(
-    official: dict[str, dict[str, tuple[int, ...]]],
-) -> None:
-    for name, shapes in official.items():
-        assert torch_shapes(name) == shapes
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_small_ones_are_the_official_ones_in_number_and_shape(name: str) -> None:
+    assert torch_shapes(name) == official_shapes(name)
 
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_values_keep_their_places(distilled: bool) -> None:
     fields = SMALL | {"distilled": distilled}
-    rng = np.random.default_rng(0)
-    shapes = shapes_of(create_model("shvit_s1", **fields))
-    arrays = {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes.items()}
-    state = to_torch("shvit_s1", nest(arrays), **fields)
-    for names in (state, {timms_name(name): array for name, array in state.items()}):
-        again = flatten(from_torch("shvit_s1", names, **fields))
-        assert again.keys() == arrays.keys()
-        assert all(np.array_equal(again[path], array) for path, array in arrays.items())
+    state = check_values_keep_their_places("shvit_s1", **fields)
+    ours, timms = from_torch("shvit_s1", state, **fields), {timms_name(name): array for name, array in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, from_torch("shvit_s1", timms, **fields), ours)
 
 
-def test_timms_names_are_understood(official: dict[str, dict[str, tuple[int, ...]]]) -> None:
-    zeros = {timms_name(key): np.broadcast_to(np.float32(0), shape) for key, shape in official["shvit_s1"].items()}
-    assert len(zeros) == len(official["shvit_s1"])
+def test_timms_names_are_understood() -> None:
+    official = official_shapes("shvit_s1")
+    state = {timms_name(key): array for key, array in zeros(official).items()}
+    assert len(state) == len(official)
     for name in (
         "stages.0.blocks.1.ffn.m.pw1.c.weight",
         "stages.1.downsample.0.m.c.weight",
@@ -117,15 +77,14 @@ def test_timms_names_are_understood(official: dict[str, dict[str, tuple[int, ...
         "stages.2.downsample.4.m.pw1.c.weight",
         "stages.2.blocks.4.mixer.m.proj.1.c.weight",
     ):
-        assert name in zeros
-    arrays = flatten(from_torch("shvit_s1", zeros))
+        assert name in state
+    arrays = flatten(from_torch("shvit_s1", state))
     assert {path: array.shape for path, array in arrays.items()} == shapes_of(create_model("shvit_s1"))
 
 
 def test_a_state_with_two_classifiers_needs_a_distilled_model() -> None:
     fields = SMALL | {"distilled": True}
-    shapes = shapes_of(create_model("shvit_s1", **fields))
-    state = to_torch("shvit_s1", nest({path: np.zeros(shape, np.float32) for path, shape in shapes.items()}), **fields)
+    state = state_of(random_arrays("shvit_s1", **fields), "shvit_s1", **fields)
     with pytest.raises(ValueError, match=r"do not fit shvit_s1; 7 left over: head_dist.bn.bias, "):
         from_torch("shvit_s1", dict(sorted(state.items())), **SMALL)
 

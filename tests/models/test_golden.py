@@ -1,7 +1,4 @@
-"""One training step of the models whose references were run: outputs, gradients and running statistics.
-
-What they compute in inference is held in tests/convert, where the reference's weights come in.
-"""
+"""The models whose references were run: their weights and outputs, and of some one training step."""
 
 import json
 import pathlib
@@ -13,11 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from official import GOLDEN, official_shapes
 
 from halvit_jax.convert import from_torch, to_torch
+from halvit_jax.layers import conv
 from halvit_jax.models import create_model
 
-CASES = {"deit_tiny": {}, "halvit_resnet50": {"num_classes": 0}, "shvit_s1": {}}
+FIELDS = {"halvit_resnet50": {"num_classes": 0}}  # as it was run
+REFERENCES = sorted(path.stem for path in GOLDEN.glob("*.json") if "state" in json.loads(path.read_text()))
+TRAINED = ("deit_tiny", "halvit_resnet50", "shvit_s1")
 # Biases that a norm takes away again, with at most 1x1 convolutions in between: their gradients are rounding alone.
 CANCELLED = {
     "halvit_resnet50": r"layer[34]\.downsample_path\.1\.bias",
@@ -28,22 +29,25 @@ CANCELLED = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=TRAINED)
 def case(request: pytest.FixtureRequest, golden: pathlib.Path, reference_weights: types.ModuleType) -> dict[str, Any]:
     """The reference's outputs, and our model with its weights and images."""
     name = request.param
     described = json.loads((golden / f"{name}.json").read_text())
-    state = {entry: reference_weights.weights(entry, tuple(shape)) for entry, shape in described["state"].items()}
     with np.load(golden / f"{name}.npz") as file:
         outputs = dict(file)
     return {
         **described,
         **outputs,
         "name": name,
-        "model": create_model(name, **CASES[name]),
-        "variables": from_torch(name, state, **CASES[name]),
+        "model": create_model(name, **FIELDS.get(name, {})),
+        "variables": from_torch(name, _state(name, reference_weights), **FIELDS.get(name, {})),
         "images": reference_weights.image(8, 224, 224).transpose(0, 2, 3, 1),
     }
+
+
+def _state(name: str, reference_weights: types.ModuleType) -> dict[str, np.ndarray]:
+    return {entry: reference_weights.weights(entry, shape) for entry, shape in official_shapes(name).items()}
 
 
 def _loss(output: jax.Array) -> jax.Array:
@@ -63,8 +67,35 @@ def _gradient_norms(case: dict[str, Any], dtype: str) -> dict[str, float]:
         variables = jax.tree.map(lambda a: jnp.asarray(a, dtype), case["variables"])
         grads = jax.jit(jax.grad(loss))(variables["params"], variables)
         grads = jax.tree.map(lambda a: np.asarray(a, np.float32), grads)
-    named = to_torch(case["name"], {**case["variables"], "params": grads}, **CASES[case["name"]])
+    named = to_torch(case["name"], {**case["variables"], "params": grads}, **FIELDS.get(case["name"], {}))
     return {name: float(np.linalg.norm(named[name].astype(np.float64))) for name in case["grad_norm_order"]}
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_references_weights_make_the_round_trip(name: str, reference_weights: types.ModuleType) -> None:
+    state, fields = _state(name, reference_weights), FIELDS.get(name, {})
+    back = to_torch(name, from_torch(name, state, **fields), **fields)
+    assert back.keys() == state.keys()
+    for entry, array in state.items():
+        assert (back[entry].dtype, back[entry].shape) == (array.dtype, array.shape)
+        assert back[entry].tobytes() == array.tobytes()
+        assert back[entry].flags.c_contiguous
+        assert not np.shares_memory(back[entry], array)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_inference_gives_the_references_output(
+    name: str, golden: pathlib.Path, reference_weights: types.ModuleType
+) -> None:
+    fields = FIELDS.get(name, {})
+    model, variables = create_model(name, **fields), from_torch(name, _state(name, reference_weights), **fields)
+    images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
+    with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
+        output = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    with np.load(golden / f"{name}.npz") as file:
+        reference = file["logits" if "logits" in file else "features"]
+    assert reference.shape == output.shape
+    assert np.abs(output - reference).max() / reference.std() <= 1e-4
 
 
 def test_training_gives_the_references_output_and_statistics(case: dict[str, Any]) -> None:
@@ -79,7 +110,7 @@ def test_training_gives_the_references_output_and_statistics(case: dict[str, Any
     if not changed:
         assert "running_stat_order" not in case or not case["running_stat_order"]
         return
-    named = to_torch(case["name"], {**case["variables"], **changed}, **CASES[case["name"]])
+    named = to_torch(case["name"], {**case["variables"], **changed}, **FIELDS.get(case["name"], {}))
     sums = [float(named[name].sum()) for name in case["running_stat_order"]]
     np.testing.assert_allclose(sums, case["new_running_stat_sum"], rtol=1e-4, atol=1e-4)
     assert len(sums) == len(jax.tree.leaves(changed))
