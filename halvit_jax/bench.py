@@ -38,7 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "runs/families", "Where the runs of the families lie, and their picture.")
     flags.DEFINE_integer("seeds", 3, "Runs of each family.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Length of each run.", lower_bound=1)
-    flags.DEFINE_list("families", [], "Some of the families; all where none is named.")
+    flags.DEFINE_list("families", [], "The families to measure; without it one or two of each kind.")
 
 
 class Subject:
@@ -188,7 +188,7 @@ def measure_families(given: Any) -> list[dict[str, Any]]:
 
     with door.bad_input():
         families.check(given.families)
-    labels, workdir = given.families or list(families.ENTRIES), pathlib.Path(given.workdir)
+    labels, workdir = given.families or families.DEFAULT, pathlib.Path(given.workdir)
     return families.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
 
 

@@ -5,6 +5,7 @@ import pathlib
 import jax
 import pytest
 from ml_collections import ConfigDict
+from tiers import KINDS, tiered
 
 from halvit_jax import door, recipes
 from halvit_jax.config import default_config, from_json, to_json, validate
@@ -47,14 +48,14 @@ def test_every_config_is_what_it_was(path: pathlib.Path) -> None:
     assert to_json(load(path)) + "\n" == (GOLDEN / "configs" / f"{path.stem}.json").read_text()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_what_a_config_decays_is_what_it_was(path: pathlib.Path) -> None:
+@pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], KINDS | {"halvit_digits"}))
+def test_what_a_config_decays_is_what_it_was(name: str) -> None:
     """Every parameter with how it is treated; the golden file is this text."""
-    config = load(path)
+    config = load(ROOT / "configs" / f"{name}.py")
     params = jax.eval_shape(build_task(config).init, jax.random.key(0))[0]
     mask = flat(path_mask(params, config.optim.no_decay))
     text = "".join(f"{'decayed' if decayed else 'spared '} {name}\n" for name, decayed in mask.items())
-    assert text == (GOLDEN / "decay" / f"{path.stem}.txt").read_text()
+    assert text == (GOLDEN / "decay" / f"{name}.txt").read_text()
 
 
 def test_the_recipe_is_an_argument_of_the_convolutional_configs() -> None:

@@ -163,6 +163,7 @@ def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_p
         data.write_png(f"{tmp_path}/digit.png/x.png", image)
 
 
+@pytest.mark.slow
 def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
     shape = {"width": 8, "depths": (1,), "head_width": 4, "image_size": 16, "num_classes": 3}
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)

@@ -74,3 +74,8 @@ def test_the_table_and_the_picture(tmp_path: pathlib.Path, monkeypatch: pytest.M
 def test_an_unknown_family_is_refused() -> None:
     with pytest.raises(ValueError, match="--families has 'VIT', which is not one of ViT, HaLViT"):
         families.check(["ViT", "VIT"])
+
+
+def test_by_default_hosts_stand_beside_what_saves_weights() -> None:
+    assert set(families.DEFAULT) < set(families.ENTRIES)
+    assert {"ViT", "HaLViT", "ViT hc", "Mini-DeiT", "SHViT", "PVT hc", "Next-ViT hc"} < set(families.DEFAULT)

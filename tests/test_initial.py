@@ -70,6 +70,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
     assert said[1] == f"init_from={source}: changed: {listed['changed'][0]}"
 
 
+@pytest.mark.slow
 def test_it_trains_on_and_a_checkpoint_comes_before_it(
     finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:

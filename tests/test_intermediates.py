@@ -30,6 +30,7 @@ def test_attention_and_blocks_of_a_transformer(name: str) -> None:
     np.testing.assert_allclose(logits + params["head"]["bias"], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_that_share_their_matrices_are_seen_one_by_one() -> None:
     fields = VIT | {"depth": 4, "image_size": 16}
     model = halvit_jax.create_model("mini_deit_tiny", **fields)
@@ -83,6 +84,7 @@ def _abstract(
     return jax.eval_shape(run, jax.ShapeDtypeStruct((2, model.image_size, model.image_size, 3), "float32"))
 
 
+@pytest.mark.slow
 def test_a_resnet_has_blocks_and_no_attention() -> None:
     model = halvit_jax.create_model("resnet18", num_classes=5, image_size=32)
     images = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))

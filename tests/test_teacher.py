@@ -72,6 +72,7 @@ def without_teacher(school: School) -> Iterator[School]:
     school.teacher.with_name("away").rename(school.teacher)
 
 
+@pytest.mark.slow  # the run of `school` takes half a minute
 def test_a_run_learns_and_says_from_whom(school: School, finished: Finished) -> None:
     assert school.result["step"] == 8
     assert school.result["eval"].keys() == {"loss", "top1", "top5"}
@@ -83,6 +84,7 @@ def test_a_run_learns_and_says_from_whom(school: School, finished: Finished) -> 
     assert school.result["params"] > record["parameters"]  # it has a token and a head more
 
 
+@pytest.mark.slow
 def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
     checkpointer = Checkpointer(school.workdir, read_only=True)
     saved = checkpointer.facts(8)["arrays"]
@@ -91,6 +93,7 @@ def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
     assert saved.keys() == flat(state).keys()
 
 
+@pytest.mark.slow
 def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> None:
     shutil.copytree(school.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
     shutil.copy(school.workdir / teacher.FILE, tmp_path)
@@ -98,6 +101,7 @@ def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> 
     assert {**resumed, "images_per_s": 0} == {**school.result, "images_per_s": 0}
 
 
+@pytest.mark.slow
 def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: School) -> None:
     _, config, workdir, result = without_teacher
     model, variables = halvit_jax.load(workdir)
@@ -108,6 +112,7 @@ def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: Sc
     assert work(config, workdir, mode="eval")["eval"] == result["eval"]
 
 
+@pytest.mark.slow
 def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         work(without_teacher.config, without_teacher.workdir)
@@ -115,6 +120,7 @@ def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: 
     assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_no_other_teacher(
     school: School, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

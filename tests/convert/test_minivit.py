@@ -12,6 +12,7 @@ from halvit_jax.models import create_model
 TINY = {"width": 32, "depth": 6, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5, "share": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "ratio"), [("tiny", 1), ("small", 2), ("base", 4)])
 def test_all_sizes_have_the_names_of_their_authors(size: str, ratio: int) -> None:
     # Widths and heads are multiples of three in the tiny model, and nothing else is, but for the three colours.

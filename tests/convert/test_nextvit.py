@@ -20,6 +20,7 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "groups"), [("nextvit_small", 2), ("nextvit_base", 4), ("nextvit_large", 6)])
 def test_all_sizes_have_the_names_of_the_official_ones(name: str, groups: int) -> None:
     """The third stage is a group of five blocks, 7 to 11, and then some like the next one, 12 to 16."""

@@ -42,6 +42,7 @@ def linear(b1: Shapes) -> Shapes:
     return shapes
 
 
+@pytest.mark.slow
 def test_other_sizes_have_the_names_of_their_authors() -> None:
     """The number of blocks is held by the counts of parameters."""
     b1 = shallow(wider(official_shapes("pvt_v2_b0")))

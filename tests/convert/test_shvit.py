@@ -39,6 +39,7 @@ def timms_name(name: str) -> str:
     return f"stages.{stage - 1}.downsample.{int(part) + 3 * (number == 2)}.{rest}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_all_sizes_have_the_parts_of_the_official_ones(name: str) -> None:
     size, reference = SIZES[name], official_shapes(GOLDEN["distilled" in name])

@@ -33,6 +33,7 @@ def base(tiny: Shapes) -> Shapes:
     return wider | {"patch_embed.proj.weight": (128, 3, 4, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["swin", "mini_swin"])
 def test_all_sizes_have_the_names_of_their_authors(family: str) -> None:
     tiny = official_shapes(f"{family}_tiny")
@@ -47,6 +48,7 @@ def test_values_keep_their_places(name: str, fields: dict[str, Any]) -> None:
     assert len(check_values_keep_their_places(name, **fields)) == len(shapes_of(create_model(name, **fields)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
 def test_released_files_also_hold_indices_and_masks(name: str) -> None:
     state: dict[str, Any] = {key: np.zeros(shape, np.float32) for key, shape in official_shapes(name).items()}

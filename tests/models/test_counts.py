@@ -1,8 +1,7 @@
 """Exact parameter counts and multiply-accumulates: for a library about parameters, the test."""
 
-from typing import Any
-
 import pytest
+from tiers import KINDS, tiered
 
 from halvit_jax.models import list_models
 from halvit_jax.summary import HOSTS, host_of, summarise
@@ -75,18 +74,11 @@ COUNTS = {
     "shvit_s3_distilled": (14_695_169, 13_795_377, 0.601),
     "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
-# A model takes seconds to trace, the deepest twenty. These are counted by default, the others with -m slow.
-QUICK = {
-    *("halvit_tiny", "halvit_small", "halvit_resnet50", "halvit_tiny_h", "mini_halvit_tiny"),
-    *("deit_tiny", "deit_small", "deit_base", "deit_tiny_distilled", "deit_tiny_hc", "deit_small_hc"),
-    *("resnet18", "resnet50", "resnet101", "resnext101_32x8d", "halvit_resnext101_32x8d", "regnety_002"),
-    *("shvit_s1", "shvit_s1_distilled", "swin_tiny", "mini_deit_tiny", "mini_swin_tiny"),
-    *("pvt_tiny", "pvt_tiny_hc", "pvt_v2_b0", "pvt_v2_b2_li", "nextvit_small"),
+# A model takes seconds to trace, the deepest twenty: beside one of each family, the ones the core is about.
+DEFAULT = KINDS | {
+    *("halvit_small", "halvit_tiny_h", "mini_halvit_tiny", "deit_small", "deit_base", "deit_small_hc"),
+    *("resnet18", "resnet101", "resnext101_32x8d", "halvit_resnext101_32x8d", "pvt_tiny_hc"),
 }
-
-
-def _names(counts: dict[str, Any]) -> list[Any]:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in counts]
 
 
 # The same as they serve, with all norms and sums folded; every other model without batch normalisation serves as it is.
@@ -121,7 +113,7 @@ def test_no_model_is_missing() -> None:
     assert sorted(COUNTS) == list_models()
 
 
-@pytest.mark.parametrize("name", _names(DEPLOYED))
+@pytest.mark.parametrize("name", tiered(DEPLOYED, DEFAULT))
 def test_counts_as_deployed(name: str) -> None:
     row = summarise(name)
     params, without_head, gmacs = DEPLOYED[name]
@@ -130,7 +122,7 @@ def test_counts_as_deployed(name: str) -> None:
     assert row["gmacs_deployed"] == pytest.approx(gmacs, rel=0.01)
 
 
-@pytest.mark.parametrize("name", _names(SAVED))
+@pytest.mark.parametrize("name", tiered(SAVED, DEFAULT))
 def test_what_is_saved_of_the_host(name: str) -> None:
     row = summarise(name)
     assert (row["host"], row["params_saved"], row["gmacs_saved"]) == SAVED[name]
@@ -147,7 +139,7 @@ def test_every_host_is_a_model_and_a_host_has_none() -> None:
     assert (row["params_deployed"], row["gmacs_deployed"]) == (row["params"], row["gmacs"])
 
 
-@pytest.mark.parametrize("name", _names(COUNTS))
+@pytest.mark.parametrize("name", tiered(COUNTS, DEFAULT))
 def test_counts(name: str) -> None:
     row = summarise(name)
     params, without_head, gmacs = COUNTS[name]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from official import GOLDEN, official_shapes
+from tiers import CORE, tiered
 
 from halvit_jax.convert import from_torch, to_torch
 from halvit_jax.layers import conv
@@ -71,7 +72,7 @@ def _gradient_norms(case: dict[str, Any], dtype: str) -> dict[str, float]:
     return {name: float(np.linalg.norm(named[name].astype(np.float64))) for name in case["grad_norm_order"]}
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", tiered(REFERENCES, CORE))
 def test_the_references_weights_make_the_round_trip(name: str, reference_weights: types.ModuleType) -> None:
     state, fields = _state(name, reference_weights), FIELDS.get(name, {})
     back = to_torch(name, from_torch(name, state, **fields), **fields)
@@ -83,7 +84,7 @@ def test_the_references_weights_make_the_round_trip(name: str, reference_weights
         assert not np.shares_memory(back[entry], array)
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", tiered(REFERENCES, CORE))
 def test_inference_gives_the_references_output(
     name: str, golden: pathlib.Path, reference_weights: types.ModuleType
 ) -> None:

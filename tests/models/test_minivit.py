@@ -11,6 +11,7 @@ from halvit_jax.layers.window import MASKED
 from halvit_jax.models import create_model
 from halvit_jax.training.paths import count, flat
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 DEIT = {"width": 16, "depth": 4, "num_heads": 2, "patch_size": 8, "image_size": 32, "num_classes": 5}
 SWIN = {"width": 8, "depths": (2,), "head_width": 4, "window_size": 4, "image_size": 32, "num_classes": 5}
 SHARED = {  # name -> its small shape, and that of the network whose layers have matrices of their own

@@ -17,6 +17,7 @@ from halvit_jax.models.nextvit import PARTITION_RULES, NextViT
 from halvit_jax.models.vit import HC
 from halvit_jax.training.paths import flat
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5
 # A block of each kind, two stages, and a stem of stride 4: maps of 8x8 and 4x4, which is pooled to 2x2.
 SMALL: dict[str, Any] = {

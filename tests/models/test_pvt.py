@@ -17,6 +17,7 @@ from halvit_jax.models import create_model
 from halvit_jax.models.pvt import ConvMlp, resampled
 from halvit_jax.training.paths import flat, map_paths
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {
     "strides": (4, 2),
     "widths": (16, 24),

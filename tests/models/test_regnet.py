@@ -13,6 +13,7 @@ from halvit_jax.models import fold
 from halvit_jax.models.regnet import PARTITION_RULES, SIZES, RegNet
 from halvit_jax.training.paths import flat, map_paths
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "num_classes": 5, "image_size": 32}
 # The line that the widths lie on: w_0, w_a, w_m and the number of blocks (arXiv 2003.13678, tables of the appendix).
 LINES = {"regnety_002": (24, 36.44, 2.49, 13), "regnety_160": (200, 106.23, 2.48, 18)}

@@ -13,6 +13,7 @@ from halvit_jax.models import create_model
 from halvit_jax.models.swin import PatchMerging, SwinTransformer
 from halvit_jax.training.paths import count, flat
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"width": 16, "depths": (2, 1), "head_width": 8, "window_size": 4, "image_size": 32, "num_classes": 5}
 
 
