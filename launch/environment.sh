@@ -17,7 +17,8 @@ environment() {
   wanted=$(cat requirements.txt pyproject.toml)
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the requirements into .venv (once, about a minute)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+    # Bytecode comes with the first import: of all modules that would be half a minute, and few are ever imported.
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
     printf '%s\n' "$wanted" >"$mark"
   fi
 }
