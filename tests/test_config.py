@@ -75,7 +75,7 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
     [
         ("shvit_s1", "regnety_160", "hard", ()),
         ("mini_deit_base", "regnety_160", "soft", ()),
-        ("mini_swin_tiny", "swin_base", "soft_cross_entropy", (1, 3, 5, 7, 9, 11)),
+        pytest.param("mini_swin_tiny", "swin_base", "soft_cross_entropy", (1, 3, 5, 7, 9, 11), marks=pytest.mark.slow),
         pytest.param(
             "mini_swin_small", "swin_base", "soft_cross_entropy", (1, 3, 9, 15, 21, 23), marks=pytest.mark.slow
         ),

@@ -68,6 +68,7 @@ def test_broken_at_any_step_it_ends_the_same(
         assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}, step
 
 
+@pytest.mark.slow  # a minute, and tests/faults/kill.py kills hundreds
 def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     arguments = [
         "--config=configs/halvit_digits.py",

@@ -133,6 +133,7 @@ def test_it_goes_on_with_no_other_teacher(
     assert (school.workdir / teacher.FILE).read_text() == before
 
 
+@pytest.mark.slow  # half a minute to compile
 def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pathlib.Path, finished: Finished) -> None:
     run = run_lib.build(pupil(digits_dir, finished[0], **{"mesh.fsdp": 2}))
     frozen = run.task.frozen

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 from official import Shapes, check_values_keep_their_places, official_shapes, zeros
+from tiers import CORE, tiered
 
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
@@ -84,7 +85,7 @@ def test_every_model_of_a_family_with_a_table_is_tested() -> None:
     assert {name for name in list_models() if MODELS[name][0] is ResNet} == {*GOLDEN, *OTHERS}
 
 
-@pytest.mark.parametrize("name", [*GOLDEN, *OTHERS])
+@pytest.mark.parametrize("name", tiered([*GOLDEN, *OTHERS], CORE))
 def test_values_keep_their_places(name: str) -> None:
     fields = SMALL | ({"groups": 4, "base_width": 16} if "resnext" in name else {})
     check_values_keep_their_places(name, **fields)

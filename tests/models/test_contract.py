@@ -135,7 +135,7 @@ def test_bfloat16_computes_close_to_float32(name: str) -> None:
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(exact.std())
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_another_resolution_and_no_head(name: str) -> None:
     model = _small(name, image_size=48, num_classes=0)
     shapes = _shapes(model)
@@ -147,6 +147,6 @@ def test_another_resolution_and_no_head(name: str) -> None:
         assert feature.shape[:3] == (4, math.ceil(48 / stride), math.ceil(48 / stride))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_remat_changes_no_parameter_path(name: str) -> None:
     assert list(flat(_shapes(_small(name, remat=True)))) == list(flat(_shapes(_small(name))))

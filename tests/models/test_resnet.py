@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiers import CORE, tiered
 
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
@@ -210,7 +211,7 @@ def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str)
         ResNet(**fields)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", tiered(SIZES, CORE))
 def test_folding_the_norms_changes_no_output(name: str) -> None:
     model, images = _small(name), _images()
     variables = _random(model)

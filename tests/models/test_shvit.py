@@ -14,6 +14,7 @@ from halvit_jax.models import create_model, fold, shvit
 from halvit_jax.models.shvit import KINDS, PARTITION_RULES, SHViT, multiple_of_8
 from halvit_jax.training.paths import flat
 
+pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5
 # A block of each kind, two stages, and a stem of stride 4: maps of 8x8 and 4x4.
 SMALL: dict[str, Any] = {

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from shapes import shallow
+from tiers import KINDS, tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.models import list_models
@@ -115,7 +116,7 @@ def test_an_array_that_no_rule_names_is_refused() -> None:
         _spec("head/weight", 4, 4)
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(name: str) -> None:
     task = Classification(shallow(name), **default_config().task)
     state = abstract_state(task, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
