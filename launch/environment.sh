@@ -17,8 +17,7 @@ environment() {
   wanted=$(cat requirements.txt pyproject.toml)
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the requirements into .venv (once, about a minute)"
-    # Bytecode comes with the first import: of all modules that would be half a minute, and few are ever imported.
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
     printf '%s\n' "$wanted" >"$mark"
   fi
 }
