@@ -108,11 +108,12 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         raise ValueError("the picture needs matplotlib: pip install matplotlib") from error
     picture = figure.Figure(figsize=(8, 5), layout="constrained")  # no window, no state of pyplot
     axes = picture.subplots()
-    for row in rows:
+    for number, row in enumerate(sorted(rows, key=lambda row: row["params"])):
         low, high = min(row["top1_of_seeds"]), max(row["top1_of_seeds"])
         bar = [[row["top1"] - low], [high - row["top1"]]]
         axes.errorbar(row["params"] / 1e3, row["top1"], yerr=bar, fmt="o", capsize=3)
-        axes.annotate(row["family"], (row["params"] / 1e3, row["top1"]), xytext=(5, 5), textcoords="offset points")
+        place = (5, -14 if number % 2 else 5)  # names of neighbours above and below
+        axes.annotate(row["family"], (row["params"] / 1e3, row["top1"]), xytext=place, textcoords="offset points")
     axes.set_xlabel("parameters of the deployed model, thousands")
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)

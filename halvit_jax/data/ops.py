@@ -42,8 +42,28 @@ def random_resized_crop(
         tf.errors.InvalidArgumentError: as in `decode`; but what a JPEG lacks below the box is not missed.
     """
     shape = image_shape(encoded)
-    crop = _decode_box(encoded, _random_box(shape[0], shape[1], seed, min_area))
+    crop = _decode_box(encoded, random_box(shape[0], shape[1], seed, min_area))
     return resize(crop, (size, size), method=method, antialias=antialias)
+
+
+def random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:
+    """The box of `random_resized_crop`: top, left, height and width, int32 [4]."""
+    limits = tf.cast(tf.stack([height, width]), tf.float32)
+    draws = tf.random.stateless_uniform((4, CROP_ATTEMPTS), seed)
+    area = tf.reduce_prod(limits) * (min_area + (1.0 - min_area) * draws[0])
+    # The square root of width / height, which lies between 3/4 and 4/3, one over it for the height.
+    stretch = tf.exp(np.log(4 / 3) * (draws[1] - 0.5) * np.array([[-1], [1]], np.float32))
+    sides = tf.round(tf.sqrt(area) * stretch)  # [2, CROP_ATTEMPTS]: heights and widths
+    fits = tf.reduce_all((sides >= 1) & (sides <= limits[:, None]), 0)
+    first = tf.argmax(fits)  # the first True
+    extent = sides[:, first]
+    drawn = tf.concat([tf.floor(draws[2:, first] * (limits - extent + 1)), extent], 0)
+
+    def central() -> tf.Tensor:
+        extent = tf.minimum(limits, tf.round(limits[::-1] * np.float32(4 / 3)))
+        return tf.concat([tf.floor((limits - extent) / 2), extent], 0)
+
+    return tf.cast(tf.cond(fits[first], lambda: drawn, central), tf.int32)
 
 
 def attempt(
@@ -172,25 +192,6 @@ def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
 
     crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
     return tf.ensure_shape(crop, [None, None, 3])
-
-
-def _random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:
-    limits = tf.cast(tf.stack([height, width]), tf.float32)
-    draws = tf.random.stateless_uniform((4, CROP_ATTEMPTS), seed)
-    area = tf.reduce_prod(limits) * (min_area + (1.0 - min_area) * draws[0])
-    # The square root of width / height, which lies between 3/4 and 4/3, one over it for the height.
-    stretch = tf.exp(np.log(4 / 3) * (draws[1] - 0.5) * np.array([[-1], [1]], np.float32))
-    sides = tf.round(tf.sqrt(area) * stretch)  # [2, CROP_ATTEMPTS]: heights and widths
-    fits = tf.reduce_all((sides >= 1) & (sides <= limits[:, None]), 0)
-    first = tf.argmax(fits)  # the first True
-    extent = sides[:, first]
-    drawn = tf.concat([tf.floor(draws[2:, first] * (limits - extent + 1)), extent], 0)
-
-    def central() -> tf.Tensor:
-        extent = tf.minimum(limits, tf.round(limits[::-1] * np.float32(4 / 3)))
-        return tf.concat([tf.floor((limits - extent) / 2), extent], 0)
-
-    return tf.cast(tf.cond(fits[first], lambda: drawn, central), tf.int32)
 
 
 def _round_half(difference: tf.Tensor) -> tf.Tensor:

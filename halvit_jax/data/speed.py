@@ -101,16 +101,9 @@ def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
     """What the same decoding, cropping and resizing costs with nothing of ours around it."""
 
     def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            tf.image.extract_jpeg_shape(image),
-            tf.zeros((1, 0, 4)),
-            tf.stack([number, 0]),
-            area_range=(0.08, 1.0),
-            aspect_ratio_range=(3 / 4, 4 / 3),
-            max_attempts=10,
-            use_image_if_no_bounding_boxes=True,
-        )
-        box = tf.stack([begin[0], begin[1], extent[0], extent[1]])
+        shape = tf.image.extract_jpeg_shape(image)
+        seed = ops.fold_in(tf.stack([number, 0]), 0)  # the boxes that the transforms take
+        box = ops.random_box(shape[0], shape[1], seed, CROP["min_area"])
         crop = tf.io.decode_and_crop_jpeg(image, box, channels=3)
         crop = tf.image.stateless_random_flip_left_right(crop, tf.stack([number, 1]))
         resized = tf.image.resize(crop, (size, size), method="bicubic")

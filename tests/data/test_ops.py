@@ -77,7 +77,7 @@ def test_crop_of_undecoded_jpeg_equals_crop_of_decoded() -> None:
 
 
 def test_crops_cover_areas_and_ratios_as_asked() -> None:
-    boxes = tf.data.Dataset.range(500).map(lambda n: ops._random_box(400, 600, tf.stack([5, n]), 0.08))
+    boxes = tf.data.Dataset.range(500).map(lambda n: ops.random_box(400, 600, tf.stack([5, n]), 0.08))
     top, left, height, width = np.array(list(boxes.as_numpy_iterator())).T
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -93,7 +93,7 @@ def test_crops_cover_areas_and_ratios_as_asked() -> None:
 
 
 def test_a_shape_that_no_box_fits_gets_the_central_one() -> None:
-    box = ops._random_box(1000, 10, _seed(0), 0.9).numpy()
+    box = ops.random_box(1000, 10, _seed(0), 0.9).numpy()
     np.testing.assert_array_equal(box, [493, 0, 13, 10])
 
 

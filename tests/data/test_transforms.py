@@ -88,8 +88,8 @@ def test_interpolation_and_antialias_are_those_asked_for() -> None:
 
 
 def test_a_random_crop_takes_at_least_the_share_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes, draw = [], ops._random_box
-    monkeypatch.setattr(ops, "_random_box", lambda *given: boxes.append(draw(*given)) or boxes[-1])
+    boxes, draw = [], ops.random_box
+    monkeypatch.setattr(ops, "random_box", lambda *given: boxes.append(draw(*given)) or boxes[-1])
     for least in (0.08, 0.9):
         boxes.clear()
         for number in range(30):

@@ -101,6 +101,7 @@ def test_soft_labels_go_to_the_one_head_there_is() -> None:
     assert float(_loss(task).value) == pytest.approx(_mean(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_relations_are_averaged_over_pairs_of_layers_and_weighted() -> None:
     task = _task("halvit_tiny", _teacher(depth=3), **SOFT, **PAIRS)
     (_, own), (_, theirs) = _answers(task, mutable=["intermediates"])
@@ -117,6 +118,7 @@ def test_relations_are_averaged_over_pairs_of_layers_and_weighted() -> None:
     assert loss.model_state == {}
 
 
+@pytest.mark.slow
 def test_both_see_the_same_images_mixed_and_erased_each_normalised_its_own_way() -> None:
     task = _task(mixup=0.8, cutmix=1.0, erase=1.0)
     images, targets = jax.jit(task._training_inputs)(_batch(), jax.random.split(KEY)[1])
@@ -148,6 +150,7 @@ def test_a_student_with_statistics_has_them_back_and_nothing_more() -> None:
     assert state
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
     values = []
     for remat in (False, True):

@@ -16,7 +16,6 @@ from halvit_jax.models import create_model
 from halvit_jax.tasks.losses import TEACHINGS, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.relations import hidden_relation, layers_of, qkv_relation
 
-pytestmark = pytest.mark.slow  # the losses together are held in test_distill.py
 LAYERS, LABELS = range(2), [3, 1, 4, 1]
 WIDTHS = {"student": 64, "teacher": 96}
 VIT = {"width": 32, "depth": 11, "num_heads": 2, "patch_size": 4, "image_size": 8, "num_classes": 5}
