@@ -239,7 +239,7 @@ def _mix(weights: list[tf.Tensor] | None, taps: list[tf.Tensor]) -> tf.Tensor:
 def _warp(image: tf.Tensor, u: tf.Tensor | None, v: tf.Tensor | None, *, fill: Color, interpolation: str) -> tf.Tensor:
     """The image at the columns u and rows v, float64 [h or 1, w or 1]; None: at its own.
 
-    Compiled by XLA: one loop instead of some forty operations that each write the whole image, a quarter of the time.
+    Compiled by XLA: one loop instead of some forty operations that each write the whole image, a third of the time.
     """
     h, w = _sides(image)
     columns, x_weights = _taps(u, w, interpolation) if u is not None else ([tf.range(w)[None, :]], None)

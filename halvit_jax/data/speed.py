@@ -98,11 +98,11 @@ def _mapped(encoded: list[bytes], batch: int, transform: Transform) -> Iterator[
 
 
 def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
-    """What the same decoding, cropping and resizing costs with nothing of ours around it."""
+    """What decoding, cropping and resizing the same boxes costs with nothing else of ours around it."""
 
     def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
         shape = tf.image.extract_jpeg_shape(image)
-        seed = ops.fold_in(tf.stack([number, 0]), 0)  # the boxes that the transforms take
+        seed = ops.fold_in(tf.stack([number, 0]), 0)
         box = ops.random_box(shape[0], shape[1], seed, CROP["min_area"])
         crop = tf.io.decode_and_crop_jpeg(image, box, channels=3)
         crop = tf.image.stateless_random_flip_left_right(crop, tf.stack([number, 1]))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from official import GOLDEN, official_shapes
+from shapes import variable_shapes
 from tiers import CORE, tiered
 
 from halvit_jax.convert import from_torch, to_torch
@@ -90,6 +91,7 @@ def test_inference_gives_the_references_output(
 ) -> None:
     fields = FIELDS.get(name, {})
     model, variables = create_model(name, **fields), from_torch(name, _state(name, reference_weights), **fields)
+    assert variables.keys() == variable_shapes(model).keys()
     images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
     with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
         output = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)

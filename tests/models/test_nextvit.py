@@ -72,9 +72,7 @@ def test_folding_the_norms_and_factors_changes_no_output(fields: dict[str, Any])
         folded.apply(fewer, _images(model), train=True)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "nextvit_large" else ()) for name in DEPLOYED]
-)
+@pytest.mark.parametrize("name", DEPLOYED)
 def test_deployed_counts_of_the_compact_models(name: str) -> None:
     params, gmacs = DEPLOYED[name]
     model = create_model(f"{name}_hc").clone(folded=True)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import variable_shapes
 
 import halvit_jax
 from halvit_jax.layers import conv
@@ -36,11 +37,6 @@ def _images(height: int = 32, width: int | None = None) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal((2, height, width or height, 3)), jnp.float32)
 
 
-def _shapes(model: nn.Module) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-
-
 def _variables(model: nn.Module) -> Any:
     rng = np.random.default_rng(0)
 
@@ -48,7 +44,7 @@ def _variables(model: nn.Module) -> Any:
         positive = path.endswith("var")
         return (rng.uniform(0.5, 1.5, shape.shape) if positive else 0.2 * rng.standard_normal(shape.shape)).astype("f")
 
-    return map_paths(values, _shapes(model))
+    return map_paths(values, variable_shapes(model))
 
 
 @functools.cache
@@ -105,7 +101,9 @@ def test_positions_are_resampled_for_images_of_other_sizes() -> None:
     np.testing.assert_allclose(resampled(jnp.asarray(table.reshape(16, 3)), grid), expected, atol=1e-6)
 
     model = create_model("pvt_tiny", **SMALL)
-    maps = jax.eval_shape(lambda v: model.apply(v, _images(48, 40), train=False, method="features"), _shapes(model))
+    maps = jax.eval_shape(
+        lambda v: model.apply(v, _images(48, 40), train=False, method="features"), variable_shapes(model)
+    )
     assert {stride: x.shape[1:3] for stride, x in maps.items()} == {4: (12, 10), 8: (6, 5)}
 
 
@@ -113,13 +111,13 @@ def test_a_map_that_cannot_be_cut_is_refused() -> None:
     model = create_model("pvt_tiny", **SMALL)
     message = "a map of 9x8 in stage2 cannot be cut into patches of 2x2; give images that the product of model.strides"
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda v: model.apply(v, jnp.zeros((1, 36, 32, 3)), train=False), _shapes(model))
+        jax.eval_shape(lambda v: model.apply(v, jnp.zeros((1, 36, 32, 3)), train=False), variable_shapes(model))
 
 
 def test_linear_attention_has_as_many_keys_for_maps_of_any_size() -> None:
     model = create_model("pvt_v2_b2_li", **SMALL)
     assert model.pool_size == 7
-    found = jax.eval_shape(lambda v: halvit_jax.capture(model, v, _images(40, 72)), _shapes(model))["attention"]
+    found = jax.eval_shape(lambda v: halvit_jax.capture(model, v, _images(40, 72)), variable_shapes(model))["attention"]
     shapes = {name: weights.shape for name, weights in found.items()}
     assert shapes == {"stage1/block0": (2, 2, 180, 49), "stage2/block0": (2, 3, 45, 49)}
 
@@ -153,7 +151,7 @@ def test_epsilons_and_stochastic_depth_are_those_of_the_reference() -> None:
             return call(*args, **kwargs)
 
         with nn.intercept_methods(watch):
-            jax.eval_shape(lambda v, m=model: m.apply(v, _images(), train=False), _shapes(model))
+            jax.eval_shape(lambda v, m=model: m.apply(v, _images(), train=False), variable_shapes(model))
         own = {"embed_norm": {1e-5}, "reduction_norm": {1e-5}}
         assert epsilons == own | {"attention_norm": {1e-6}, "ffn_norm": {1e-6}, "norm": {1e-6}}
         np.testing.assert_allclose(rates, 2 * list(np.repeat(np.arange(6) / 10, 2)))  # in `_shapes` and in `apply`
@@ -186,7 +184,7 @@ def test_convolutions_begin_as_in_the_references() -> None:
 
 def test_heads_are_hallucinated_in_the_stages_that_have_two_and_more() -> None:
     """1, 2, 5 and 8 heads of 64: 1, 1, 3 and 4 real ones."""
-    params = _shapes(create_model("pvt_tiny_hc"))["params"]
+    params = variable_shapes(create_model("pvt_tiny_hc"))["params"]
     stages = [params[f"stage{i}"]["block0"] for i in (1, 2, 3, 4)]
     assert [stage["attention"]["query"]["kernel"].shape[1] // 64 for stage in stages] == [1, 1, 3, 4]
     made = [flat(stage["attention"]).get("maps/hallucination/across") for stage in stages]
@@ -199,7 +197,7 @@ def test_a_folded_model_computes_the_same(name: str) -> None:
     model = create_model(name, **ONE)
     variables = _variables(model)
     folded, fewer = halvit_jax.fold(model, variables)
-    assert jax.tree.map(np.shape, fewer) == jax.tree.map(np.shape, _shapes(folded))
+    assert jax.tree.map(np.shape, fewer) == jax.tree.map(np.shape, variable_shapes(folded))
     expected = _apply(model, variables, _images())
     np.testing.assert_allclose(_apply(folded, fewer, _images()), expected, rtol=1e-4, atol=1e-4)
 

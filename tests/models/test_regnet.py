@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import random_variables, variable_shapes
 
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import fold
 from halvit_jax.models.regnet import PARTITION_RULES, SIZES, RegNet
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.training.paths import flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "num_classes": 5, "image_size": 32}
@@ -21,10 +22,6 @@ LINES = {"regnety_002": (24, 36.44, 2.49, 13), "regnety_160": (200, 106.23, 2.48
 
 def _images(size: int = 32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal((2, size, size, 3)), jnp.float32)
-
-
-def _shapes(model: RegNet) -> Any:
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), _images(), train=False))
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -40,14 +37,14 @@ def test_depths_and_widths_are_those_of_the_quantised_line(name: str) -> None:
 
 
 def test_the_hidden_channels_of_squeeze_excite_are_a_quarter_of_what_the_block_is_given() -> None:
-    params = flat(_shapes(RegNet(**SIZES["regnety_160"]))["params"])
+    params = flat(variable_shapes(RegNet(**SIZES["regnety_160"]))["params"])
     hidden = {path.split("/squeeze")[0]: a.shape[-1] for path, a in params.items() if path.endswith("reduce/kernel")}
     expected = {"stage1/block0": 8, "stage1/block1": 56, "stage2/block0": 56, "stage4/block0": 308}
     assert {path: hidden[path] for path in expected} == expected
 
 
 def test_paths_are_the_ones_checkpoints_know() -> None:
-    params = flat(_shapes(RegNet(**SMALL))["params"])
+    params = flat(variable_shapes(RegNet(**SMALL))["params"])
     for path in ("stem/conv/kernel", "stage1/block0/shortcut/norm/scale", "stage3/block1/conv2/conv/kernel"):
         assert path in params
     assert "stage3/block1/shortcut/conv/kernel" not in params
@@ -59,7 +56,9 @@ def test_paths_are_the_ones_checkpoints_know() -> None:
 @pytest.mark.parametrize("size", [64, 40])
 def test_features_are_the_maps_of_the_stages(size: int) -> None:
     model = RegNet(**SMALL | {"num_classes": 0})
-    maps = jax.eval_shape(lambda v: model.apply(v, _images(size), train=False, method="features"), _shapes(model))
+    maps = jax.eval_shape(
+        lambda v: model.apply(v, _images(size), train=False, method="features"), variable_shapes(model)
+    )
     sides = {stride: -(-size // stride) for stride in (4, 8, 16, 32)}
     widths = dict(zip(sides, SMALL["widths"], strict=True))
     assert {stride: a.shape for stride, a in maps.items()} == {
@@ -76,12 +75,12 @@ def test_drop_path_rises_linearly_to_the_last_block() -> None:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        _shapes(RegNet(**SMALL, drop_path=0.3))
+        variable_shapes(RegNet(**SMALL, drop_path=0.3))
     np.testing.assert_allclose(rates, np.linspace(0, 0.3, 5))
 
 
 def test_remat_recomputes_each_block() -> None:
-    variables = _shapes(RegNet(**SMALL))
+    variables = variable_shapes(RegNet(**SMALL))
     programs = [
         str(jax.make_jaxpr(lambda v, m=m: m.apply(v, _images(), train=False))(variables))
         for m in (RegNet(**SMALL), RegNet(**SMALL, remat=True))
@@ -89,21 +88,14 @@ def test_remat_recomputes_each_block() -> None:
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 5]
 
 
-@pytest.mark.slow  # both networks whole; the fold is the one of tests/models/test_resnet.py
 def test_folding_the_norms_changes_no_output() -> None:
-    model, images, rng = RegNet(**SMALL), _images(), np.random.default_rng(0)
-
-    def array(path: str, shape: Any) -> np.ndarray:
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (rng.standard_normal(shape.shape) / np.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
-
-    variables = map_paths(array, _shapes(model))
+    model, images = RegNet(**SMALL), _images()
+    variables = random_variables(model)
     expected = model.apply(variables, images, train=False)
     folded, fewer = fold(model, variables)
     assert fewer.keys() == {"params"}
     assert not [path for path in flat(fewer["params"]) if "norm" in path]
-    assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, _shapes(folded)["params"])
+    assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, variable_shapes(folded)["params"])
     found = folded.apply(fewer, images, train=False)
     assert np.abs(found - expected).max() / expected.std() <= 1e-5
     with pytest.raises(ValueError, match="is folded and cannot be trained"):

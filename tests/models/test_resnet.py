@@ -1,4 +1,3 @@
-import math
 import re
 from typing import Any
 
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import random_variables, variable_shapes
 from tiers import CORE, tiered
 
 from halvit_jax.layers import conv
@@ -14,7 +14,7 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.init import torch_uniform
 from halvit_jax.models import fold
 from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, Bottleneck, ResNet
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.training.paths import flat
 
 SIZE, CLASSES = 32, 5
 TIED = ("halvit_resnet50", "halvit_resnext101_32x8d")
@@ -29,18 +29,6 @@ def _small(name: str, **fields: Any) -> ResNet:
     groups = {"groups": 4, "base_width": 16} if "groups" in SIZES[name] else {}
     small = {"depths": (1, 1, 2, 1) if name in TIED else (2, 1, 1, 1), "num_classes": CLASSES, "image_size": SIZE}
     return ResNet(**SIZES[name] | groups | small | fields)
-
-
-def _random(model: ResNet) -> Any:
-    """Variables that keep a signal's size, without compiling `init`."""
-    rng = np.random.default_rng(0)
-
-    def array(path: str, shape: Any) -> np.ndarray:
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
-        return (rng.standard_normal(shape.shape) / np.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
-
-    return map_paths(array, _shapes(model))
 
 
 def _loss_and_gradients(model: ResNet, variables: Any, images: jax.Array) -> tuple[Any, Any]:
@@ -58,20 +46,16 @@ def _loss(output: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.diagonal(jax.nn.log_softmax(output[:, :10])))
 
 
-def _shapes(model: ResNet, size: int = SIZE) -> Any:
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, size, size, 3)), train=False))
-
-
 @pytest.mark.parametrize("name", TIED)
 def test_a_stage_owns_one_kernel(name: str) -> None:
-    params = flat(_shapes(ResNet(**SIZES[name]))["params"])
+    params = flat(variable_shapes(ResNet(**SIZES[name]))["params"])
     assert [path for path in params if "tied" in path] == ["stage3/tied/kernel", "stage4/tied/kernel"]
     blocks = {path.split("/")[-2] for path in params if re.match(r"stage[34]/block", path)}
     assert blocks == {"norm1", "conv2", "norm2", "norm3"}
 
 
 def test_paths_are_the_ones_checkpoints_know() -> None:
-    params = flat(_shapes(_small("halvit_resnet50"))["params"])
+    params = flat(variable_shapes(_small("halvit_resnet50"))["params"])
     for path in ("stem/conv/kernel", "stage1/block0/shortcut/norm/scale", "stage3/block0/conv2/kernel", "head/kernel"):
         assert path in params
     rules = [[spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)] for path in params]
@@ -105,7 +89,7 @@ def test_drop_path_rises_linearly_to_the_last_block(name: str) -> None:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(watch):
-        _shapes(model)
+        variable_shapes(model)
     np.testing.assert_allclose(rates, np.linspace(0, 0.3, sum(model.depths)))
 
 
@@ -122,7 +106,7 @@ def test_a_dropped_block_is_its_shortcut() -> None:
 @pytest.mark.parametrize("name", TIED)
 def test_training_moves_every_statistic(name: str) -> None:
     model = _small(name)
-    variables = _random(model)
+    variables = random_variables(model)
     _, changed = jax.jit(lambda v: model.apply(v, _images(4), train=True, mutable=["batch_stats"]))(variables)
     stats = flat(changed["batch_stats"])
     unmoved = [path for path, old in flat(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])]
@@ -133,7 +117,7 @@ def test_training_moves_every_statistic(name: str) -> None:
 @pytest.mark.parametrize("size", [64, 40])
 def test_features_are_the_maps_of_the_four_stages(name: str, size: int) -> None:
     model = _small(name, num_classes=0)
-    variables = _shapes(model)
+    variables = variable_shapes(model)
     maps = jax.eval_shape(lambda v: model.apply(v, _images(2, size), train=False, method="features"), variables)
     first = 64 if name == "resnet18" else 256
     sides = {stride: -(-size // stride) for stride in (4, 8, 16, 32)}
@@ -148,7 +132,7 @@ def test_features_are_the_maps_of_the_four_stages(name: str, size: int) -> None:
 def step() -> tuple[ResNet, Any, Any]:
     """A small network, its variables, and what its training step gives."""
     model = _small("halvit_resnet50", depths=(1, 1, 1, 1))
-    variables = _random(model)
+    variables = random_variables(model)
     return model, variables, _loss_and_gradients(model, variables, _images(4))
 
 
@@ -168,8 +152,8 @@ def test_bfloat16_trains(step: tuple[ResNet, Any, Any]) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_remat_recomputes_each_block(name: str) -> None:
     model, again = _small(name), _small(name, remat=True)
-    variables = _shapes(model)
-    assert jax.tree.map(jnp.shape, _shapes(again)) == jax.tree.map(jnp.shape, variables)
+    variables = variable_shapes(model)
+    assert jax.tree.map(jnp.shape, variable_shapes(again)) == jax.tree.map(jnp.shape, variables)
     programs = [
         str(jax.make_jaxpr(lambda v, m=m: m.apply(v, _images(), train=False))(variables)) for m in (model, again)
     ]
@@ -186,7 +170,7 @@ def test_remat_computes_the_same(step: tuple[ResNet, Any, Any]) -> None:
 
 def test_both_formulations_are_one_network(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _small("halvit_resnet50")
-    variables, images = _random(model), _images()
+    variables, images = random_variables(model), _images()
     ours = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
     monkeypatch.delitem(conv.FORMULATIONS, "cpu")
     native = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
@@ -214,11 +198,11 @@ def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str)
 @pytest.mark.parametrize("name", tiered(SIZES, CORE))
 def test_folding_the_norms_changes_no_output(name: str) -> None:
     model, images = _small(name), _images()
-    variables = _random(model)
+    variables = random_variables(model)
     expected = model.apply(variables, images, train=False)
     folded, fewer = fold(model, variables)
     assert fewer.keys() == {"params"}
-    assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, _shapes(folded)["params"])
+    assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, variable_shapes(folded)["params"])
     found = folded.apply(fewer, images, train=False)
     assert np.abs(found - expected).max() / expected.std() <= 1e-5
     with pytest.raises(ValueError, match="is folded and cannot be trained"):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from shapes import shapes_of
 
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
@@ -22,14 +23,9 @@ def _images(size: int = 32, width: int | None = None) -> jax.Array:
     return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.float32)
 
 
-def _shapes(model: SwinTransformer) -> Any:
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"]
-
-
 def _params(model: SwinTransformer) -> Any:
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), _shapes(model))
+    return jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes_of(model))
 
 
 def _apply(model: SwinTransformer, params: Any, images: jax.Array, **keywords: Any) -> Any:
@@ -37,7 +33,7 @@ def _apply(model: SwinTransformer, params: Any, images: jax.Array, **keywords: A
 
 
 def test_at_384_windows_are_of_twelve() -> None:
-    shapes = _shapes(create_model("swin_base", image_size=384, window_size=12))
+    shapes = shapes_of(create_model("swin_base", image_size=384, window_size=12))
     assert count(shapes) == 87_903_584
     tables = {leaf.shape[0] for path, leaf in flat(shapes).items() if path.endswith("table")}
     assert tables == {23**2}
@@ -91,7 +87,7 @@ def test_a_block_sees_its_window_and_the_shifted_one_the_parts_of_its_neighbours
 
 def test_a_window_larger_than_the_map_is_the_map_and_not_shifted() -> None:
     model = create_model("swin_tiny", **SMALL | {"image_size": 16, "depths": (2, 2), "window_size": 7})
-    tables = {path: leaf.shape for path, leaf in flat(_shapes(model)).items() if path.endswith("table")}
+    tables = {path: leaf.shape for path, leaf in flat(shapes_of(model)).items() if path.endswith("table")}
     assert tables["stage1/block1/position_bias/table"] == (7**2, 2)
     assert tables["stage2/block1/position_bias/table"] == (3**2, 4)
     assert _reached(2, size=16, window=7).all()
@@ -112,7 +108,7 @@ def test_images_of_other_sizes_than_it_was_built_for_give_maps_of_theirs() -> No
 
 def test_the_matrices_of_a_tied_swins_blocks_are_half_of_a_plain_ones() -> None:
     def matrices(**fields: Any) -> int:
-        params = flat(_shapes(create_model("swin_tiny", **fields)))
+        params = flat(shapes_of(create_model("swin_tiny", **fields)))
         return sum(leaf.size for path, leaf in params.items() if "block" in path and path.endswith("kernel"))
 
     tied = {"attention": "tied", "ffn": "tied", "attention_bias": False}
@@ -132,7 +128,7 @@ def test_epsilons_and_stochastic_depth_are_those_of_the_reference(name: str) -> 
             rates.append(context.module.rate)
         return call(*args, **kwargs)
 
-    shapes = _shapes(model)
+    shapes = shapes_of(model)
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda p, x: model.apply({"params": p}, x, train=False), shapes, _images())
     assert set(epsilons) == {1e-5}
@@ -142,7 +138,7 @@ def test_epsilons_and_stochastic_depth_are_those_of_the_reference(name: str) -> 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) for name in ("swin_tiny", "mini_deit_tiny")] + ["mini_swin_tiny"],
+    ["swin_tiny", "mini_deit_tiny", "mini_swin_tiny"],
 )
 def test_remat_changes_neither_outputs_nor_gradients(name: str) -> None:
     swin, vit = SMALL | {"depths": (2,)}, {"width": 16, "depth": 2, "num_heads": 2, "image_size": 32, "num_classes": 5}
