@@ -167,7 +167,7 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
 
     fields = config.data
     source = open_source(fields.name, fields.data_dir, fields.train_split, root=fields.root)
-    labels = [int(record["label"]) for record in source.reader(0, 1)().map(source.fetch).as_numpy_iterator()]
+    labels = [int(record["label"]) for record in source.reader(1)(0).map(source.fetch).as_numpy_iterator()]
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
     named = ", ".join(empty[:MOST_NAMED]) + ("" if len(empty) <= MOST_NAMED else " ...")

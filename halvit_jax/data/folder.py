@@ -44,9 +44,9 @@ class Folder:
         self.num_examples = len(paths)
         self._paths, self._labels = tf.constant(paths), tf.constant(labels, tf.int32)
 
-    def reader(self, part: int, parts: int) -> Reader:
-        """A function of a seed that gives the positions of one part, with a seed in an order drawn from all orders."""
-        return positions(self.num_examples, part, parts)
+    def reader(self, parts: int) -> Reader:
+        """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
+        return positions(self.num_examples, parts)
 
     def part_size(self, parts: int) -> int:
         """Examples that every one of `parts` parts has at least."""

@@ -127,9 +127,9 @@ def plain(function: Callable) -> Callable:
     return tf.autograph.experimental.do_not_convert(function)
 
 
-def fold_in(seed: tf.Tensor, data: int) -> tf.Tensor:
+def fold_in(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
     """A seed of its own for use number `data` of this seed."""
-    return tf.random.experimental.stateless_fold_in(seed, tf.constant(data, tf.int64))
+    return tf.random.experimental.stateless_fold_in(seed, tf.cast(data, tf.int64))
 
 
 def image_shape(encoded: tf.Tensor) -> tf.Tensor:

@@ -165,13 +165,17 @@ class TrainLoader:
         first_epoch, skipped = divmod(start_step, self.steps_per_epoch)
         own = self._readers // self._host.count
         first = self._host.index * own
-        readers = {part: self._source.reader(part, self._readers) for part in range(first, first + own)}
+        read = self._source.reader(self._readers)
         rows = own * self._share
 
         def one_epoch(epoch: tf.Tensor) -> tf.data.Dataset:
             skip = tf.where(epoch == first_epoch, tf.constant(skipped, tf.int64), tf.constant(0, tf.int64))
-            ordered = tuple(self._order(read, part, epoch, skip) for part, read in readers.items())
-            entries = tf.data.Dataset.zip(ordered).map(ops.plain(_concatenate)).unbatch()
+
+            def one_reader(part: tf.Tensor) -> tf.data.Dataset:
+                return self._order(read, part, epoch, skip)
+
+            parts = tf.data.Dataset.range(first, first + own)
+            entries = parts.interleave(ops.plain(one_reader), cycle_length=own, block_length=self._share)
             return entries.enumerate(skip * rows).map(ops.plain(lambda n, entry: (epoch, n, entry)))
 
         return tf.data.Dataset.range(first_epoch, np.iinfo(np.int64).max).flat_map(ops.plain(one_epoch))
@@ -188,15 +192,15 @@ class TrainLoader:
     def _again(self, step: int) -> Iterator[tuple]:
         yield from self._entries(step).take(self._batch_size // self._host.count)
 
-    def _order(self, read: Reader, part: int, epoch: tf.Tensor, skip: tf.Tensor) -> tf.data.Dataset:
-        """One reader's records of an epoch in batches of its share, from batch `skip` on."""
+    def _order(self, read: Reader, part: tf.Tensor, epoch: tf.Tensor, skip: tf.Tensor) -> tf.data.Dataset:
+        """One reader's records of an epoch, from those of batch number `skip` on."""
         seed = ops.fold_in(tf.stack([epoch, tf.constant(self._seed, tf.int64)]), part)
-        records = read(seed[0]).shuffle(self._buffer, seed=seed[0])
+        records = read(part, seed[0]).shuffle(self._buffer, seed=seed[0])
         if self._repeats > 1:
             records = records.flat_map(
                 ops.plain(lambda record: tf.data.Dataset.from_tensors(record).repeat(self._repeats))
             )
-        return records.take(self.steps_per_epoch * self._share).batch(self._share, drop_remainder=True).skip(skip)
+        return records.take(self.steps_per_epoch * self._share).skip(skip * self._share)
 
 
 class EvalLoader:
@@ -238,7 +242,7 @@ class EvalLoader:
         return watch.batches(batches.as_numpy_iterator(), start_step)
 
     def _entries(self) -> tf.data.Dataset:
-        return self._source.reader(self._host.index, self._host.count)()
+        return self._source.reader(self._host.count)(self._host.index)
 
     def _prepare(self, entry: Entry) -> dict[str, tf.Tensor]:
         record = self._source.fetch(entry)
@@ -249,7 +253,3 @@ class EvalLoader:
     def _again(self, step: int) -> Iterator[tuple]:
         for entry in self._entries().skip(step * self._rows).take(self._rows):
             yield (entry,)
-
-
-def _concatenate(*parts: Entry) -> Entry:
-    return {name: tf.concat([part[name] for part in parts], 0) for name in parts[0]}

@@ -16,14 +16,16 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from halvit_jax.data import digits, ops  # digits registers the builder `digits` with TFDS
+from halvit_jax.protocols import DataError
 
 EMBEDDED = (digits.Digits.name,)  # made on the spot where they are missing, in seconds
-CACHE_BYTES = 256 * 2**20  # a data set up to this size stays in memory after its first reading
+MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
+MEND_RECORD = "put it right, or prepare the data set again"
 OPEN_FILES = 4  # TFRecord files a reader mixes while reading
 
 Record = dict[str, tf.Tensor]  # image: encoded bytes; label: int32; name: where it comes from, for messages
 Entry = dict[str, tf.Tensor]
-Reader = Callable[..., tf.data.Dataset]  # (seed: scalar tensor | None) -> the entries of one part
+Reader = Callable[..., tf.data.Dataset]  # (part: int | int64 scalar, seed: int64 scalar | None) -> its entries
 
 
 class Source(Protocol):
@@ -32,10 +34,10 @@ class Source(Protocol):
     num_examples: int
     class_names: list[str]
 
-    def reader(self, part: int, parts: int) -> Reader:
-        """A function of a seed that reads one of `parts` nearly equal, consecutive parts of the split.
+    def reader(self, parts: int) -> Reader:
+        """A function of a number below `parts`, and a seed, that reads this part of the split.
 
-        With a seed in an order that is a function of it; without, in the split's own order.
+        Parts are nearly equal. With a seed they come in an order that is a function of it; without, in their own.
         """
         ...
 
@@ -61,27 +63,27 @@ class TfrecordSource:
         self.num_examples: int = builder.info.splits[split].num_examples
         self.class_names: list[str] = list(builder.info.features["label"].names)
 
-    def reader(self, part: int, parts: int) -> Reader:
-        """A function of a seed that reads one of `parts` nearly equal, consecutive parts of the split.
+    def reader(self, parts: int) -> Reader:
+        """A function of a number below `parts`, and a seed, that reads this part of the split.
 
-        With a seed the files of the part come in a random order and mixed; without, as they were written. A small data
-        set is kept in memory and comes in its own order, for the caller shuffles records anyway.
+        With a seed the files of the part come in a random order and mixed; without, as they were written.
         """
-        instructions = self._builder.info.splits[tfds.even_splits(self._split, parts)[part]].file_instructions
-        names, skips, takes = ([getattr(i, field) for i in instructions] for field in ("filename", "skip", "take"))
-        files = tf.data.Dataset.from_tensor_slices(
-            (tf.constant(names, tf.string), tf.constant(skips, tf.int64), tf.constant(takes, tf.int64))
-        )
+        splits = self._builder.info.splits
+        files = [splits[part].file_instructions for part in tfds.even_splits(self._split, parts)]
+        bounds = tf.constant([0, *itertools.accumulate(map(len, files))], tf.int64)
+        flat = [file for part in files for file in part]
+        names = tf.constant([file.filename for file in flat], tf.string)
+        skips = tf.constant([file.skip for file in flat], tf.int64)
+        takes = tf.constant([file.take for file in flat], tf.int64)
 
-        def shuffled(seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+            own = slice(bounds[part], bounds[part + 1])
+            files = tf.data.Dataset.from_tensor_slices((names[own], skips[own], takes[own]))
             if seed is None:
                 return files.flat_map(ops.plain(self._open_file))
-            return files.shuffle(max(len(names), 1), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
+            return files.shuffle(max(len(flat), 1), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
 
-        if self._builder.info.dataset_size > CACHE_BYTES:
-            return shuffled
-        cached = shuffled().cache()
-        return lambda seed=None: cached
+        return read
 
     def part_size(self, parts: int) -> int:
         """Examples that every one of `parts` parts has at least."""
@@ -93,8 +95,14 @@ class TfrecordSource:
         name = tf.strings.join([entry["file"], ", record ", tf.strings.as_string(entry["number"])])
         return _checked(example["image"], example["label"], name, len(self.class_names))
 
-    def damaged_file(self) -> str:
-        """The first file of the split that cannot be read to its end, for TensorFlow's error does not name it.
+    def blame(self, error: tf.errors.OpError) -> str:
+        """What is wrong with which file, after an error in reading them."""
+        if isinstance(error, tf.errors.DataLossError):  # which does not name it
+            return f"{self._damaged_file()} is damaged ({ops.reason(error)}); prepare the data set again"
+        return f"{ops.reason(error)}; {MEND_RECORD}"
+
+    def _damaged_file(self) -> str:
+        """The first file of the split that cannot be read to its end.
 
         Reads them all, the smallest first because it may be cut off.
         """
@@ -124,6 +132,43 @@ class TfrecordSource:
         return tf.data.Dataset.zip((numbers, records)).map(ops.plain(entry))
 
 
+class InMemory:
+    """A small split that is read once and kept, so an entry is the position in it.
+
+    It comes in its own order whatever the seed, for the caller shuffles records anyway.
+    """
+
+    def __init__(self, source: TfrecordSource) -> None:
+        self._source = source
+        self._records: Entry = {}  # all entries of the source, each field one tensor; read when a reader is made
+        self.num_examples, self.class_names = source.num_examples, source.class_names
+
+    def reader(self, parts: int) -> Reader:
+        """A function of a number below `parts` that gives the positions of this part.
+
+        Raises:
+            DataError: a file is damaged or too short.
+        """
+        if not self._records:
+            entries = self._source.reader(1)(0).batch(self.num_examples)
+            try:
+                self._records = entries.get_single_element()
+            except tf.errors.OpError as error:
+                raise DataError(self._source.blame(error)) from error
+        read = positions(self.num_examples, parts)
+        return lambda part, seed=None: read(part)
+
+    def part_size(self, parts: int) -> int:
+        """Examples that every one of `parts` parts has at least."""
+        return self.num_examples // parts
+
+    def fetch(self, entry: Entry) -> Record:
+        """The record at the entry's position."""
+        return self._source.fetch(
+            {name: tf.gather(column, entry["position"]) for name, column in self._records.items()}
+        )
+
+
 class ArrayRecordSource:
     """A split that TFDS prepared as ArrayRecord: any record can be read at any time, so an entry is its position."""
 
@@ -136,9 +181,9 @@ class ArrayRecordSource:
         _allow_open_files(len(self._files))  # each stays open, and the usual limit is as low as ImageNet's 1024
         self._serialized = builder.as_data_source(split).data_source  # position -> serialized example
 
-    def reader(self, part: int, parts: int) -> Reader:
-        """A function of a seed that gives the positions of one part, with a seed in an order drawn from all orders."""
-        return positions(self.num_examples, part, parts)
+    def reader(self, parts: int) -> Reader:
+        """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
+        return positions(self.num_examples, parts)
 
     def part_size(self, parts: int) -> int:
         """Examples that every one of `parts` parts has at least."""
@@ -160,12 +205,16 @@ class ArrayRecordSource:
             raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def positions(size: int, part: int, parts: int) -> Reader:
+def positions(size: int, parts: int) -> Reader:
     """The reader of a source that can read any of its `size` records at any time; see `Source.reader`."""
-    start, stop = part * size // parts, (part + 1) * size // parts
+    least, more = divmod(size, parts)
 
-    def read(seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        places = tf.range(start, stop, dtype=tf.int64)
+    def start(part: tf.Tensor) -> tf.Tensor:
+        return part * least + tf.minimum(part, more)
+
+    def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        part = tf.cast(part, tf.int64)
+        places = tf.range(start(part), start(part + 1))
         if seed is not None:
             places = tf.random.experimental.stateless_shuffle(places, tf.stack([seed, 0]), alg="philox")
         return tf.data.Dataset.from_tensor_slices({"position": places})
@@ -227,8 +276,13 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
     return FORMATS[builder.info.file_format.value](builder, split)
 
 
+def _tfrecord(builder: tfds.core.DatasetBuilder, split: str) -> Source:
+    source = TfrecordSource(builder, split)
+    return source if builder.info.dataset_size > MEMORY_BYTES else InMemory(source)
+
+
 FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
-    "tfrecord": TfrecordSource,
+    "tfrecord": _tfrecord,
     "array_record": ArrayRecordSource,
 }
 

@@ -76,9 +76,9 @@ class Memory:
         self.class_names = ["photograph"]
         self._encoded = tf.constant(encoded)
 
-    def reader(self, part: int, parts: int) -> Reader:
-        """The positions of one part."""
-        return positions(self.num_examples, part, parts)
+    def reader(self, parts: int) -> Reader:
+        """The positions of a part."""
+        return positions(self.num_examples, parts)
 
     def part_size(self, parts: int) -> int:
         """Examples that every one of `parts` parts has at least."""

@@ -13,13 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from halvit_jax.data import ops
-from halvit_jax.data.sources import Source, TfrecordSource
+from halvit_jax.data.sources import MEND_RECORD, Source, TfrecordSource
 from halvit_jax.protocols import DataError
 
 LOG = logging.getLogger("halvit_jax.data")
 MEND_IMAGE = "remove it, or set data.on_bad_image='replace'"
 UNDER_WAY: weakref.WeakSet[Generator] = weakref.WeakSet()  # what is iterated over at this moment
-MEND_RECORD = "put it right, or prepare the data set again"
 
 
 class Watch:
@@ -88,7 +87,7 @@ class Watch:
     def _blame(self, step: int, error: tf.errors.OpError) -> str:
         """What went wrong in the batch of this step, and with which record; its examples are prepared once more."""
         if isinstance(error, tf.errors.DataLossError) and isinstance(self._source, TfrecordSource):
-            return f"{self._source.damaged_file()} is damaged ({ops.reason(error)}); prepare the data set again"
+            return self._source.blame(error)
         try:
             for example in self._again(step):
                 name = self._source.fetch(example[-1])["name"].numpy().decode()

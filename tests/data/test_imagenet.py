@@ -118,7 +118,7 @@ def test_the_loaders_deliver_every_image_with_its_class(file_format: str, prepar
 def test_both_formats_have_the_same_content_and_evaluate_in_the_same_order(prepared: dict[str, pathlib.Path]) -> None:
     def examples(file_format: str, split: str) -> list[tuple[str, int]]:
         source = open_source("imagenet2012", str(prepared[file_format]), split)
-        data = source.reader(0, 1)().map(source.fetch)
+        data = source.reader(1)(0).map(source.fetch)
         return [(hashlib.sha256(r["image"]).hexdigest(), int(r["label"])) for r in data.as_numpy_iterator()]
 
     for split in ("train", "validation"):
@@ -131,7 +131,7 @@ def test_both_formats_have_the_same_content_and_evaluate_in_the_same_order(prepa
 
 def test_validation_labels_are_those_of_the_official_list(prepared: dict[str, pathlib.Path]) -> None:
     source = open_source("imagenet2012", str(prepared["tfrecord"]), "validation")
-    data = source.reader(0, 1)().map(source.fetch)
+    data = source.reader(1)(0).map(source.fetch)
     found = Counter(source.class_names[int(record["label"])] for record in data)
     labels = tfds.core.tfds_path("datasets/imagenet2012/validation_labels.txt").read_text().split()
     assert found == Counter(labels[: small_imagenet.VALIDATION])

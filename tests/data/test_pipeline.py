@@ -105,7 +105,7 @@ def test_evaluation_counts_every_example_once(digits_dir: pathlib.Path, batch_si
     assert {batch["image"].shape for own in batches for batch in own} == {(batch_size // hosts, 8, 8, 3)}
     real = [row.tobytes() for own in batches for batch in own for row in batch["image"][batch["mask"]]]
     assert len(real) == 364
-    records = source.reader(0, 1)().map(source.fetch)
+    records = source.reader(1)(0).map(source.fetch)
     assert sorted(real) == sorted(bytes(transform(record["image"], None)["image"].numpy()) for record in records)
 
 

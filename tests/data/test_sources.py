@@ -61,7 +61,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path
 @pytest.fixture
 def own(prepared: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """A copy of both to damage, one folder a file format; large sets are read from their files."""
-    monkeypatch.setattr(sources, "CACHE_BYTES", 0)
+    monkeypatch.setattr(sources, "MEMORY_BYTES", 0)
     for file_format, folder in prepared.items():
         shutil.copytree(folder, tmp_path / file_format)
     return tmp_path
@@ -76,7 +76,7 @@ def shard(folder: pathlib.Path, split: str = "train", number: int = 2) -> pathli
 def records(source: Source, part: int = 0, parts: int = 1, seed: int | None = None) -> list[tuple[bytes, int]]:
     """(image, label) of one part, in its order."""
     seed = None if seed is None else tf.constant(seed, tf.int64)
-    data = source.reader(part, parts)(seed).map(source.fetch)
+    data = source.reader(parts)(part, seed).map(source.fetch)
     return [(record["image"], int(record["label"])) for record in data.as_numpy_iterator()]
 
 
@@ -105,7 +105,7 @@ def test_parts_hold_every_record_once_and_in_order(file_format: str, prepared: d
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_records_stay_undecoded_and_say_where_they_are_from(file_format: str, own: pathlib.Path) -> None:
     source = open_source("digits", str(own / file_format), "test[50:]")
-    record = next(iter(source.reader(1, 2)().map(source.fetch)))
+    record = next(iter(source.reader(2)(1).map(source.fetch)))
     assert record["image"].dtype == tf.string
     assert record["image"].numpy().startswith(b"\x89PNG")
     file, number = record["name"].numpy().decode().split(", record ")
@@ -125,9 +125,9 @@ def test_a_large_set_is_read_from_its_files_in_an_order_of_the_seed(file_format:
 
 
 def test_array_records_come_in_any_order(prepared: dict[str, pathlib.Path]) -> None:
-    read = open_source("digits", str(prepared["array_record"]), "test").reader(0, 4)
+    read = open_source("digits", str(prepared["array_record"]), "test").reader(4)
     seeds = tf.data.Dataset.range(300)
-    first = [int(entry["position"]) for entry in seeds.flat_map(lambda seed: read(seed).take(1))]
+    first = [int(entry["position"]) for entry in seeds.flat_map(lambda seed: read(0, seed).take(1))]
     assert len(set(first)) > 80  # of 91: the first place is drawn from all
     assert set(first) <= set(range(91))
 
@@ -201,6 +201,19 @@ def test_a_damaged_file_ends_the_epoch_with_its_name(file_format: str, damage: s
         with pytest.raises(DataError, match=message) as found:
             list(zip(range(1000), batches, strict=False))
         assert len(str(found.value).splitlines()) == 1
+
+
+def test_damage_to_a_small_set_is_named_when_it_is_read_into_memory(
+    own: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    damaged = shard(own / "tfrecord", "test")
+    whole = damaged.read_bytes()
+    monkeypatch.setattr(sources, "MEMORY_BYTES", 2**20)
+    for rest, message in ((whole[:2000], "is damaged"), (b"", "ends before its record 90; put it right, or")):
+        damaged.write_bytes(rest)
+        source = open_source("digits", str(own / "tfrecord"), "test")
+        with pytest.raises(DataError, match=rf"^/.*{damaged.name} {message}.*prepare the data set again"):
+            train_loader(source).batches()
 
 
 @pytest.mark.parametrize("file_format", FORMATS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from halvit_jax.data import sources
 from halvit_jax.data.sources import Entry, Record, open_source
 from halvit_jax.data.watch import Watch
 from halvit_jax.protocols import DataError
@@ -151,7 +152,10 @@ def test_a_record_that_cannot_be_read_says_so_itself(place: str, kind: str) -> N
         list(watch(**changes).batches(failing(INVALID), 0))
 
 
-def test_a_damaged_file_of_records_that_can_be_read_again_is_not_blamed(digits_dir: pathlib.Path) -> None:
+def test_a_damaged_file_of_records_that_can_be_read_again_is_not_blamed(
+    digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MEMORY_BYTES", 0)
     error = tf.errors.DataLossError(None, None, "corrupted record at 12 [Op:IteratorGetNext]")
     source = open_source("digits", str(digits_dir), "train")
     message = r"^a file of /.*digits.* is damaged \(corrupted record at 12\); prepare the data set again$"
