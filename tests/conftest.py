@@ -42,13 +42,13 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A workdir after a small run on digits, and the run's result."""
+    """A workdir after a small run on digits, with checkpoints of the steps 4 and 8 of 8, and the run's result."""
     from test_main import tiny
 
     from halvit_jax.main import work
 
     workdir = tmp_path_factory.mktemp("finished")
-    return workdir, work(tiny(digits_dir), workdir)
+    return workdir, work(tiny(digits_dir, eval_every=8), workdir)
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,7 @@ from ml_collections import ConfigDict
 from processes import run_door
 from test_main import tiny
 
-from halvit_jax import check, door, lock
-from halvit_jax.main import work
-from halvit_jax.preflight import preflight
+from halvit_jax import check, door, lock, preflight
 from halvit_jax.training import manifest
 
 CHECK = "halvit_jax.check"
@@ -22,24 +20,20 @@ Capsys = pytest.CaptureFixture[str]
 
 
 def small(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
-    """One block, two steps, a checkpoint of each."""
-    fields = {"total_steps": 2, "log_every": 1, "eval_every": 2, "checkpoint_every": 1, "model.depth": 1}
-    fields["recipe_batch_size"] = 0  # any
-    return tiny(digits_dir, **fields | changes)
+    """The finished run's, of any batch size."""
+    return tiny(digits_dir, **{"eval_every": 8, "recipe_batch_size": 0} | changes)
 
 
 @pytest.fixture(scope="module")
-def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A workdir with checkpoints of the steps 1 and 2; only the second has a score."""
-    workdir = tmp_path_factory.mktemp("finished")
-    work(small(digits_dir), workdir)
-    return workdir
+def done(finished: tuple[pathlib.Path, dict[str, Any]]) -> pathlib.Path:
+    """A workdir with checkpoints of the steps 4 and 8; only the second has a score."""
+    return finished[0]
 
 
 @pytest.fixture
-def workdir(finished: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+def workdir(done: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A copy of it to be damaged."""
-    return shutil.copytree(finished, tmp_path / "run")
+    return shutil.copytree(done, tmp_path / "run")
 
 
 def verified(workdir: pathlib.Path, capsys: Capsys, *, code: int, files_only: bool = False) -> list[str]:
@@ -51,10 +45,15 @@ def verified(workdir: pathlib.Path, capsys: Capsys, *, code: int, files_only: bo
     return capsys.readouterr().out.splitlines()
 
 
-def tried(config: ConfigDict, workdir: pathlib.Path | None, capsys: Capsys, *, code: int = 2, **how: Any) -> list[str]:
-    """The lines of a preflight that ends with this code; without compiling, for that takes longest."""
+def tried(
+    config: ConfigDict, workdir: pathlib.Path | None, capsys: Capsys, *, code: int = 2, whole: bool = False
+) -> list[str]:
+    """The lines of a preflight that ends with this code; unless whole, without what takes long: compiling, batches."""
     capsys.readouterr()
-    assert preflight(config, workdir, **{"compile_step": False, **how}) == code
+    with pytest.MonkeyPatch.context() as patch:
+        if not whole:
+            patch.setattr(preflight, "_batches", lambda data: preflight.Finding("none was read"))
+        assert preflight.preflight(config, workdir, compile_step=whole) == code
     return capsys.readouterr().out.splitlines()
 
 
@@ -88,26 +87,26 @@ def test_a_good_workdir(files_only: bool, workdir: pathlib.Path, capsys: Capsys)
     score = json.loads((workdir / "result.json").read_text())["ema_eval"]["top1"]
     assert lines == [
         "lock  free",
-        "step 1  good",
-        f"step 2  good, score {score:.6g}",
+        "step 4  good",
+        f"step 8  good, score {score:.6g}",
         "2 checkpoints, 2 good",
-        "a run would go on from step 2",
+        "a run would go on from step 8",
     ]
 
 
 @pytest.mark.parametrize("files_only", [False, True])
 def test_a_flipped_bit_and_a_deleted_file_are_named(files_only: bool, workdir: pathlib.Path, capsys: Capsys) -> None:
-    flip(largest_file(workdir, 2))
+    flip(largest_file(workdir, 8))
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    pattern = rf"step 2  damaged: {re.escape(str(largest_file(workdir, 2)))} has the digest \w{{16}}, expected \w{{16}}"
+    pattern = rf"step 8  damaged: {re.escape(str(largest_file(workdir, 8)))} has the digest \w{{16}}, expected \w{{16}}"
     assert re.fullmatch(pattern, lines[2])
-    assert lines[3:] == ["2 checkpoints, 1 good; damaged: step 2", "a run would go on from step 1"]
-    lost = largest_file(workdir, 1)
+    assert lines[3:] == ["2 checkpoints, 1 good; damaged: step 8", "a run would go on from step 4"]
+    lost = largest_file(workdir, 4)
     lost.unlink()
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    assert lines[1] == f"step 1  damaged: {lost} is missing"
+    assert lines[1] == f"step 4  damaged: {lost} is missing"
     assert lines[3:] == [
-        "2 checkpoints, 0 good; damaged: step 1, step 2",
+        "2 checkpoints, 0 good; damaged: step 4, step 8",
         "no checkpoint is good; begin anew with --restart_if_damaged, or in another --workdir",
     ]
 
@@ -115,18 +114,18 @@ def test_a_flipped_bit_and_a_deleted_file_are_named(files_only: bool, workdir: p
 # Orbax leaves the other reads behind when one fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_step_that_was_not_sealed_passes_by_its_arrays_alone(workdir: pathlib.Path, capsys: Capsys) -> None:
-    manifest.unseal(workdir / "checkpoints" / "2")
-    unsealed = "step 2  not sealed (the run ended while it was written); its arrays "
+    manifest.unseal(workdir / "checkpoints" / "8")
+    unsealed = "step 8  not sealed (the run ended while it was written); its arrays "
     line = verified(workdir, capsys, code=0)[2]
     assert line.startswith(f"{unsealed}verify, score ")
     line = verified(workdir, capsys, code=0, files_only=True)[2]
     assert line.startswith(f"{unsealed}were not looked at, score ")
-    for path in (workdir / "checkpoints" / "2" / "default").rglob("*"):
+    for path in (workdir / "checkpoints" / "8" / "default").rglob("*"):
         if path.is_file():  # all, for some are not read
             flip(path)
     lines = verified(workdir, capsys, code=1)
     assert lines[2].startswith(f"{unsealed}do not verify: ")
-    assert lines[-1] == "a run would go on from step 1"
+    assert lines[-1] == "a run would go on from step 4"
 
 
 def test_a_config_that_cannot_be_read_leaves_the_files_to_be_verified(workdir: pathlib.Path, capsys: Capsys) -> None:
@@ -134,7 +133,7 @@ def test_a_config_that_cannot_be_read_leaves_the_files_to_be_verified(workdir: p
     lines = verified(workdir, capsys, code=1)
     assert lines[1].startswith("config.json  damaged: ")
     assert lines[1].endswith("; so the arrays were not verified")
-    assert lines[2] == "step 1  good"
+    assert lines[2] == "step 4  good"
     assert lines[4] == "2 checkpoints, 2 good; damaged: config.json"
 
 
@@ -143,7 +142,7 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_no_good(workdir: pathlib.P
     config["model"]["width"] = 64
     (workdir / "config.json").write_text(json.dumps(config))
     lines = verified(workdir, capsys, code=1)
-    assert lines[1].startswith("step 1  cannot be restored: the checkpoint of step 1")
+    assert lines[1].startswith("step 4  cannot be restored: the checkpoint of step 4")
     assert any(line.endswith("scale: float32 (32,) saved, float32 (64,) in this model") for line in lines)
 
 
@@ -157,11 +156,11 @@ def test_leftovers_and_the_lock_are_named(workdir: pathlib.Path, capsys: Capsys)
     assert "leftover  checkpoints/3.orbax-checkpoint-tmp, 5 bytes: an unfinished save; the next run removes it" in lines
     assert "leftover  damaged/1, 5 bytes: a damaged checkpoint set aside; delete it when you like" in lines
     with lock.held(workdir):
-        manifest.unseal(workdir / "checkpoints" / "2")
-        shutil.rmtree(workdir / "checkpoints" / "2" / "default")
+        manifest.unseal(workdir / "checkpoints" / "8")
+        shutil.rmtree(workdir / "checkpoints" / "8" / "default")
         lines = verified(workdir, capsys, code=0)
         assert lines[0].startswith(f"lock  held by process {os.getpid()} on ")
-        assert "step 2  is being written or deleted by the run" in lines
+        assert "step 8  is being written or deleted by the run" in lines
         assert any(line.endswith("perhaps under way now") for line in lines)
         with pytest.raises(ValueError, match="in use by process"), lock.held(workdir):  # it has not been let go
             pass
@@ -212,16 +211,16 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
 
 
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
-    flip(largest_file(workdir, 2))
+    flip(largest_file(workdir, 8))
     done = run_door(CHECK, f"--workdir={workdir}", "--files_only", code=1)
-    assert "2 checkpoints, 1 good; damaged: step 2" in done.stdout
+    assert "2 checkpoints, 1 good; damaged: step 8" in done.stdout
     assert done.stderr == ""
 
 
 def test_a_run_that_would_go_well(
-    digits_dir: pathlib.Path, finished: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys
+    digits_dir: pathlib.Path, done: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys
 ) -> None:
-    lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, compile_step=True)
+    lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
     said = [tuple(line.split()[:2]) for line in lines[:-1]]
     names = "config model devices data classes batches optimizer state workdir space lock checkpoint step"
     assert said == [("ok", name) for name in names.split()]
@@ -230,7 +229,7 @@ def test_a_run_that_would_go_well(
     assert line_of(lines, "ok", "devices").endswith(
         "8 of the 8 devices (cpu), mesh data=8 fsdp=1 tensor=1, 4 examples of a batch on each"
     )
-    assert "1,433 images to train on, 364 to evaluate on; 44 steps an epoch, 2 in all" in line_of(lines, "ok", "data")
+    assert "1,433 images to train on, 364 to evaluate on; 44 steps an epoch, 8 in all" in line_of(lines, "ok", "data")
     assert line_of(lines, "ok", "classes").endswith("10, of 139 to 146 images")
     assert re.search(r"training 32x8x8x3 in [\d.]+ s, evaluation 32x8x8x3 in", line_of(lines, "ok", "batches"))
     assert line_of(lines, "ok", "workdir").endswith("is not there; the run will create it")
@@ -239,11 +238,11 @@ def test_a_run_that_would_go_well(
     assert re.search(step, line_of(lines, "ok", "step"))
     assert not (tmp_path / "new").exists()  # nothing was written
 
-    before = listing(finished)
-    lines = tried(small(digits_dir), finished, capsys, code=0)
-    assert listing(finished) == before
-    assert line_of(lines, "ok", "checkpoint").endswith("that of step 2 fits; --workdir alone verifies it")
-    assert "finished with step 2 of 2 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
+    before = listing(done)
+    lines = tried(small(digits_dir), done, capsys, code=0)
+    assert listing(done) == before
+    assert line_of(lines, "ok", "checkpoint").endswith("that of step 8 fits; --workdir alone verifies it")
+    assert "finished with step 8 of 8 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
     assert line_of(lines, "skip", "step").endswith("left out by --no_compile")
 
 
@@ -292,11 +291,11 @@ def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir:
 
 
 def test_a_checkpoint_of_another_model_is_compared_by_path(
-    digits_dir: pathlib.Path, finished: pathlib.Path, capsys: Capsys
+    digits_dir: pathlib.Path, done: pathlib.Path, capsys: Capsys
 ) -> None:
-    lines = tried(small(digits_dir, **{"model.width": 64}), finished, capsys)
+    lines = tried(small(digits_dir, **{"model.width": 64}), done, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
-    assert f"the checkpoint of step 2 in --workdir={finished} is of another model or optimizer; use another" in failed
+    assert f"the checkpoint of step 8 in --workdir={done} is of another model or optimizer; use another" in failed
     differences = [line for line in lines if " saved, " in line]
     assert "  params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model" in differences
     assert any(line.startswith("  ema/params/") for line in differences)
@@ -306,14 +305,14 @@ def test_a_checkpoint_of_another_model_is_compared_by_path(
 def test_damaged_metadata_are_passed_over_or_end_it(
     digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
 ) -> None:
-    (workdir / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    (workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{")
     lines = tried(small(digits_dir), workdir, capsys, code=0)
-    assert "that of step 1 fits" in line_of(lines, "ok", "checkpoint")
-    assert "step 2: its metadata cannot be read" in line_of(lines, "warn", "checkpoint")
-    (workdir / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text("{")
+    assert "that of step 4 fits" in line_of(lines, "ok", "checkpoint")
+    assert "step 8: its metadata cannot be read" in line_of(lines, "warn", "checkpoint")
+    (workdir / "checkpoints" / "4" / "_CHECKPOINT_METADATA").write_text("{")
     lines = tried(small(digits_dir), workdir, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
-    assert "none is good: step 2: its metadata cannot be read" in failed
+    assert "none is good: step 8: its metadata cannot be read" in failed
     assert failed.endswith("begin anew with --restart_if_damaged")
 
 
@@ -343,6 +342,6 @@ def test_a_step_that_does_not_fit_names_what_to_lower(
     digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("halvit_jax.preflight._room", lambda: (1000, "there"))
-    lines = tried(small(digits_dir), None, capsys, compile_step=True)
+    lines = tried(small(digits_dir), None, capsys, whole=True)
     failed = line_of(lines, "FAIL", "step")
     assert failed.endswith("MiB are there; lower batch_size, raise accumulate or mesh.fsdp, or set model.remat=True")

@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 from ml_collections import ConfigDict
-from tiers import KINDS, tiered
+from tiers import CORE, tiered
 
 from halvit_jax import door, recipes
 from halvit_jax.config import default_config, from_json, to_json, validate
@@ -48,7 +48,7 @@ def test_every_config_is_what_it_was(path: pathlib.Path) -> None:
     assert to_json(load(path)) + "\n" == (GOLDEN / "configs" / f"{path.stem}.json").read_text()
 
 
-@pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], KINDS | {"halvit_digits"}))
+@pytest.mark.parametrize("name", tiered([path.stem for path in CONFIGS], CORE | {"halvit_digits"}))
 def test_what_a_config_decays_is_what_it_was(name: str) -> None:
     """Every parameter with how it is treated; the golden file is this text."""
     config = load(ROOT / "configs" / f"{name}.py")

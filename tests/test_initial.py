@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 from test_main import tiny
+from tiers import tiered
 
 import halvit_jax
 from halvit_jax import initial, recipes
@@ -38,7 +39,7 @@ def source(finished: Finished, tmp_path: pathlib.Path, request: pytest.FixtureRe
     return path
 
 
-@pytest.mark.parametrize("source", ["workdir", "native", "torch"], indirect=True)
+@pytest.mark.parametrize("source", tiered(["workdir", "native", "torch"], {"workdir"}), indirect=True)
 def test_a_run_begins_with_what_fits_and_lists_the_rest(
     source: pathlib.Path, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
         "--config=configs/halvit_digits.py",
         f"--workdir={tmp_path}/new/run",
         f"--config.data.data_dir={digits_dir}",
+        "--config.model.depth=1",
         "--config.total_steps=30",
         "--config.eval_every=20",
         "--config.checkpoint_every=20",
@@ -77,7 +78,7 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
     assert result["step"] == 30
     assert result["eval"].keys() == result["ema_eval"].keys() == {"loss", "top1", "top5"}
     assert result["images_per_s"] > 0
-    assert result["params"] == 228_778
+    assert result["params"] == 60_298
     assert len(result["params_sha256"]) == 64
     assert "images/s" in first.stdout
     assert "ETA" in first.stdout

@@ -68,6 +68,7 @@ def test_the_script_says_what_is_already_prepared(prepared: dict[str, pathlib.Pa
     assert f"--config.data.data_dir={prepared['array_record']}" in said
 
 
+@pytest.mark.slow  # it starts processes
 def test_the_script_says_what_is_damaged(prepared: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(prepared["tfrecord"], data)
@@ -179,6 +180,7 @@ def test_its_recipe_runs_on_a_small_model(prepared: dict[str, pathlib.Path], tmp
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
 
 
+@pytest.mark.slow  # it starts processes
 def test_a_process_may_end_while_batches_are_being_made(prepared: dict[str, pathlib.Path]) -> None:
     """Training ends with the loader still reading ahead, and ArrayRecord is read by Python on TensorFlow's threads."""
     program = """

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from tiers import tiered
 
 from halvit_jax.data import ops
 
@@ -157,7 +158,7 @@ def test_an_image_that_claims_too_many_pixels_is_refused(kind: str, use: Callabl
     assert ops.reason(found.value) == "an image of 20000 x 20000 pixels, which must be 1 to 134217728"
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+@pytest.mark.parametrize("kind", tiered(["JPEG", "PNG", "GIF", "BMP"], {"JPEG", "PNG"}))
 def test_bytes_cut_off_anywhere_or_changed_are_an_image_or_refused(kind: str) -> None:
     """Also where TensorFlow would quote the bytes in its message, which Python then cannot read."""
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, make_loaders
@@ -48,14 +49,14 @@ def test_equal_seeds_give_equal_batches_and_others_do_not(digits_dir: pathlib.Pa
     assert not set(_hashes(_loaders(digits_dir, seed=1).train.batches(), 10)) & set(reference)
 
 
-@pytest.mark.parametrize("start", [1, 28, 29, 30, 45])
+@pytest.mark.parametrize("start", tiered([1, 28, 29, 30, 45], {1, 29}))
 def test_batches_from_a_step_on_are_the_same_batches(
     digits_dir: pathlib.Path, reference: list[str], start: int
 ) -> None:
     assert _hashes(_loaders(digits_dir).train.batches(start), len(reference) - start) == reference[start:]
 
 
-@pytest.mark.parametrize("hosts", [2, 4, 8])
+@pytest.mark.parametrize("hosts", tiered([2, 4, 8], {4}))
 def test_any_number_of_hosts_sees_the_same_global_batches(
     digits_dir: pathlib.Path, reference: list[str], hosts: int
 ) -> None:

@@ -107,17 +107,17 @@ def _gradients(model: nn.Module) -> dict[str, jax.Array]:
         return flat(gradient(params))
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_logits_are_float32_finite_and_of_the_right_shape(name: str) -> None:
     logits = _logits(_small(name, dtype="float32"))
     assert (logits.shape, logits.dtype) == ((4, CLASSES), jnp.float32)
     assert bool(jnp.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("name", list_models())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_variables_are_float32_whatever_is_computed_in(name: str, dtype: str) -> None:
-    assert {leaf.dtype for leaf in jax.tree.leaves(_shapes(_small(name, dtype=dtype)))} == {jnp.dtype("float32")}
+@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
+def test_variables_are_float32_whatever_is_computed_in(name: str) -> None:
+    for dtype in ("float32", "bfloat16"):
+        assert {leaf.dtype for leaf in jax.tree.leaves(_shapes(_small(name, dtype=dtype)))} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))

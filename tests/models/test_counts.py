@@ -75,11 +75,7 @@ COUNTS = {
     "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
 # A model takes seconds to trace, the deepest twenty: beside one of each family, the ones the core is about.
-DEFAULT = KINDS | {
-    *("halvit_small", "halvit_tiny_h", "mini_halvit_tiny", "deit_small", "deit_base", "deit_small_hc"),
-    *("resnet18", "resnet101", "resnext101_32x8d", "halvit_resnext101_32x8d", "pvt_tiny_hc"),
-}
-
+DEFAULT = KINDS | {"halvit_small", "deit_small", "resnet18"}
 
 # The same as they serve, with all norms and sums folded; every other model without batch normalisation serves as it is.
 DEPLOYED = {

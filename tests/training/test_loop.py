@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.protocols import Loss
@@ -180,7 +181,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("statistics", "model_state/mean"),
     ],
 )
-@pytest.mark.parametrize("step", [0, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 11))])
+@pytest.mark.parametrize("step", tiered([0, 6, 7, 11], {7}))
 def test_what_is_not_finite_ends_the_run_at_most_two_steps_later(
     what: str, named: str, step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
@@ -250,7 +251,7 @@ def test_more_than_the_allowed_sudden_gradients_end_the_run(tmp_path: pathlib.Pa
     assert _steps(tmp_path) == [4]
 
 
-@pytest.mark.parametrize("step", [1, 7, *(pytest.param(step, marks=pytest.mark.slow) for step in (0, 5, 10))])
+@pytest.mark.parametrize("step", tiered([0, 1, 5, 7, 10], {7}))
 def test_a_signal_saves_where_the_run_is_and_it_ends_the_same(
     step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
