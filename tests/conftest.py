@@ -26,8 +26,15 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files beside this one first: a few long tests each, which should not be what one of two workers ends with."""
+    """The files beside this one first: a few long tests each, which should not be what one of two workers ends with.
+
+    A file is for one worker, and all files that look at the finished run are for the same one, which makes it once.
+    """
     items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
+    shared = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    for item in items:
+        group = "finished" if item.path in shared else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

@@ -139,8 +139,9 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
     digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     """B4 and A4 of the test plan."""
-    run = Processes(tmp_path, digits_dir, count=2)
-    run.until("step 12/50")
+    short = {"total_steps": 24, "eval_every": 24, "model.depth": 1}
+    run = Processes(tmp_path, digits_dir, count=2, **short)
+    run.until("step 12/24")
     began = time.monotonic()
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.codes(seconds=60) == [75, 75], run.all_said()
@@ -148,11 +149,11 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
     stops = [re.search(r"stopped by .*: saved at step (\d+);", run.said(rank)) for rank in (0, 1)]
     assert stops[0][1] == stops[1][1]
     assert "rank 1 of 2: on " in run.said(1)
-    again = Processes(tmp_path, digits_dir, count=1)
+    again = Processes(tmp_path, digits_dir, count=1, **short)
     assert again.codes() == [0], again.all_said()
     assert f"going on from the checkpoint of step {stops[0][1]}" in again.said(0)
-    assert sorted(losses(tmp_path)) == list(range(1, 51))
-    assert result(tmp_path)["step"] == 50
+    assert sorted(losses(tmp_path)) == list(range(1, 25))
+    assert result(tmp_path)["step"] == 24
 
 
 @pytest.mark.slow

@@ -236,8 +236,16 @@ def test_evaluating_before_training_is_refused(
             {"model.width": 64},
             ["params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model", "params/norm/scale"],
         ),
-        ({"model.ffn": "dense"}, ["params/block0/ffn/tied/kernel", "params/block1/ffn/expand/kernel: not saved"]),
-        ({"ema_decay": 0.0}, ["ema/params/head/bias: float32 (10,) saved, not in this model"]),
+        pytest.param(
+            {"model.ffn": "dense"},
+            ["params/block0/ffn/tied/kernel", "params/block1/ffn/expand/kernel: not saved"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"ema_decay": 0.0},
+            ["ema/params/head/bias: float32 (10,) saved, not in this model"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(

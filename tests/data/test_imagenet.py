@@ -173,6 +173,7 @@ def test_the_config_of_halvit_tiny_runs_on_it(prepared: dict[str, pathlib.Path],
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
 
 
+@pytest.mark.slow
 def test_its_recipe_runs_on_a_small_model(prepared: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     small = {"model.image_size": 64, "model.width": 32, "model.depth": 1, "model.num_heads": 2}
     result = work(_config(prepared["array_record"], **small), tmp_path)

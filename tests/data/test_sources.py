@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from tiers import tiered
 
 from halvit_jax.data import sources
 from halvit_jax.data.pipeline import EvalLoader, Host, TrainLoader
@@ -187,7 +188,7 @@ def test_a_file_cut_off_between_two_records_is_named(own: pathlib.Path) -> None:
         list(zip(range(2 * loader.steps_per_epoch), loader.batches(), strict=False))
 
 
-@pytest.mark.parametrize("damage", ["cut off", "changed", "empty"])
+@pytest.mark.parametrize("damage", tiered(["cut off", "changed", "empty"], {"cut off"}))
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_a_damaged_file_ends_the_epoch_with_its_name(file_format: str, damage: str, own: pathlib.Path) -> None:
     damaged = shard(own / file_format, "test")

@@ -101,7 +101,7 @@ def test_attention_over_fewer_keys_is_what_its_docstring_says(fields: dict[str, 
     """On a map whose last rows and columns are left over, or whose boxes overlap."""
     grid, k = (7, 8), fields.get("reduction", 1)
     layer, params, tokens = _attention(grid, **fields)
-    out, kept = layer.apply({"params": params}, tokens, mutable=["intermediates"])
+    out, kept = jax.jit(lambda p: layer.apply({"params": p}, tokens, mutable=["intermediates"]))(params)
     x = y = np.asarray(tokens)
     if fields:
         y = y.reshape(B, *grid, 12)
@@ -129,7 +129,7 @@ def test_hallucinated_heads_of_rectangular_maps() -> None:
     assert params["query"]["kernel"].shape == (12, 8)  # 2 of 3 heads
     assert params["key_value"]["kernel"].shape == (12, 8 + 12)
     assert params["maps"]["hallucination"]["across"].shape == (2, 1)
-    _, kept = layer.apply({"params": params}, x, mutable=["intermediates"])
+    _, kept = jax.jit(lambda p: layer.apply({"params": p}, x, mutable=["intermediates"]))(params)
     weights = kept["intermediates"]["weights"][0]
     assert weights.shape == (B, 3, 24, 6)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
@@ -137,7 +137,8 @@ def test_hallucinated_heads_of_rectangular_maps() -> None:
 
 def test_without_reduction_other_tokens_may_stand_before_those_of_the_map() -> None:
     layer, params, x = _attention((2, 3))
-    assert layer.apply({"params": params}, jnp.concatenate([x[:, :1], x], 1)).shape == (B, 7, 12)
+    tokens = jnp.concatenate([x[:, :1], x], 1)
+    assert jax.eval_shape(lambda p: layer.apply({"params": p}, tokens), params).shape == (B, 7, 12)
 
 
 def test_a_map_smaller_than_its_reduction_is_refused() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from shapes import random_variables, variable_shapes
-from tiers import KINDS, tiered
+from tiers import CORE, KINDS, tiered
 
 from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
@@ -120,7 +120,7 @@ def test_variables_are_float32_whatever_is_computed_in(name: str) -> None:
         assert {leaf.dtype for leaf in jax.tree.leaves(_shapes(_small(name, dtype=dtype)))} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
+@pytest.mark.parametrize("name", tiered(list_models(), CORE))
 def test_every_parameter_learns(name: str) -> None:
     model = _small(name, dtype="float32")
     grads = _gradients(model)
@@ -128,7 +128,7 @@ def test_every_parameter_learns(name: str) -> None:
     assert [path for path, grad in grads.items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
 
 
-@pytest.mark.parametrize("name", tiered(list_models(), KINDS))
+@pytest.mark.parametrize("name", tiered(list_models(), CORE))
 def test_bfloat16_computes_close_to_float32(name: str) -> None:
     exact, rough = (_logits(_small(name, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert rough.dtype == jnp.float32

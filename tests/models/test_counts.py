@@ -1,7 +1,7 @@
 """Exact parameter counts and multiply-accumulates: for a library about parameters, the test."""
 
 import pytest
-from tiers import KINDS, tiered
+from tiers import CORE, tiered
 
 from halvit_jax.models import list_models
 from halvit_jax.summary import HOSTS, host_of, summarise
@@ -75,7 +75,7 @@ COUNTS = {
     "shvit_s4_distilled": (17_038_380, 16_138_588, 0.987),
 }
 # A model takes seconds to trace, the deepest twenty: beside one of each family, the ones the core is about.
-DEFAULT = KINDS | {"halvit_small", "deit_small", "resnet18"}
+DEFAULT = CORE | {"halvit_small", "deit_small", "deit_tiny_hc", "resnet18", "pvt_v2_b0"}
 
 # The same as they serve, with all norms and sums folded; every other model without batch normalisation serves as it is.
 DEPLOYED = {

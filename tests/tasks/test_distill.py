@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
@@ -78,7 +79,7 @@ def _mean(rows: Any) -> float:
     return float(np.asarray(rows)[np.asarray(_batch()["mask"])].mean())
 
 
-@pytest.mark.parametrize("teacher", ["deit_tiny", "regnety_002"])
+@pytest.mark.parametrize("teacher", tiered(["deit_tiny", "regnety_002"], {"deit_tiny"}))
 def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
     task = _task(teacher=_teacher(teacher), alpha=0.3)
     heads, taught = _answers(task, method="heads")

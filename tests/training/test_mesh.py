@@ -90,7 +90,7 @@ def _float64() -> Iterator[None]:
         yield
 
 
-QUICK = {("halvit_tiny", "tensor"), ("halvit_tiny", "all"), ("deit_small", "all")}  # to compile; others half a minute
+QUICK = {("halvit_tiny", "all")}  # to compile; others half a minute
 CASES = [
     pytest.param(name, mesh, marks=() if (name, mesh) in QUICK else pytest.mark.slow)
     for name in MODELS

@@ -3,6 +3,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from halvit_jax.training.watchdog import STUCK
 
 PROGRAM = """
@@ -49,6 +51,7 @@ def test_a_run_that_does_not_move_ends_with_the_stacks_of_its_threads(tmp_path: 
         assert "in deep_inside" in text
 
 
+@pytest.mark.slow  # a process of its own
 def test_compiling_may_take_longer_and_a_stopped_dog_does_not_bite(tmp_path: pathlib.Path) -> None:
     done = _run(tmp_path / "debug", "end")
     assert (done.returncode, done.stdout) == (0, "stuck from here\nended by itself\n"), done.stderr
