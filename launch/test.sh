@@ -6,4 +6,4 @@ source launch/environment.sh
 environment -e ".[test]"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"  # two processes, each of which compiles on one core
+exec "$PYTHON" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # two processes, each of which compiles on one core

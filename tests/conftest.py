@@ -1,6 +1,8 @@
 """What all tests share. The environment is set here because it counts only until jax and TensorFlow are imported."""
 
+import fcntl
 import importlib.util
+import json
 import os
 import pathlib
 import tempfile
@@ -26,15 +28,8 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files beside this one first: a few long tests each, which should not be what one of two workers ends with.
-
-    A file is for one worker, and all files that look at the finished run are for the same one, which makes it once.
-    """
+    """The files beside this one first: a few long tests each, which should not be what one of two workers ends with."""
     items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)
-    shared = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "finished" if item.path in shared else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
@@ -49,13 +44,22 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
-    """A workdir after a small run on digits, with checkpoints of the steps 4 and 8 of 8, and the run's result."""
+    """A workdir after a small run on digits, with checkpoints of the steps 4 and 8 of 8, and the run's result.
+
+    The worker that asks first makes it for all.
+    """
     from test_main import tiny
 
     from halvit_jax.main import work
 
-    workdir = tmp_path_factory.mktemp("finished")
-    return workdir, work(tiny(digits_dir, eval_every=8), workdir)
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    workdir, returned = shared / "finished", shared / "finished.json"
+    with (shared / "finished.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not returned.exists():
+            returned.write_text(json.dumps(work(tiny(digits_dir, eval_every=8), workdir)))
+    return workdir, json.loads(returned.read_text())
 
 
 @pytest.fixture(scope="session")
