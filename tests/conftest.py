@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 import types
 from typing import Any
@@ -46,7 +47,7 @@ def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
     """A workdir after a small run on digits, with checkpoints of the steps 4 and 8 of 8, and the run's result.
 
-    The worker that asks first makes it for all.
+    The worker that asks first makes it, each has a copy.
     """
     from test_main import tiny
 
@@ -54,11 +55,12 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
 
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    workdir, returned = shared / "finished", shared / "finished.json"
+    made, returned = shared / "finished", shared / "finished.json"
     with (shared / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not returned.exists():
-            returned.write_text(json.dumps(work(tiny(digits_dir, eval_every=8), workdir)))
+            returned.write_text(json.dumps(work(tiny(digits_dir, eval_every=8), made)))
+    workdir = shutil.copytree(made, tmp_path_factory.mktemp("copy") / "finished")
     return workdir, json.loads(returned.read_text())
 
 
