@@ -15,6 +15,7 @@ import pytest
 from processes import ROOT, Started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
+from tiers import tiered
 
 from halvit_jax import cluster
 
@@ -135,9 +136,8 @@ def four(tmp_path_factory: pytest.TempPathFactory, digits_dir: pathlib.Path) -> 
     return run.workdir
 
 
-def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
-    digits_dir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+@pytest.mark.parametrize("then", tiered(["no more", "one goes on alone"], {"no more"}))
+def test_a_signal_to_one_of_two_stops_both(then: str, digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """B4 and A4 of the test plan."""
     short = {"total_steps": 24, "eval_every": 24, "model.depth": 1}
     run = Processes(tmp_path, digits_dir, count=2, **short)
@@ -149,6 +149,8 @@ def test_a_signal_to_one_of_two_stops_both_and_one_goes_on_alone(
     stops = [re.search(r"stopped by .*: saved at step (\d+);", run.said(rank)) for rank in (0, 1)]
     assert stops[0][1] == stops[1][1]
     assert "rank 1 of 2: on " in run.said(1)
+    if then == "no more":
+        return
     again = Processes(tmp_path, digits_dir, count=1, **short)
     assert again.codes() == [0], again.all_said()
     assert f"going on from the checkpoint of step {stops[0][1]}" in again.said(0)

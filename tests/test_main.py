@@ -19,6 +19,7 @@ import halvit_jax
 from halvit_jax import door, predict, recipes, run
 from halvit_jax.config import default_config
 from halvit_jax.main import work
+from halvit_jax.protocols import DataError
 
 MAIN = "halvit_jax.main"
 PREDICT = "halvit_jax.predict"
@@ -88,6 +89,15 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
     assert repeated == result
     evaluated = json.loads(run_door(MAIN, *arguments, "--mode=eval").stdout.splitlines()[-1])
     assert evaluated == {"eval": result["eval"], "ema_eval": result["ema_eval"]}
+
+
+def test_data_found_bad_while_they_are_read_end_the_program_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, door.bad_data():
+        raise DataError("photo.jpg cannot be decoded; remove it")
+    assert ended.value.code == door.BAD_INPUT
+    assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
+    with pytest.raises(ZeroDivisionError), door.bad_data():
+        raise ZeroDivisionError
 
 
 def test_result_and_description_are_written(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:

@@ -252,6 +252,7 @@ def spoilt(root: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
 EVERY_IMAGE = {"batch_size": 48, "data.readers": 16}  # in every epoch
 
 
+@pytest.mark.slow  # half a minute to compile
 def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

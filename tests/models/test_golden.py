@@ -120,6 +120,7 @@ def test_training_gives_the_references_output_and_statistics(case: dict[str, Any
     assert len(sums) == len(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["deit_tiny"], indirect=True)
 def test_gradients_are_the_references(case: dict[str, Any]) -> None:
     norms = _gradient_norms(case, "float32")

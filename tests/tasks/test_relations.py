@@ -169,7 +169,10 @@ def test_a_block_that_runs_twice_has_two_layers() -> None:
     assert layers_of(kept, "hidden") == [7, 8]
 
 
-@pytest.mark.parametrize(("name", "fields"), [("swin_tiny", {}), ("mini_swin_tiny", {"shares": (2, 4)})])
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("swin_tiny", {}), pytest.param("mini_swin_tiny", {"shares": (2, 4)}, marks=pytest.mark.slow)],
+)
 def test_windows_hand_out_their_states_and_blocks_whole_maps(name: str, fields: dict[str, Any]) -> None:
     small = {"width": 32, "depths": (2, 4), "head_width": 16, "window_size": 4, "image_size": 32, "num_classes": 5}
     model = create_model(name, **small | fields)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from shapes import shallow, shapes_of
+from tiers import tiered
 
 from halvit_jax import recipes
 from halvit_jax.config import default_config
@@ -202,13 +203,14 @@ def test_path_mask_is_false_where_a_pattern_is_found() -> None:
     assert path_mask(tree, []) == {"a": {"bias": True, "kernel": True}, "bias_free": True}
 
 
-def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else() -> None:
-    for sizes in (family.sizes for family in FAMILIES.values()):  # of which each has the same paths in all sizes
-        name = next(iter(sizes))
-        shapes = shapes_of(shallow(name))
-        mask = flat(path_mask(shapes, default_config().optim.no_decay))
-        expected = {path: leaf.ndim > 1 and path != "position/embedding" for path, leaf in flat(shapes).items()}
-        assert mask == expected, name
+FIRST = [next(iter(family.sizes)) for family in FAMILIES.values()]  # all sizes of a family have the same paths
+
+
+@pytest.mark.parametrize("name", tiered(FIRST, {"deit_tiny", "resnet18", "shvit_s1"}))
+def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name: str) -> None:
+    shapes = shapes_of(shallow(name))
+    mask = flat(path_mask(shapes, default_config().optim.no_decay))
+    assert mask == {path: leaf.ndim > 1 and path != "position/embedding" for path, leaf in flat(shapes).items()}
 
 
 # Refusals.

@@ -191,10 +191,11 @@ def on_one_device() -> list[float]:
     return _losses(_one_device())[0]
 
 
+@pytest.mark.slow  # tests/training/test_mesh.py compares one step of it
 @pytest.mark.parametrize(
     ("sizes", "share"),
     [
-        pytest.param({"data": 8}, (48, 192), id="data=8", marks=pytest.mark.slow),
+        pytest.param({"data": 8}, (48, 192), id="data=8"),
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, (48, 48), id="data=2,fsdp=2,tensor=2"),
     ],
 )
