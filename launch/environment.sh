@@ -17,7 +17,9 @@ environment() {
   wanted=$(cat requirements.txt pyproject.toml)
   if [ "$(cat "$mark" 2>/dev/null)" != "$wanted" ]; then
     echo "installing the requirements into .venv (once, about a minute)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "$@"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
     printf '%s\n' "$wanted" >"$mark"
   fi
+  # Bytecode comes with the first import: of all modules it would take half a minute, and few are ever imported.
+  export PYTHONDONTWRITEBYTECODE=
 }
