@@ -48,10 +48,6 @@ class Folder:
         """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
         return positions(self.num_examples, parts)
 
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
-        return self.num_examples // parts
-
     def fetch(self, entry: Entry) -> Record:
         """The file at the entry's position, undecoded."""
         path = tf.gather(self._paths, entry["position"])

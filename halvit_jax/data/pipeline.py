@@ -138,7 +138,7 @@ class TrainLoader:
         self._budget = bad_image_budget
         self._buffer = max(shuffle_buffer // self._readers, 1)
         self.num_examples = source.num_examples
-        self.steps_per_epoch = source.part_size(self._readers) // self._share
+        self.steps_per_epoch = source.num_examples // self._readers // self._share
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={batch_size} over {self._readers} readers asks for more than the {source.num_examples} "

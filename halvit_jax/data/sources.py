@@ -37,12 +37,9 @@ class Source(Protocol):
     def reader(self, parts: int) -> Reader:
         """A function of a number below `parts`, and a seed, that reads this part of the split.
 
-        Parts are nearly equal. With a seed they come in an order that is a function of it; without, in their own.
+        Parts are consecutive, and the first ones have one record more where they cannot be equal. With a seed they come
+        in an order that is a function of it; without, in their own.
         """
-        ...
-
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
         ...
 
     def fetch(self, entry: Entry) -> Record:
@@ -68,26 +65,23 @@ class TfrecordSource:
 
         With a seed the files of the part come in a random order and mixed; without, as they were written.
         """
-        splits = self._builder.info.splits
-        files = [splits[part].file_instructions for part in tfds.even_splits(self._split, parts)]
-        bounds = tf.constant([0, *itertools.accumulate(map(len, files))], tf.int64)
-        flat = [file for part in files for file in part]
-        names = tf.constant([file.filename for file in flat], tf.string)
-        skips = tf.constant([file.skip for file in flat], tf.int64)
-        takes = tf.constant([file.take for file in flat], tf.int64)
+        files = self._builder.info.splits[self._split].file_instructions
+        names = tf.constant([file.filename for file in files], tf.string)
+        skips = tf.constant([file.skip for file in files], tf.int64)
+        takes = tf.constant([file.take for file in files], tf.int64)
+        begins = tf.cumsum(takes, exclusive=True)  # the place in the split of each file's first record
 
         def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-            own = slice(bounds[part], bounds[part + 1])
-            files = tf.data.Dataset.from_tensor_slices((names[own], skips[own], takes[own]))
+            start, stop = _bounds(self.num_examples, part, parts)
+            first = tf.maximum(start - begins, 0)
+            count = tf.minimum(stop - begins, takes) - first
+            own = count > 0
+            files = tf.data.Dataset.from_tensor_slices((names[own], (skips + first)[own], count[own]))
             if seed is None:
                 return files.flat_map(ops.plain(self._open_file))
-            return files.shuffle(max(len(flat), 1), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
+            return files.shuffle(len(names), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
 
         return read
-
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
-        return self.num_examples // parts
 
     def fetch(self, entry: Entry) -> Record:
         """The entry's own record."""
@@ -158,10 +152,6 @@ class InMemory:
         read = positions(self.num_examples, parts)
         return lambda part, seed=None: read(part)
 
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
-        return self.num_examples // parts
-
     def fetch(self, entry: Entry) -> Record:
         """The record at the entry's position."""
         return self._source.fetch(
@@ -185,10 +175,6 @@ class ArrayRecordSource:
         """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
         return positions(self.num_examples, parts)
 
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
-        return self.num_examples // parts
-
     def fetch(self, entry: Entry) -> Record:
         """The record at the entry's position."""
         serialized, name = tf.numpy_function(self._read, [entry["position"]], (tf.string, tf.string), stateful=False)
@@ -207,19 +193,22 @@ class ArrayRecordSource:
 
 def positions(size: int, parts: int) -> Reader:
     """The reader of a source that can read any of its `size` records at any time; see `Source.reader`."""
-    least, more = divmod(size, parts)
-
-    def start(part: tf.Tensor) -> tf.Tensor:
-        return part * least + tf.minimum(part, more)
 
     def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        part = tf.cast(part, tf.int64)
-        places = tf.range(start(part), start(part + 1))
+        places = tf.range(*_bounds(size, part, parts))
         if seed is not None:
             places = tf.random.experimental.stateless_shuffle(places, tf.stack([seed, 0]), alg="philox")
         return tf.data.Dataset.from_tensor_slices({"position": places})
 
     return read
+
+
+def _bounds(size: int, part: tf.Tensor | int, parts: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where a part begins and ends, int64."""
+    least, more = divmod(size, parts)
+    numbers = (tf.cast(part, tf.int64), tf.cast(part, tf.int64) + 1)
+    start, stop = (number * least + tf.minimum(number, more) for number in numbers)
+    return start, stop
 
 
 def some(names: list[str]) -> str:

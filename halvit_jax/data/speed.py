@@ -80,10 +80,6 @@ class Memory:
         """The positions of a part."""
         return positions(self.num_examples, parts)
 
-    def part_size(self, parts: int) -> int:
-        """Examples that every one of `parts` parts has at least."""
-        return self.num_examples // parts
-
     def fetch(self, entry: Entry) -> Record:
         """The image at the entry's position."""
         image = tf.gather(self._encoded, entry["position"] % len(self._encoded))
