@@ -7,7 +7,8 @@ import pytest
 
 CORE = {"deit_tiny", "halvit_tiny", "resnet50", "halvit_resnet50", "shvit_s1"}
 KINDS = CORE | {  # of every family one, at its smallest
-    *("deit_tiny_hc", "mini_deit_tiny", "swin_tiny", "regnety_002", "pvt_v2_b0", "nextvit_small"),
+    *("deit_tiny_hc", "mini_deit_tiny", "swin_tiny", "mini_swin_tiny", "regnety_002"),
+    *("pvt_tiny", "pvt_v2_b0", "nextvit_small"),
 }
 
 

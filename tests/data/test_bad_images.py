@@ -194,7 +194,7 @@ FULL = {"bad_image_budget": 0.5, "shift": 1, "repeats": 2}
 def test_replaced_images_stay_the_same_on_resume_and_on_any_number_of_hosts(hosts: int, spoilt: pathlib.Path) -> None:
     reference = train_batches(loaders(spoilt, **FULL), 3 * STEPS)
     assert not all(batch["mask"].all() for batch in reference)
-    for start in (1, 2 * STEPS + 1):
+    for start in (1, STEPS, 2 * STEPS + 1):
         for first, second in zip(
             train_batches(loaders(spoilt, **FULL), 3 * STEPS - start, start), reference[start:], strict=True
         ):
