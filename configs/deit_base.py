@@ -8,9 +8,9 @@ Published top-1: 81.8 (raw weights). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of DeiT-B."""
-    return recipes.deit("deit_base", epochs=int(epochs))
+    return imagenet.deit("deit_base", epochs=int(epochs))

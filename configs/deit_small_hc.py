@@ -8,9 +8,9 @@ Published top-1: none that we know. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of DeiT-S's cheaper twin."""
-    return recipes.deit("deit_small_hc", epochs=int(epochs))
+    return imagenet.deit("deit_small_hc", epochs=int(epochs))

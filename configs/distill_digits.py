@@ -9,9 +9,9 @@ a teacher, and learns the teacher's probabilities and, as in MiniViT, the relati
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config(kind: str = "hard") -> ConfigDict:
     """The digits run of the tied model, with a teacher."""
-    return recipes.taught_digits("halvit_tiny", kind)
+    return digits.distilled("halvit_tiny", kind)

@@ -12,9 +12,9 @@ Published top-1: 82.9 (DeiT-B at 384). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(model: str = "deit_base") -> ConfigDict:
     """The run of a model at 384 pixels."""
-    return recipes.deit_384(model)
+    return imagenet.deit_384(model)

@@ -8,12 +8,12 @@ resampled from 4x4 to 6x6.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """An eighth of the quickstart's steps, at a third of its learning rate."""
-    config = recipes.digits("halvit_tiny")
+    config = digits.vit("halvit_tiny")
     config.init_from = "runs/halvit_digits"
     config.model.image_size = 12
     config.total_steps = 200

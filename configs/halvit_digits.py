@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvi
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the tied model."""
-    return recipes.digits("halvit_tiny")
+    return digits.vit("halvit_tiny")

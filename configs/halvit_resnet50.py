@@ -9,9 +9,9 @@ that recipe is the natural reading. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(recipe: str = "v1") -> ConfigDict:
     """The ImageNet run of HaLViT-ResNet-50."""
-    return recipes.resnet("halvit_resnet50", recipe)
+    return imagenet.resnet("halvit_resnet50", recipe)

@@ -9,9 +9,9 @@ Published top-1: 81.3 (the paper's recipe is not public). Measured here: not yet
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of HaLViT-M."""
-    return recipes.deit("halvit_small", epochs=int(epochs))
+    return imagenet.deit("halvit_small", epochs=int(epochs))

@@ -8,9 +8,9 @@ Published top-1: 77.3 after 300 epochs, 78.8 after 600 (the paper's recipe is no
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of HaLViT-T."""
-    return recipes.deit("halvit_tiny", epochs=int(epochs))
+    return imagenet.deit("halvit_tiny", epochs=int(epochs))

@@ -11,9 +11,9 @@ Published top-1: 83.2 (distilled), 84.9 at 384. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-DeiT-B."""
-    return recipes.mini_deit("mini_deit_base", drop_path=0.1, variant=variant)
+    return imagenet.mini_deit("mini_deit_base", drop_path=0.1, variant=variant)

@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/mini_deit_digits.py --workdir=runs/mi
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the shared model."""
-    return recipes.digits("mini_deit_tiny")
+    return digits.vit("mini_deit_tiny")

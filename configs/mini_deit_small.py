@@ -10,9 +10,9 @@ Published top-1: 80.9 (distilled). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-DeiT-S."""
-    return recipes.mini_deit("mini_deit_small", drop_path=0.0, variant=variant)
+    return imagenet.mini_deit("mini_deit_small", drop_path=0.0, variant=variant)

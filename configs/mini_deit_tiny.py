@@ -10,9 +10,9 @@ Published top-1: 73.0 (distilled). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-DeiT-Ti."""
-    return recipes.mini_deit("mini_deit_tiny", drop_path=0.0, variant=variant)
+    return imagenet.mini_deit("mini_deit_tiny", drop_path=0.0, variant=variant)

@@ -11,9 +11,9 @@ Published top-1: 84.5 (distilled), 85.5 at 384. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-Swin-B."""
-    return recipes.mini_swin("mini_swin_base", drop_path=0.2, variant=variant)
+    return imagenet.mini_swin("mini_swin_base", drop_path=0.2, variant=variant)

@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/mini_swin_digits.py --workdir=runs/mi
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the shared model in windows."""
-    return recipes.mini_swin_digits("mini_swin_tiny")
+    return digits.mini_swin("mini_swin_tiny")

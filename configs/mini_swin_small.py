@@ -10,9 +10,9 @@ Published top-1: 83.9 (distilled). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Mini-Swin-S."""
-    return recipes.mini_swin("mini_swin_small", drop_path=0.1, variant=variant)
+    return imagenet.mini_swin("mini_swin_small", drop_path=0.1, variant=variant)

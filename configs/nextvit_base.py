@@ -8,9 +8,9 @@ Published top-1: 83.2. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Next-ViT-B."""
-    return recipes.nextvit("nextvit_base", drop_path=0.2, variant=variant)
+    return imagenet.nextvit("nextvit_base", drop_path=0.2, variant=variant)

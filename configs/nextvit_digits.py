@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/nextvit_digits.py --workdir=runs/next
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the hybrid of convolutions and attention."""
-    return recipes.nextvit_digits("nextvit_small")
+    return digits.nextvit("nextvit_small")

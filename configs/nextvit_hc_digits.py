@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/nextvit_hc_digits.py --workdir=runs/n
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the compact hybrid."""
-    return recipes.nextvit_digits("nextvit_small_hc")
+    return digits.nextvit("nextvit_small_hc")

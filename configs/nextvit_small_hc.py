@@ -10,9 +10,9 @@ Published top-1: none. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of the compact Next-ViT-S."""
-    return recipes.nextvit("nextvit_small_hc", drop_path=0.1, variant=variant)
+    return imagenet.nextvit("nextvit_small_hc", drop_path=0.1, variant=variant)

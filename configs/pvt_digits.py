@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/pvt_digits.py --workdir=runs/pvt_digi
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the pyramid."""
-    return recipes.pvt_digits("pvt_tiny")
+    return digits.pvt("pvt_tiny")

@@ -8,9 +8,9 @@ Published top-1: 81.7. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of PVT-Large."""
-    return recipes.pvt("pvt_large", epochs=int(epochs))
+    return imagenet.pvt("pvt_large", epochs=int(epochs))

@@ -8,9 +8,9 @@ Published top-1: 82.1. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of PVTv2-B2-Li."""
-    return recipes.pvt("pvt_v2_b2_li", epochs=int(epochs))
+    return imagenet.pvt("pvt_v2_b2_li", epochs=int(epochs))

@@ -8,9 +8,9 @@ Published top-1: 83.1. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(epochs: str = "300") -> ConfigDict:
     """The ImageNet run of PVTv2-B3."""
-    return recipes.pvt("pvt_v2_b3", epochs=int(epochs))
+    return imagenet.pvt("pvt_v2_b3", epochs=int(epochs))

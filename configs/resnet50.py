@@ -8,9 +8,9 @@ Published top-1: 76.13 (V1), 79.8 (A2). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(recipe: str = "v1") -> ConfigDict:
     """The ImageNet run of ResNet-50."""
-    return recipes.resnet("resnet50", recipe)
+    return imagenet.resnet("resnet50", recipe)

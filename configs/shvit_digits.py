@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/shvit_digits.py --workdir=runs/shvit_
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the single-head model."""
-    return recipes.digits_shvit()
+    return digits.shvit()

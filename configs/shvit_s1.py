@@ -10,9 +10,9 @@ Published top-1: 72.8 (raw weights). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of SHViT-S1."""
-    return recipes.shvit("shvit_s1", variant=variant)
+    return imagenet.shvit("shvit_s1", variant=variant)

@@ -10,9 +10,9 @@ Published top-1: 75.2 (raw weights). Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of SHViT-S2."""
-    return recipes.shvit("shvit_s2", variant=variant)
+    return imagenet.shvit("shvit_s2", variant=variant)

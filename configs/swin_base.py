@@ -9,9 +9,9 @@ Published top-1: 83.5, 84.5 at 384. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Swin-B."""
-    return recipes.swin("swin_base", drop_path=0.5, variant=variant)
+    return imagenet.swin("swin_base", drop_path=0.5, variant=variant)

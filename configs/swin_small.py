@@ -9,9 +9,9 @@ Published top-1: 83.0. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import imagenet
 
 
 def get_config(variant: str = "300") -> ConfigDict:
     """The ImageNet run of Swin-S."""
-    return recipes.swin("swin_small", drop_path=0.3, variant=variant)
+    return imagenet.swin("swin_small", drop_path=0.3, variant=variant)

@@ -5,9 +5,9 @@ python -m halvit_jax.main --config=configs/vit_digits.py --workdir=runs/vit_digi
 
 from ml_collections import ConfigDict
 
-from halvit_jax import recipes
+from halvit_jax.recipes import digits
 
 
 def get_config() -> ConfigDict:
     """The digits run of the untied model."""
-    return recipes.digits("deit_small")
+    return digits.vit("deit_small")

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.intermediates import capture
 from halvit_jax.models import create_model, fold, list_models
+from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
 
@@ -61,11 +61,11 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
     if os.path.isdir(source):
         if name is not None or overrides:
             raise ValueError(f"{source} is the workdir of a run, which knows its model; name nothing else")
-        from halvit_jax.run import load_trained  # imports the trainer, which not everybody needs
+        from halvit_jax.experiment.build import load_trained  # imports the trainer, which not everybody needs
 
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables
-    from halvit_jax.convert import files, native
+    from halvit_jax.convert import readers, weights_file
 
-    found = native.of_any(os.fspath(source), files.read(source), name, overrides)
+    found = weights_file.of_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from halvit_jax import door
-from halvit_jax.compiled import memory_of
+from halvit_jax.analysis.hlo import memory_of
+from halvit_jax.cli import app
 from halvit_jax.config import default_config
 
 
@@ -46,7 +46,7 @@ class Subject:
 
     def __init__(self, name: str, *, batch: int, dtype: str) -> None:
         from halvit_jax.models import create_model
-        from halvit_jax.tasks.classify import Classification
+        from halvit_jax.tasks.classification import Classification
         from halvit_jax.training.optim import make_optimizer
         from halvit_jax.training.sharding import bytes_of, make_mesh
         from halvit_jax.training.state import abstract_state, init_state
@@ -129,8 +129,8 @@ def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[d
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    with door.bad_input():
-        door.no_arguments(argv, "name models with --models=a,b")
+    with app.bad_input():
+        app.no_arguments(argv, "name models with --models=a,b")
         from halvit_jax.models import create_model
 
         given = flags.FLAGS
@@ -166,10 +166,10 @@ def report_models(rows: list[dict[str, Any]], given: Any) -> None:
 
 def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
     """One row for each way of preparing images."""
-    from halvit_jax.data import hide_accelerators, speed
+    from halvit_jax.data import benchmark, hide_accelerators
 
     hide_accelerators()
-    return speed.measure(batch=batch, rounds=repeats)
+    return benchmark.measure(batch=batch, rounds=repeats)
 
 
 def report_input(rows: list[dict[str, Any]], given: Any) -> None:
@@ -184,22 +184,22 @@ def report_input(rows: list[dict[str, Any]], given: Any) -> None:
 
 def measure_families(given: Any) -> list[dict[str, Any]]:
     """One row for each family, and a picture of all in the workdir."""
-    from halvit_jax import families
+    from halvit_jax.analysis import family_benchmark
 
-    with door.bad_input():
-        families.check(given.families)
-    labels, workdir = given.families or families.DEFAULT, pathlib.Path(given.workdir)
-    return families.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
+    with app.bad_input():
+        family_benchmark.check(given.families)
+    labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
+    return family_benchmark.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
 
 
 def report_families(rows: list[dict[str, Any]], given: Any) -> None:
     """The rows of `measure_families` as a table and a picture."""
-    from halvit_jax import families
+    from halvit_jax.analysis import family_benchmark
 
-    print(families.table(rows))
-    picture = pathlib.Path(given.workdir) / "families.png"
-    with door.bad_input():
-        families.draw(rows, picture)
+    print(family_benchmark.table(rows))
+    picture = pathlib.Path(given.workdir) / "family_benchmark.png"
+    with app.bad_input():
+        family_benchmark.draw(rows, picture)
     print(f"accuracy against parameters: {picture}")
 
 
@@ -218,4 +218,4 @@ def _peak_bytes(compiled: Any) -> int:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

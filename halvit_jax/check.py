@@ -18,12 +18,14 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from halvit_jax import cluster, door, lock
-from halvit_jax import run as run_lib
-from halvit_jax.preflight import bytes_in, preflight
+from halvit_jax import distributed
+from halvit_jax.cli import app
+from halvit_jax.cli.preflight import bytes_in, preflight
+from halvit_jax.experiment import lock, tasks
+from halvit_jax.experiment.trained import stored_state
 from halvit_jax.protocols import PyTree
-from halvit_jax.training import manifest
-from halvit_jax.training.manifest import DamagedError
+from halvit_jax.training.checkpoint import manifest
+from halvit_jax.training.checkpoint.manifest import DamagedError
 
 DAMAGED = 1  # exit code
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
@@ -35,15 +37,15 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "With --config: where the run would be kept. Without: the run to look at.")
     flags.DEFINE_bool("files_only", False, "Without --config: compare files alone, and restore no arrays.")
     flags.DEFINE_bool("no_compile", False, "With --config: leave out the training step, whose compiling takes longest.")
-    cluster.define_flags()
+    distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Look, print, and exit with what was found."""
     values = flags.FLAGS
     logging.set_verbosity(logging.ERROR)  # Orbax warns of reading only
-    with door.bad_input():
-        door.no_arguments(argv, "flags look like --config.batch_size=64")
+    with app.bad_input():
+        app.no_arguments(argv, "flags look like --config.batch_size=64")
         if values.config is None and values.workdir is None:
             raise ValueError("give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run")
         wrong = "no_compile" if values.config is None else "files_only"
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
         if values.config is None:
             jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for the run that may be at work
             sys.exit(verify(workdir, files_only=values.files_only))
-        processes = {name: values[name].value for name in cluster.FLAGS}
+        processes = {name: values[name].value for name in distributed.FLAGS}
         sys.exit(preflight(values.config, workdir, compile_step=not values.no_compile, processes=processes))
 
 
@@ -66,19 +68,19 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     Raises:
         ValueError: this is no workdir of a run.
     """
-    from halvit_jax.training.checkpoint import DAMAGED_FOLDER, FOLDER, Checkpointer
+    from halvit_jax.training.checkpoint.checkpointer import DAMAGED_FOLDER, FOLDER, Checkpointer
 
     if not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is no folder; name the workdir of a run")
-    folder, file = workdir / FOLDER, workdir / run_lib.CONFIG_FILE
+    folder, file = workdir / FOLDER, workdir / workdir.CONFIG_FILE
     if not folder.is_dir() and not file.is_file():
         raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {FOLDER} nor {file.name}")
     holder = lock.holder(workdir)
     print(f"lock  {f'held by {holder}' if holder else 'free'}")
     abstract, damaged, good = None, [], []
     try:
-        config = run_lib.read_config(workdir)
-        abstract = None if files_only else run_lib.stored_state(run_lib.build_task(config), config)
+        config = workdir.read_config(workdir)
+        abstract = None if files_only else stored_state(tasks.build_task(config), config)
     except ValueError as error:
         damaged.append(file.name)
         print(f"{file.name}  damaged: {error}" + ("" if files_only else "; so the arrays were not verified"))
@@ -136,4 +138,4 @@ def _verify_step(
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

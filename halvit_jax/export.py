@@ -30,9 +30,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from halvit_jax import door
+from halvit_jax.cli import app
+from halvit_jax.experiment.build import build_loaders
+from halvit_jax.experiment.trained import Trained, load_trained
 from halvit_jax.models import fold
-from halvit_jax.run import Trained, build_loaders, load_trained
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images [b, s, s, 3] -> logits [b, classes]
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -57,8 +58,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Write the file and print its receipt."""
     given = flags.FLAGS
-    with door.bad_input():
-        door.no_arguments(argv, "name the run with --workdir=DIR")
+    with app.bad_input():
+        app.no_arguments(argv, "name the run with --workdir=DIR")
         if None in (given.workdir, given.format, given.out):
             raise ValueError("give --workdir=DIR, --format=NAME and --out=FILE")
         out = pathlib.Path(given.out)
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--out={out} is in no folder that there is; make {out.absolute().parent}")
         trained = load_trained(given.workdir)
         written = export(trained, given.format, out)
-    with door.bad_data():
+    with app.bad_data():
         for line in receipt(trained, written, out):
             print(line)
 
@@ -129,14 +130,14 @@ def receipt(trained: Trained, run: Run, out: pathlib.Path) -> list[str]:
 
 
 def _safetensors(trained: Trained, served: Served, out: pathlib.Path) -> Run:
-    from halvit_jax.convert import files, native
+    from halvit_jax.convert import readers, weights_file
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out} must end in .safetensors")
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
-    native.save(out, name, trained.model_variables, about={"info": json.dumps(served.info)}, **fields)
-    variables = native.of_any(str(out), files.read(out), None, {}).variables
+    weights_file.save(out, name, trained.model_variables, about={"info": json.dumps(served.info)}, **fields)
+    variables = weights_file.of_any(str(out), readers.read(out), None, {}).variables
     params = variables.pop("params")
     call = jax.jit(lambda images: trained.task.predict(params, variables, {"image": images}))
     return lambda images: np.asarray(call(images))
@@ -193,4 +194,4 @@ def _latency(run: Run | Callable[[Any], Any], image: Any) -> float:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

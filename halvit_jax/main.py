@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from halvit_jax import cluster, door, lock
 from halvit_jax import config as config_lib
+from halvit_jax import distributed
+from halvit_jax.cli import app
+from halvit_jax.experiment import lock
 
 if TYPE_CHECKING:
-    from halvit_jax.run import Run
+    from halvit_jax.experiment.build import Run
 
 DEBUG_FOLDER = "debug"  # of the workdir: what is written where a run ends badly
 
@@ -29,14 +31,14 @@ def define_flags() -> None:
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
     flags.DEFINE_bool("restart_if_damaged", False, "Begin anew where every checkpoint is damaged.")
-    cluster.define_flags()
+    distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Work on the parsed flags."""
     values = flags.FLAGS
-    with door.bad_input():
-        door.no_arguments(argv, "flags look like --config.batch_size=64")
+    with app.bad_input():
+        app.no_arguments(argv, "flags look like --config.batch_size=64")
         if values.config is None or values.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
         if values.step is not None and values.mode != "eval":
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> None:
         mode=values.mode,
         step=values.step,
         restart_if_damaged=values.restart_if_damaged,
-        processes={name: values[name].value for name in cluster.FLAGS},
+        processes={name: values[name].value for name in distributed.FLAGS},
     )
 
 
@@ -58,21 +60,21 @@ def work(
     mode: str = "train",
     step: int | None = None,
     restart_if_damaged: bool = False,
-    processes: Mapping[str, Any] = cluster.ALONE,
+    processes: Mapping[str, Any] = distributed.ALONE,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
 
     Bad input ends the program with one line and exit code 2, before anything is compiled; `door` lists the other codes.
     """
     with contextlib.ExitStack() as stack:
-        with door.bad_input():
+        with app.bad_input():
             config_lib.validate(config)
-            stack.enter_context(cluster.joined(**processes, folder=workdir, **config.cluster))
-            from halvit_jax import run as run_lib
+            stack.enter_context(distributed.joined(**processes, folder=workdir, **config.cluster))
+            from halvit_jax.experiment import build, workdir
 
-            run = run_lib.build(config, training=mode == "train")
-            run_lib.create_workdir(workdir)
-            if mode == "train" and cluster.is_first():
+            run = build.build(config, training=mode == "train")
+            workdir.create_workdir(workdir)
+            if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.held(workdir))
         if mode == "eval":
             return _evaluate(config, workdir, run, step)
@@ -82,16 +84,16 @@ def work(
 def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so what is wrong with the config has been said by now.
     from halvit_jax.training import loop
-    from halvit_jax.training.checkpoint import Checkpointer
+    from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.report import Report
 
-    with door.bad_input():
+    with app.bad_input():
         checkpointer = Checkpointer(workdir, read_only=True)
         restored = checkpointer.restore(run.abstract_state(), step=step)
         if restored is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-    with door.bad_data(), _attended(config, workdir) as attention:
+    with app.bad_data(), _attended(config, workdir) as attention:
         result = loop.evaluate_state(
             run.task, restored.state, run.eval_loader, mesh=run.mesh, report=report, **attention
         )
@@ -102,13 +104,12 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
-    from halvit_jax import initial, teacher
-    from halvit_jax import run as run_lib
+    from halvit_jax.experiment import build, init_from, teacher, workdir
     from halvit_jax.training import loop
-    from halvit_jax.training.checkpoint import Checkpointer
+    from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.report import Report
 
-    with door.bad_input():
+    with app.bad_input():
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
         checkpointer = Checkpointer(
             workdir,
@@ -121,7 +122,14 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             checkpointer,
             report,
             run.abstract_state(),
-            functools.partial(initial.fresh_state, run=run, config=config, workdir=workdir, say=report.say),
+            functools.partial(
+                init_from.fresh_state,
+                model=run.task.model,
+                init=run.fresh_state,
+                config=config,
+                workdir=workdir,
+                say=report.say,
+            ),
             eval_every=config.eval_every,
             restart_if_damaged=restart_if_damaged,
         )
@@ -129,11 +137,11 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             teacher.remember(run.taught.record, workdir, resumed=int(beginning.state.step) > 0)
             for line in run.taught.lines():
                 report.say(line)
-    for line in run_lib.departures(config):
+    for line in build.departures(config):
         report.say(f"WARNING: {line}")
-    run_lib.write_description(workdir, config, run.class_names)
+    workdir.write_description(workdir, config, run.class_names)
     report.hyperparameters(config.to_dict())
-    with door.bad_data(), door.broken_run(), _attended(config, workdir) as attention:
+    with app.bad_data(), app.broken_run(), _attended(config, workdir) as attention:
         result = loop.train(
             run.task,
             run.optimizer,
@@ -157,8 +165,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
         checkpointer.close()
     if "stopped" in result:
         report.close()
-        door.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command goes on from there")
-    run_lib.write_result(workdir, result)
+        app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command goes on from there")
+    workdir.write_result(workdir, result)
     report.result(result, workdir)
     report.close()
     return result
@@ -167,14 +175,16 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
 @contextlib.contextmanager
 def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
     """Signals are listened to and the watchdog watches, both as keywords for the loop."""
-    from halvit_jax.training.signals import Signals
-    from halvit_jax.training.watchdog import Watchdog
+    from halvit_jax.training.fault_tolerance.preemption import Signals
+    from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 
     signals = Signals()
-    watchdog = Watchdog(workdir / DEBUG_FOLDER, **config.watchdog, name=cluster.name(), explain=cluster.roll_call)
+    watchdog = Watchdog(
+        workdir / DEBUG_FOLDER, **config.watchdog, name=distributed.name(), explain=distributed.roll_call
+    )
     watchdog.start()
     try:
-        with signals.listen(), cluster.answering(watchdog.where):
+        with signals.listen(), distributed.answering(watchdog.where):
             yield {"signals": signals, "watchdog": watchdog}
     finally:
         watchdog.stop()
@@ -182,4 +192,4 @@ def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, A
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

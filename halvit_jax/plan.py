@@ -23,10 +23,10 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from halvit_jax import door
-from halvit_jax.compiled import bytes_named, collectives, memory_of
+from halvit_jax.analysis.hlo import bytes_named, collectives, memory_of
+from halvit_jax.analysis.tpu_topology import Topology, parse_topology, tpu_devices
+from halvit_jax.cli import app
 from halvit_jax.protocols import PyTree
-from halvit_jax.tpu import Topology, parse_topology, tpu_devices
 
 IMAGENET_IMAGES = 1_281_167
 MOST_COMPILED = 5  # further programs in a search
@@ -46,8 +46,8 @@ def main(argv: list[str]) -> None:
     """Compile, print, and exit with what came out."""
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for the run it may be at
     values = flags.FLAGS
-    with door.bad_input():
-        door.no_arguments(argv, "flags look like --config.batch_size=4096")
+    with app.bad_input():
+        app.no_arguments(argv, "flags look like --config.batch_size=4096")
         if values.config is None or values.topology is None:
             raise ValueError("give both --config=configs/NAME.py and --topology=v5e:4x4")
         topology = parse_topology(values.topology)
@@ -86,9 +86,8 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     Raises:
         ValueError: fields that are not allowed, do not fit each other, or do not divide over the devices.
     """
-    from halvit_jax import run as run_lib
-    from halvit_jax import teacher
-    from halvit_jax.training.health import make_limit
+    from halvit_jax.experiment import tasks, teacher
+    from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
     from halvit_jax.training.optim import make_optimizer
     from halvit_jax.training.sharding import check_batch_size, make_mesh
     from halvit_jax.training.state import abstract_state
@@ -97,7 +96,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     config = config.copy_and_resolve_references()
     if config.compute_dtype == "auto":
         config.compute_dtype = "bfloat16"  # what it is on a TPU
-    task = run_lib.build_task(config)
+    task = tasks.build_task(config)
     use_ema = config.ema_decay > 0
     mesh = make_mesh(**config.mesh, devices=devices)
     if config.task.name == "distill":
@@ -122,7 +121,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     if fields:
         plain = config.copy_and_resolve_references()
         plain.model.update(fields)
-        twin = abstract_state(run_lib.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
+        twin = abstract_state(tasks.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
     return Subject(config, topology, hosts, step, state, task.frozen, batch, twin)
 
 
@@ -141,8 +140,8 @@ def untied(model: Any) -> dict[str, Any]:
 
 def plan(subject: Subject) -> dict[str, Any]:
     """Compile, and the report: a dict of plain values, sizes in bytes on one device unless they say otherwise."""
-    from halvit_jax.macs import count_macs
-    from halvit_jax.training.paths import count
+    from halvit_jax.analysis.macs import count_macs
+    from halvit_jax.trees import count
 
     config, topology, state = subject.config, subject.topology, subject.state
     mesh = subject.batch["mask"].sharding.mesh
@@ -296,4 +295,4 @@ def _mebibytes(size: int | None) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

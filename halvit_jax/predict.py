@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from halvit_jax import door
-from halvit_jax.intermediates import capture
+from halvit_jax.cli import app
+from halvit_jax.models.intermediates import capture
 
 TOP = 5
 DRAWN = 224  # pixels
@@ -32,13 +32,13 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Print a line for every image; exit with 1 if one of them could not be read."""
-    with door.bad_input():
+    with app.bad_input():
         if flags.FLAGS.workdir is None or not argv[1:]:
             raise ValueError("give --workdir=DIR and at least one image")
         picture = flags.FLAGS.attention
         if picture is not None and not picture.endswith(".png"):
             raise ValueError(f"--attention={picture} must end in .png")
-        from halvit_jax.run import load_trained
+        from halvit_jax.experiment.trained import load_trained
 
         trained = load_trained(flags.FLAGS.workdir)
         if picture is not None:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if drawn:
         from halvit_jax import data
 
-        with door.bad_input():
+        with app.bad_input():
             data.write_png(picture, np.concatenate(drawn))
     if failed:
         sys.exit(1)
@@ -114,4 +114,4 @@ def _last_maps(trained: Any, images: jax.Array) -> jax.Array:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

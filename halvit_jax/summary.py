@@ -14,9 +14,9 @@ import jax
 from absl import flags
 from flax import linen as nn
 
-from halvit_jax import door
+from halvit_jax.analysis.macs import count_macs
+from halvit_jax.cli import app
 from halvit_jax.layers import conv
-from halvit_jax.macs import count_macs
 from halvit_jax.models import MODELS, create_model, list_models
 
 # Model -> its host; that of one whose name ends in HC is the model without it.
@@ -180,7 +180,7 @@ def _saved(ours: Counts, host: Counts) -> tuple[float, float]:
 
 def main(argv: list[str]) -> None:
     """Print the table of the named models, or of all."""
-    with door.bad_input():
+    with app.bad_input():
         rows = [summarise(name) for name in argv[1:] or list_models()]
     if flags.FLAGS.json:
         for row in rows:
@@ -206,4 +206,4 @@ def _published(figures: dict[str, Any] | None) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

@@ -49,7 +49,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
 
     The worker that asks first makes it, each has a copy.
     """
-    from test_main import tiny
+    from helpers.runs import tiny
 
     from halvit_jax.main import work
 

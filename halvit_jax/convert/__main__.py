@@ -15,8 +15,8 @@ from typing import Any
 
 from absl import flags
 
-from halvit_jax import door
-from halvit_jax.convert import engine, files, native, to_torch
+from halvit_jax.cli import app
+from halvit_jax.convert import engine, readers, to_torch, weights_file
 
 TARGETS = ("jax", "torch", "deit")
 
@@ -35,14 +35,14 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
     Raises:
         ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
     """
-    weights = files.read(source)
-    name, fields, variables = native.of_any(source, weights, name, fields)
+    weights = readers.read(source)
+    name, fields, variables = weights_file.of_any(source, weights, name, fields)
     if to == "jax":
-        native.save(target, name, variables, **fields)
+        weights_file.save(target, name, variables, **fields)
         written = engine.flatten(variables)
     else:
         written = to_torch(name, variables, as_deit=to == "deit", **fields)
-        files.write(target, written, {"format": "pt", "model": name})
+        readers.write(target, written, {"format": "pt", "model": name})
     params = sum(array.size for array in engine.flatten(variables["params"]).values())
     rows = [_receipt(source, weights.arrays), _receipt(target, written)]
     return [f"{name}: {params:,} parameters", *rows]
@@ -50,7 +50,7 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
 
 def main(argv: list[str]) -> None:
     """Convert one file and print the receipt."""
-    with door.bad_input():
+    with app.bad_input():
         if len(argv) != 3:
             raise ValueError("give a file to read and one to write: python -m halvit_jax.convert IN OUT --model=NAME")
         given = flags.FLAGS
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def _receipt(path: str, arrays: dict[str, Any]) -> str:
-    from halvit_jax.training.paths import sha256
+    from halvit_jax.trees import sha256
 
     numbers = sum(array.size for array in arrays.values())
     return f"{os.fspath(path)}: {len(arrays)} arrays, {numbers:,} numbers, sha256 {sha256(arrays)}"
@@ -68,4 +68,4 @@ def _receipt(path: str, arrays: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     define_flags()
-    door.run(main)
+    app.run(main)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, files, native, rules_of, shapes_of
+from halvit_jax.convert import engine, readers, rules_of, shapes_of, weights_file
 from halvit_jax.models import TransferRules, transfer_rules
 
 MOST_BEFORE = 2  # tokens before a grid: those of class and distillation
@@ -50,8 +50,8 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
     Raises:
         ValueError: what reading refuses, and every entry that is no array of such a model, by name.
     """
-    weights = files.read(path)
-    known = native.from_weights(weights)
+    weights = readers.read(path)
+    known = weights_file.from_weights(weights)
     if known is not None:
         return engine.flatten(known.variables)
     wanted = shapes_of(model.clone(num_classes=model.num_classes or 1))  # the state may have a classifier

@@ -17,7 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from halvit_jax.data.ops import fold_in
-from halvit_jax.data.pixels import INTERPOLATIONS, OPS, WARPS, Color
+from halvit_jax.data.pillow_ops import INTERPOLATIONS, OPS, WARPS, Color
 
 Level = Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None  # (magnitude, sign) -> level
 

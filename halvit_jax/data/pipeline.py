@@ -15,9 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from halvit_jax.data import ops
-from halvit_jax.data.sources import Entry, Reader, Source, open_sources
+from halvit_jax.data.errors import Watch
+from halvit_jax.data.sources import open_sources
+from halvit_jax.data.sources.base import Entry, Reader, Source
 from halvit_jax.data.transforms import Transform, eval_transform, train_transform
-from halvit_jax.data.watch import Watch
 from halvit_jax.protocols import Loader
 
 

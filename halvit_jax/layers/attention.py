@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.conv import ConvNorm, depthwise_maps
-from halvit_jax.layers.init import Dtype, normal_02
-from halvit_jax.layers.kept import keep
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.sow import keep
 from halvit_jax.layers.tied import TiedDense
 
 Before = Callable[[jax.Array, jax.Array], jax.Array]

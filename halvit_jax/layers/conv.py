@@ -24,7 +24,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from halvit_jax.layers.init import Dtype, Initializer, torch_uniform, torch_uniform_bias
+from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, torch_uniform_bias
 
 EPSILON = 1e-5  # of every batch normalisation
 

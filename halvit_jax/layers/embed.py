@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.layers.init import Dtype, normal_02, torch_uniform, torch_uniform_bias
+from halvit_jax.layers.initializers import Dtype, normal_02, torch_uniform, torch_uniform_bias
 
 
 class PatchEmbed(nn.Module):

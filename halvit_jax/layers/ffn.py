@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.init import Dtype, Initializer, normal_02
+from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 from halvit_jax.layers.tied import TiedDense
 
 

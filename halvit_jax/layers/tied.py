@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from halvit_jax.layers.init import Dtype, Initializer
+from halvit_jax.layers.initializers import Dtype, Initializer
 
 
 class TiedDense(nn.Module):

@@ -17,16 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax import lax
 
-from halvit_jax.layers.attention import AttentionMaps, average
-from halvit_jax.layers.conv import Conv
-from halvit_jax.layers.ffn import gelu
-from halvit_jax.layers.init import Dtype, Initializer, normal_02, torch_uniform
-from halvit_jax.layers.kept import keep
+from halvit_jax.layers.initializers import normal_02
 
 MASKED = -100.0  # added to the logit of a pair, as released
-REDUCED_EPSILON = 1e-5  # of the LayerNorm of a reduced map, PyTorch's default in models whose other norms have 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,75 +92,3 @@ def offsets(size: int) -> np.ndarray:
     places = np.indices((size, size)).reshape(2, -1)  # [2, n]
     rows, columns = places[:, :, None] - places[:, None, :] + size - 1
     return rows * (2 * size - 1) + columns
-
-
-class SpatialReductionAttention(nn.Module):
-    """Attention of all tokens over the keys and values of a smaller map.
-
-        y = norm(conv(x));  Q = x Wq;  [K, V] = y Wkv;  out = softmax(Q K^T / sqrt(k)) V Wo
-
-    [b, n, d] -> [b, n, d], the tokens of a map row by row. The convolution has kernel and stride `reduction`; rows and
-    columns that are left over go unseen. Where `reduction` is 1, y = x, and other tokens may stand before the map's.
-    With `pool_size`, the linear attention of PVTv2 (Wang et al., 2021, arXiv 2106.13797, section 3.2), the number of
-    keys is the same for all maps:
-
-        y = gelu(norm(conv(pool(x)))), with a convolution of 1x1
-
-    Raises ValueError when the map is smaller than `reduction`.
-    """
-
-    width: int  # d
-    num_heads: int  # h
-    grid: tuple[int, int]  # u, v
-    reduction: int = 1
-    pool_size: int = 0  # side of the map that is attended to; 0: as `reduction` says
-    real_heads: float = 1.0  # as in SelfAttention
-    hallucinate: str = "logits"
-    kernel_init: Initializer = torch_uniform  # of the convolution
-    bias_init: Initializer | None = None  # None: PyTorch's default
-    dtype: Dtype = None
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dense = {"kernel_init": normal_02, "dtype": self.dtype}
-        maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
-        part = maps.real_width(self.width)  # r k
-        query = nn.Dense(part, **dense, name="query")(x)
-        key_value = nn.Dense(part + self.width, **dense, name="key_value")(self._reduced(x))
-        key, value = jnp.split(key_value, (part,), axis=-1)
-        weights = maps(query, key)  # [b, h, n, m]
-        keep(self, "weights", weights)
-        return nn.Dense(self.width, **dense, name="output")(average(weights, value))
-
-    def _reduced(self, x: jax.Array) -> jax.Array:
-        """What is attended to: [b, n, d] -> [b, m, d]."""
-        if self.reduction == 1 and not self.pool_size:
-            return x
-        x = x.reshape(x.shape[0], *self.grid, self.width)  # [b, u, v, d]
-        if self.pool_size:
-            x = pool_to(x, self.pool_size)
-        elif min(self.grid) < self.reduction:
-            raise ValueError(
-                f"a map of {self.grid[0]}x{self.grid[1]} tokens cannot be reduced by {self.reduction}; lower "
-                "model.reductions or raise model.image_size"
-            )
-        k = 1 if self.pool_size else self.reduction
-        initial = {"kernel_init": self.kernel_init, "bias_init": self.bias_init}
-        conv = Conv(self.width, k, k, padding=0, use_bias=True, **initial, dtype=self.dtype, name="reduction")
-        x = conv(x).reshape(x.shape[0], -1, self.width)  # [b, m, d]
-        x = nn.LayerNorm(REDUCED_EPSILON, dtype=self.dtype, name="reduction_norm")(x)
-        return gelu(x) if self.pool_size else x
-
-
-def pool_to(x: jax.Array, size: int) -> jax.Array:
-    """The means of size x size boxes that cover a map evenly: [b, u, v, d] -> [b, size, size, d].
-
-    Box i reaches from row floor(i u / size) to ceil((i + 1) u / size), as in PyTorch: boxes overlap where `size` does
-    not divide the map, and are single tokens, several times, where it is larger. Added up in float32 at least.
-    """
-    means = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    for axis in (1, 2):
-        n = x.shape[axis]
-        boxes = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
-        means = jnp.stack([lax.slice_in_dim(means, *box, axis=axis).mean(axis) for box in boxes], axis)
-    return means.astype(x.dtype)

@@ -18,12 +18,12 @@ from halvit_jax.layers.attention import ATTENTION, HeadMix
 from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.ffn import FFN
-from halvit_jax.layers.init import Dtype
-from halvit_jax.layers.kept import keep
-from halvit_jax.layers.relative import ContextualPosition
+from halvit_jax.layers.initializers import Dtype
+from halvit_jax.layers.irpe import ContextualPosition
+from halvit_jax.layers.sow import keep
 from halvit_jax.layers.window import RelativeBias, Windows
 from halvit_jax.models import swin, vit
-from halvit_jax.models.fields import check_divides
+from halvit_jax.models.validation import check_divides
 
 LOCAL = 7  # side of Mini-Swin's depthwise convolution, whatever the window
 

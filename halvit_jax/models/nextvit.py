@@ -22,10 +22,10 @@ from flax import linen as nn
 
 from halvit_jax.layers.conv import BatchNorm, ConvNorm
 from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.efficient_attention import LocalAttention, PooledAttention, halve_map
 from halvit_jax.layers.ffn import Compact, Mlp
-from halvit_jax.layers.init import Dtype, normal_02
-from halvit_jax.layers.pooled import LocalAttention, PooledAttention, halve_map
-from halvit_jax.models.fields import check_compact, check_divides
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.models.validation import check_compact, check_divides
 from halvit_jax.models.vit import HC
 
 BASE = {"depths": (3, 4, 20, 3)}

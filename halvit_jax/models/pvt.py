@@ -21,10 +21,10 @@ from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import Compact, CompactDense, Mlp, gelu
-from halvit_jax.layers.init import Dtype, normal_02
-from halvit_jax.layers.kept import keep
-from halvit_jax.layers.window import SpatialReductionAttention
-from halvit_jax.models.fields import check_compact, check_divides
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.sow import keep
+from halvit_jax.layers.spatial_reduction import SpatialReductionAttention
+from halvit_jax.models.validation import check_compact, check_divides
 from halvit_jax.models.vit import HC
 
 EPSILON = 1e-6  # of the LayerNorms in blocks and at the end of stages

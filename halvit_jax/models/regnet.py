@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from halvit_jax.layers.conv import ConvNorm, SqueezeExcite
 from halvit_jax.layers.drop import DropPath, linear_rates
-from halvit_jax.layers.init import Dtype, Initializer
+from halvit_jax.layers.initializers import Dtype, Initializer
 
 SIZES: dict[str, dict] = {
     "regnety_002": {"depths": (1, 1, 4, 7), "widths": (24, 56, 152, 368), "group_width": 8},

@@ -19,7 +19,7 @@ from flax import linen as nn
 from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, max_pool
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.ffn import gelu
-from halvit_jax.layers.init import Dtype, Initializer, torch_uniform, torch_uniform_bias
+from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, torch_uniform_bias
 from halvit_jax.layers.tied import TiedDense
 
 SIZES: dict[str, dict] = {

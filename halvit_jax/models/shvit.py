@@ -22,7 +22,7 @@ from flax import linen as nn
 from halvit_jax.layers import conv
 from halvit_jax.layers.attention import SingleHeadAttention
 from halvit_jax.layers.conv import BatchNorm, ConvNorm, SqueezeExcite
-from halvit_jax.layers.init import Dtype, Initializer, normal_02
+from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 
 _S1 = {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial": (32, 48, 68)}
 _S2 = {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial": (32, 66, 96)}

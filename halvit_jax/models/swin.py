@@ -17,10 +17,10 @@ from halvit_jax.layers.attention import ATTENTION
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import FFN
-from halvit_jax.layers.init import Dtype, normal_02
-from halvit_jax.layers.kept import keep
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.sow import keep
 from halvit_jax.layers.window import RelativeBias, Windows
-from halvit_jax.models.fields import check_choice, check_divides
+from halvit_jax.models.validation import check_choice, check_divides
 
 EPSILON = 1e-5  # of every LayerNorm
 

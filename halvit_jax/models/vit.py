@@ -16,9 +16,9 @@ from halvit_jax.layers.attention import ATTENTION
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
 from halvit_jax.layers.ffn import FFN, Compact
-from halvit_jax.layers.init import Dtype, normal_02
-from halvit_jax.layers.kept import keep
-from halvit_jax.models.fields import check_choice, check_compact, check_divides
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.sow import keep
+from halvit_jax.models.validation import check_choice, check_compact, check_divides
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")

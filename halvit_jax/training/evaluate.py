@@ -7,8 +7,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import Array, Loader, PyTree
+from halvit_jax.training.fault_tolerance.preemption import STOP, Signals
 from halvit_jax.training.sharding import to_devices
-from halvit_jax.training.signals import STOP, Signals
 from halvit_jax.training.step import EvalStep
 
 

@@ -12,18 +12,18 @@ import jax
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import Array, Loader, PyTree, Task
-from halvit_jax.training import health
-from halvit_jax.training.checkpoint import Checkpointer
+from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+from halvit_jax.training.checkpoint.manifest import DamagedError
 from halvit_jax.training.evaluate import StoppedError, averages, evaluate, total
-from halvit_jax.training.manifest import DamagedError
+from halvit_jax.training.fault_tolerance import grad_spikes, nonfinite
+from halvit_jax.training.fault_tolerance.preemption import SAVE_AGAIN, STOP, Signals
+from halvit_jax.training.fault_tolerance.watchdog import COMPILING, TRAINING, Watchdog
 from halvit_jax.training.optim import Optimizer
-from halvit_jax.training.paths import count, sha256
 from halvit_jax.training.report import Report
 from halvit_jax.training.sharding import to_devices, to_host
-from halvit_jax.training.signals import SAVE_AGAIN, STOP, Signals
 from halvit_jax.training.state import TrainState
 from halvit_jax.training.step import Outcome, examine, make_eval_step, make_train_step
-from halvit_jax.training.watchdog import COMPILING, TRAINING, Watchdog
+from halvit_jax.trees import count, sha256
 
 EXAMINE_EVERY = 8  # steps between looks at the whole state
 UNEVALUATED: dict[str, Any] = {"evaluated": False, "score": None}  # what is saved with a step beside its state
@@ -88,7 +88,7 @@ def train(
     checkpoint_every: int,
     ema_decay: float,
     accumulate: int = 1,
-    limit: health.Limit = health.NO_LIMIT,
+    limit: grad_spikes.Limit = grad_spikes.NO_LIMIT,
 ) -> dict[str, Any]:
     """Train to `total_steps` and return the run's result; or, asked to stop, save and return {"step", "stopped"}.
 
@@ -126,7 +126,7 @@ def train(
             check(outcome, step, limit)
         except ArithmeticError as error:
             bundle = debug_folder / f"step_{step}"
-            health.write_bundle(bundle, step, outcome.finite, dict(recent))
+            nonfinite.write_bundle(bundle, step, outcome.finite, dict(recent))
             raise type(error)(
                 f"{error}; the last batches are in {bundle}, the checkpoints before it are good. Lower "
                 "optim.learning_rate, set optim.clip_norm, or leave single updates out with spikes.factor"
@@ -189,7 +189,7 @@ def train(
     return {"step": step, **results, **digest(state), "images_per_s": report.images_per_s}
 
 
-def check(outcome: Outcome, step: int, limit: health.Limit) -> None:
+def check(outcome: Outcome, step: int, limit: grad_spikes.Limit) -> None:
     """Wait for a step, and see whether it was healthy.
 
     Raises:
@@ -199,7 +199,7 @@ def check(outcome: Outcome, step: int, limit: health.Limit) -> None:
     if not outcome.healthy:
         if outcome.too_many:
             raise limit.exceeded(step)
-        health.check(step, outcome.finite)
+        nonfinite.check(step, outcome.finite)
 
 
 def evaluate_state(

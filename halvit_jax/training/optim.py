@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.trees import flat, map_paths
 
 SCALINGS: dict[str, Callable[[float], float]] = {"none": lambda _: 1.0, "linear": lambda r: r, "sqrt": math.sqrt}
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.training.paths import first_match, flat, map_paths
+from halvit_jax.trees import first_match, flat, map_paths
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))

@@ -9,10 +9,10 @@ from flax import struct
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import PyTree, Task
-from halvit_jax.training.health import NO_LIMIT, Limit
+from halvit_jax.training.fault_tolerance.grad_spikes import NO_LIMIT, Limit
 from halvit_jax.training.optim import Optimizer
-from halvit_jax.training.paths import map_paths
 from halvit_jax.training.sharding import partition
+from halvit_jax.trees import map_paths
 
 
 @struct.dataclass

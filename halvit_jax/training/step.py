@@ -10,10 +10,10 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from halvit_jax.protocols import Array, Batch, PyTree, Task
-from halvit_jax.training import health
+from halvit_jax.training.fault_tolerance import grad_spikes, nonfinite
+from halvit_jax.training.fault_tolerance.preemption import WISH, wish_of
 from halvit_jax.training.optim import Optimizer
 from halvit_jax.training.sharding import BATCH
-from halvit_jax.training.signals import WISH, wish_of
 from halvit_jax.training.state import TrainState
 
 
@@ -44,7 +44,7 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
-    limit: health.Limit = health.NO_LIMIT,
+    limit: grad_spikes.Limit = grad_spikes.NO_LIMIT,
 ) -> TrainStep:
     """The jitted step (state, frozen, batch) -> (new state, outcome); the old state is donated.
 
@@ -66,10 +66,10 @@ def make_train_step(
         new = state.replace(step=state.step + 1, params=params, model_state=result.model_state, opt_state=opt_state)
         if state.ema:
             new = new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - ema_decay))
-        finite = health.flags({"loss": result.loss, "gradient": result.grads, "model_state": result.model_state})
-        healthy, skipped, too_many = health.all_up(finite), jnp.zeros((), bool), jnp.zeros((), bool)
+        finite = nonfinite.flags({"loss": result.loss, "gradient": result.grads, "model_state": result.model_state})
+        healthy, skipped, too_many = nonfinite.all_up(finite), jnp.zeros((), bool), jnp.zeros((), bool)
         if limit.factor:
-            norm = health.norm(result.grads) + 0 * result.loss  # not finite where the loss is not
+            norm = nonfinite.norm(result.grads) + 0 * result.loss  # not finite where the loss is not
             verdict = limit.judge(state.limit, norm, state.step)
             kept = state.replace(step=new.step)
             new = jax.tree.map(functools.partial(jnp.where, verdict.skip), kept, new).replace(limit=verdict.memory)
@@ -87,8 +87,8 @@ def examine(state: TrainState, outcome: Outcome) -> Outcome:
     A program of its own, because hundreds of small reductions in every step take longer than they are worth: what is
     not finite in the parameters shows in the next loss, and the rest waits until somebody looks.
     """
-    finite = health.flags({**state.raw, "opt_state": state.opt_state, "ema": state.ema})
-    healthy = outcome.healthy & health.all_up(finite)
+    finite = nonfinite.flags({**state.raw, "opt_state": state.opt_state, "ema": state.ema})
+    healthy = outcome.healthy & nonfinite.all_up(finite)
     return outcome._replace(healthy=healthy, finite={**outcome.finite, **finite})
 
 

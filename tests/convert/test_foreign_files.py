@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.convert import files
+from halvit_jax.convert import readers
 
 MEGABYTE = 2**20
 
@@ -49,7 +49,7 @@ def test_a_pickle_is_never_run(
     marker, path = tmp_path / "marker", tmp_path / name
     path.write_bytes(pickle.dumps({"a": Bomb(marker)}, protocol))
     with pytest.raises(ValueError, match=name) as error:
-        files.read(path)
+        readers.read(path)
     assert not marker.exists()
     assert "\n" not in str(error.value)
     pickle.loads(path.read_bytes())
@@ -60,7 +60,7 @@ def test_objects_in_npz_are_refused(tmp_path: pathlib.Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "x.npz"
     np.savez(path, a=np.array([Bomb(marker)], dtype=object))
     with pytest.raises(ValueError, match=r"x.npz is no sound npz file: a.npy holds objects, a pickle, .*safetensors"):
-        files.read(path)
+        readers.read(path)
     assert not marker.exists()
 
 
@@ -69,7 +69,7 @@ def test_npz_comes_back_as_it_was(tmp_path: pathlib.Path) -> None:
     arrays = {"a.weight": rng.standard_normal((3, 4)), "f": np.asfortranarray(rng.standard_normal((2, 3))), "n": 3}
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "x.npz", **arrays)
-        back = files.read(tmp_path / "x.npz").arrays
+        back = readers.read(tmp_path / "x.npz").arrays
         assert back.keys() == arrays.keys()
         assert all(np.array_equal(back[name], array) for name, array in arrays.items())
 
@@ -98,25 +98,25 @@ def test_a_lying_array_in_npz_is_refused(content: bytes, why: str, tmp_path: pat
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", content)
     with pytest.raises(ValueError, match=why):
-        files.read(path)
-    assert peak(files.read, path) < MEGABYTE
+        readers.read(path)
+    assert peak(readers.read, path) < MEGABYTE
 
 
 def test_a_bomb_and_a_double_in_npz_are_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.npz"
     np.savez_compressed(path, a=np.zeros(8 * MEGABYTE, np.uint8))
-    assert peak(files.read, path) < MEGABYTE
+    assert peak(readers.read, path) < MEGABYTE
     with pytest.raises(ValueError, match="it unpacks to half as much again or more"):
-        files.read(path)
+        readers.read(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.npy", npy("(1,)", b"1234"))
         with pytest.warns(UserWarning, match="Duplicate name"):
             archive.writestr("a.npy", npy("(1,)", b"5678"))
     with pytest.raises(ValueError, match="it holds a twice"):
-        files.read(path)
+        readers.read(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(ValueError, match=r"x.npz is no sound npz file"):
-        files.read(path)
+        readers.read(path)
 
 
 def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
@@ -124,10 +124,10 @@ def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         ValueError, match=r"x.npy is of no kind that is read here: .safetensors, .npz, and with PyTorch"
     ):
-        files.read(tmp_path / "x.npy")
+        readers.read(tmp_path / "x.npy")
     for name in ("missing.safetensors", "."):
         with pytest.raises(ValueError, match="is no file"):
-            files.read(tmp_path / name)
+            readers.read(tmp_path / name)
 
 
 class Tensor:
@@ -167,7 +167,7 @@ def test_files_of_pytorch_need_pytorch(tmp_path: pathlib.Path, monkeypatch: pyte
         with pytest.raises(
             ValueError, match=r"can be read with PyTorch only: pip install torch, or save .* safetensors"
         ):
-            files.read(tmp_path / name)
+            readers.read(tmp_path / name)
 
 
 def test_files_of_pytorch_are_read_as_plain_weights(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_files_of_pytorch_are_read_as_plain_weights(tmp_path: pathlib.Path, monk
     state = {"a": Tensor(plain), "b": Tensor(half, "torch.bfloat16")}
     for content in (state, {"model": state, "epoch": 3}, {"state_dict": state, "optimizer": {}}):
         calls = pytorch(monkeypatch, content)
-        arrays = files.read(path).arrays
+        arrays = readers.read(path).arrays
         assert calls == [{"weights_only": True, "map_location": "cpu", "mmap": False}]
         assert arrays["a"] is plain
         assert arrays["b"].dtype == jnp.bfloat16
@@ -185,7 +185,7 @@ def test_files_of_pytorch_are_read_as_plain_weights(tmp_path: pathlib.Path, monk
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("data.pkl", b"")
     calls = pytorch(monkeypatch, state)
-    files.read(path)
+    readers.read(path)
     assert calls[0]["mmap"]
 
 
@@ -208,6 +208,6 @@ def test_what_pytorch_refuses_is_said_in_a_line(
     path.write_bytes(b"x")
     pytorch(monkeypatch, content)
     with pytest.raises(ValueError, match=why) as error:
-        files.read(path)
+        readers.read(path)
     assert "\n" not in str(error.value)
     assert "weights_only" not in str(error.value)

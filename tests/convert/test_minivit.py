@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from official import check_values_keep_their_places, official_shapes, random_arrays
+from helpers.official import check_values_keep_their_places, official_shapes, random_arrays
 
 from halvit_jax.convert import shapes_of, to_torch, torch_shapes
 from halvit_jax.convert.engine import nest

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from official import check_values_keep_their_places, official_shapes
+from helpers.official import check_values_keep_their_places, official_shapes
 
 from halvit_jax.convert import torch_shapes
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from official import Shapes, check_values_keep_their_places, official_shapes, random_arrays
+from helpers.official import Shapes, check_values_keep_their_places, official_shapes, random_arrays
 
 from halvit_jax.convert import from_torch, shapes_of, torch_shapes
 from halvit_jax.convert.transfer import transfer

@@ -2,7 +2,7 @@
 
 import math
 
-from official import official_shapes
+from helpers.official import official_shapes
 
 from halvit_jax.convert import torch_shapes
 

@@ -4,8 +4,8 @@ import re
 
 import numpy as np
 import pytest
-from official import Shapes, check_values_keep_their_places, official_shapes, zeros
-from tiers import CORE, tiered
+from helpers.official import Shapes, check_values_keep_their_places, official_shapes, zeros
+from helpers.tiers import CORE, tiered
 
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from official import check_values_keep_their_places, official_shapes, random_arrays, state_of, zeros
+from helpers.official import check_values_keep_their_places, official_shapes, random_arrays, state_of, zeros
 
 from halvit_jax.convert import from_torch, shapes_of, torch_shapes
 from halvit_jax.convert.engine import flatten

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from official import Shapes, check_values_keep_their_places, official_shapes, random_arrays
-from tiers import tiered
+from helpers.official import Shapes, check_values_keep_their_places, official_shapes, random_arrays
+from helpers.tiers import tiered
 
 from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
 from halvit_jax.convert.engine import nest

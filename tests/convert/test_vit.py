@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official import check_values_keep_their_places, official_shapes
+from helpers.official import check_values_keep_their_places, official_shapes
 
 import halvit_jax
 from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.tiers import tiered
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiers import tiered
 
-from halvit_jax.data import augment, pixels
+from halvit_jax.data import augment, pillow_ops
 
 FILL = (124, 116, 104)
 POLICIES = {
@@ -142,8 +142,8 @@ def test_rand_augment_applies_what_it_draws(increasing: bool, small: np.ndarray)
         for op, m, sign in zip(*(drawn[key].numpy() for key in ("op", "magnitude", "sign")), strict=True):
             name, level = names[op], table.get(names[op])
             arguments = [level(m, sign)] if level else []
-            warp = {"fill": FILL, "interpolation": "bilinear"} if name in pixels.WARPS else {}
-            expected = (pixels.WARPS | pixels.OPS)[name](expected, *arguments, **warp)
+            warp = {"fill": FILL, "interpolation": "bilinear"} if name in pillow_ops.WARPS else {}
+            expected = (pillow_ops.WARPS | pillow_ops.OPS)[name](expected, *arguments, **warp)
             seen.add(name)
         ours = augment.rand_augment(
             tf.constant(small),
@@ -160,7 +160,7 @@ def test_rand_augment_applies_what_it_draws(increasing: bool, small: np.ndarray)
 
 def test_three_augment_is_one_of_three_equally_often(small: np.ndarray) -> None:
     outcomes = collections.Counter()
-    gray, solarized = pixels.grayscale(small).numpy(), pixels.solarize(small, 128).numpy()
+    gray, solarized = pillow_ops.grayscale(small).numpy(), pillow_ops.solarize(small, 128).numpy()
     images = in_pipeline(augment.three_augment, small, 300)
     for image in images:
         kind = 0 if (image == gray).all() else 1 if (image == solarized).all() else 2
@@ -185,7 +185,7 @@ def test_color_jitter_factors() -> None:
 def test_color_jitter_order_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("brightness", "contrast", "color"):
-        monkeypatch.setitem(pixels.OPS, name, lambda image, _, name=name: (calls.append(name), image)[1])
+        monkeypatch.setitem(pillow_ops.OPS, name, lambda image, _, name=name: (calls.append(name), image)[1])
     for seed in seeds(240):
         augment.color_jitter(tf.zeros([2, 2, 3], tf.uint8), seed, brightness=0.3, contrast=0.3, saturation=0.3)
     orders = list(itertools.permutations(("brightness", "contrast", "color")))

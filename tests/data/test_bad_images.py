@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.tiers import tiered
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.data import ops

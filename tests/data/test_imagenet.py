@@ -8,7 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import types
 from collections import Counter
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from helpers import small_imagenet
 from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
@@ -24,7 +24,7 @@ from halvit_jax.data.sources import open_source
 from halvit_jax.main import work
 
 ROOT = pathlib.Path(__file__).parents[2]
-small_imagenet = types.SimpleNamespace(**runpy.run_path(str(pathlib.Path(__file__).with_name("small_imagenet.py"))))
+
 FORMATS = ("tfrecord", "array_record")
 
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.tiers import tiered
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiers import tiered
 
 from halvit_jax.data import ops
 

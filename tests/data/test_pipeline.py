@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiers import tiered
+from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, make_loaders

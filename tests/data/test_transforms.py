@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.tiers import tiered
 from PIL import Image
 from sklearn.datasets import load_sample_image
-from tiers import tiered
 
 from halvit_jax.data import augment, ops
 from halvit_jax.data.transforms import Transform, eval_transform, read_image, train_transform

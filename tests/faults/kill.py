@@ -259,13 +259,13 @@ def _before_commit() -> None:
 
 
 def _at_seal(*, before: bool) -> None:
-    from halvit_jax.training import manifest
+    from halvit_jax.training.checkpoint import manifest
 
     _second_time(manifest, "write", before=before)
 
 
 def _at_unseal() -> None:
-    from halvit_jax.training import manifest
+    from halvit_jax.training.checkpoint import manifest
 
     original = manifest.unseal
 
@@ -277,13 +277,13 @@ def _at_unseal() -> None:
 
 
 def _in_delete() -> None:
-    from halvit_jax.training import checkpoint
+    from halvit_jax.training.checkpoint.checkpointer import checkpointer
 
     def replaced(folder: pathlib.Path) -> None:
         next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()
         _die()
 
-    checkpoint.shutil.rmtree = replaced
+    checkpointer.shutil.rmtree = replaced
 
 
 POINTS: dict[str, Callable[[], None]] = {
@@ -307,8 +307,8 @@ def warm_up() -> None:
     import tensorflow_datasets  # noqa: F401
 
     import halvit_jax.data
-    import halvit_jax.run
-    import halvit_jax.training.checkpoint
+    import halvit_jax.experiment.build
+    import halvit_jax.training.checkpoint.checkpointer
     import halvit_jax.training.report  # noqa: F401
 
 

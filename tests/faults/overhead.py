@@ -28,19 +28,19 @@ def main() -> None:
     import jax
     import optax
 
-    from halvit_jax import run as run_lib
+    from halvit_jax.experiment import build
     from halvit_jax.recipes import digits
-    from halvit_jax.training.digests import digests
+    from halvit_jax.training.checkpoint.digests import digests
+    from halvit_jax.training.fault_tolerance.preemption import Signals
+    from halvit_jax.training.fault_tolerance.watchdog import TRAINING, Watchdog
     from halvit_jax.training.loop import EXAMINE_EVERY, check
     from halvit_jax.training.sharding import to_devices
-    from halvit_jax.training.signals import Signals
     from halvit_jax.training.state import TrainState
     from halvit_jax.training.step import examine, make_train_step
-    from halvit_jax.training.watchdog import TRAINING, Watchdog
 
     config = digits("halvit_tiny")
     config.data.data_dir = given.data_dir
-    run = run_lib.build(config)
+    run = build.build(config)
     task, optimizer, decay = run.task, run.optimizer, config.ema_decay
     guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, limit=run.limit)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from halvit_jax.layers.ffn import gelu
-from halvit_jax.layers.window import RelativeBias, SpatialReductionAttention, Windows, offsets, pool_to
+from halvit_jax.layers.spatial_reduction import SpatialReductionAttention, pool_to
+from halvit_jax.layers.window import RelativeBias, Windows, offsets
 
 B, D = 2, 3
 CUTS = [((6, 9), 3, 0), ((6, 9), 3, 1), ((8, 8), 4, 2), ((5, 7), 4, 2), ((5, 7), 3, 0)]  # grid, size, shift

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import random_variables, variable_shapes
-from tiers import CORE, KINDS, tiered
+from helpers.shapes import random_variables, variable_shapes
+from helpers.tiers import CORE, KINDS, tiered
 
 from halvit_jax.layers import conv
 from halvit_jax.models import MODELS, create_model, list_models
@@ -22,7 +22,7 @@ from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
 CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.

@@ -1,7 +1,7 @@
 """Exact parameter counts and multiply-accumulates: for a library about parameters, the test."""
 
 import pytest
-from tiers import CORE, tiered
+from helpers.tiers import CORE, tiered
 
 from halvit_jax.models import list_models
 from halvit_jax.summary import HOSTS, host_of, summarise

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from official import GOLDEN, official_shapes
-from shapes import variable_shapes
-from tiers import tiered
+from helpers.official import GOLDEN, official_shapes
+from helpers.shapes import variable_shapes
+from helpers.tiers import tiered
 
 from halvit_jax.convert import from_torch, to_torch
 from halvit_jax.layers import conv

@@ -9,7 +9,7 @@ import pytest
 from halvit_jax.layers import conv
 from halvit_jax.layers.window import MASKED
 from halvit_jax.models import create_model
-from halvit_jax.training.paths import count, flat
+from halvit_jax.trees import count, flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 DEIT = {"width": 16, "depth": 4, "num_heads": 2, "patch_size": 8, "image_size": 32, "num_classes": 5}

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables, variable_shapes
 
 from halvit_jax import capture
+from halvit_jax.analysis.macs import count_macs
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
-from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, fold
 from halvit_jax.models.nextvit import PARTITION_RULES, NextViT
 from halvit_jax.models.vit import HC
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5

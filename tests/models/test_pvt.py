@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import variable_shapes
+from helpers.shapes import variable_shapes
 
 import halvit_jax
 from halvit_jax.layers import conv
@@ -16,7 +16,7 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.ffn import Compact, gelu
 from halvit_jax.models import create_model
 from halvit_jax.models.pvt import ConvMlp, resampled
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.trees import flat, map_paths
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {

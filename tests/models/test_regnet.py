@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables, variable_shapes
 
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import fold
 from halvit_jax.models.regnet import PARTITION_RULES, SIZES, RegNet
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "num_classes": 5, "image_size": 32}

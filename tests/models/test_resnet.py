@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import random_variables, variable_shapes
-from tiers import tiered
+from helpers.shapes import random_variables, variable_shapes
+from helpers.tiers import tiered
 
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
-from halvit_jax.layers.init import torch_uniform
+from halvit_jax.layers.initializers import torch_uniform
 from halvit_jax.models import fold
 from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, Bottleneck, ResNet
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
 SIZE, CLASSES = 32, 5
 TIED = ("halvit_resnet50", "halvit_resnext101_32x8d")

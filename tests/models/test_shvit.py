@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables, variable_shapes
 
 from halvit_jax import capture
+from halvit_jax.analysis.macs import count_macs
 from halvit_jax.layers import conv
-from halvit_jax.macs import count_macs
 from halvit_jax.models import create_model, fold, shvit
 from halvit_jax.models.shvit import KINDS, PARTITION_RULES, SHViT, multiple_of_8
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from shapes import shapes_of
+from helpers.shapes import shapes_of
 
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import create_model
 from halvit_jax.models.swin import PatchMerging, SwinTransformer
-from halvit_jax.training.paths import count, flat
+from halvit_jax.trees import count, flat
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"width": 16, "depths": (2, 1), "head_width": 8, "window_size": 4, "image_size": 32, "num_classes": 5}

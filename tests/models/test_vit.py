@@ -11,11 +11,11 @@ from halvit_jax.config import default_config
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.tasks.classify import Classification
+from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import make_optimizer
-from halvit_jax.training.paths import flat
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import abstract_state
+from halvit_jax.trees import flat
 
 D, F, DEPTH, SIZE, CLASSES = 32, 128, 1, 16, 5
 SMALL = {"width": D, "depth": DEPTH, "num_heads": 2, "image_size": SIZE, "patch_size": 8, "num_classes": CLASSES}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from halvit_jax.training.evaluate import StoppedError, averages, evaluate, total
+from halvit_jax.training.fault_tolerance.preemption import Signals, wish_of
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.training.signals import Signals, wish_of
 
 VALUES = np.arange(21.0, dtype=np.float32)
 

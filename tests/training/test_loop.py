@@ -13,20 +13,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiers import tiered
+from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.protocols import Loss
-from halvit_jax.training import checkpoint, loop, manifest
-from halvit_jax.training.checkpoint import Checkpointer, SaveError
-from halvit_jax.training.health import NO_LIMIT, Limit, NotFiniteError, SpikesError
-from halvit_jax.training.manifest import DamagedError
+from halvit_jax.training import loop
+from halvit_jax.training.checkpoint import checkpointer, manifest
+from halvit_jax.training.checkpoint.checkpointer import Checkpointer, SaveError
+from halvit_jax.training.checkpoint.manifest import DamagedError
+from halvit_jax.training.fault_tolerance.grad_spikes import NO_LIMIT, Limit, SpikesError
+from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError
+from halvit_jax.training.fault_tolerance.preemption import Signals
+from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import Report
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.training.signals import Signals
 from halvit_jax.training.state import abstract_state, init_state
-from halvit_jax.training.watchdog import Watchdog
 
 BATCH = 8
 
@@ -295,7 +297,7 @@ def test_a_save_that_fails_is_made_at_the_next_step(
             raise OSError(28, "No space left on device")
         original(folder, step)
 
-    monkeypatch.setattr(checkpoint.manifest, "write", write)
+    monkeypatch.setattr(checkpointer.manifest, "write", write)
     slow = {step: functools.partial(_until, lambda: bool(calls)) for step in (4, 5)}
     assert _plain(run(tmp_path, train=Batches(then=slow), attempts=2, said=said)) == whole
     assert calls[0] == 4
@@ -307,7 +309,7 @@ def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch
     def write(folder: pathlib.Path, step: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.manifest, "write", write)
+    monkeypatch.setattr(checkpointer.manifest, "write", write)
     with pytest.raises(SaveError, match=r"No space left on device.*given up after 2 of save_attempts=2"):
         run(tmp_path, train=Batches(), attempts=2)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.compiled import collectives
+from halvit_jax.analysis.hlo import collectives
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
-from halvit_jax.tasks.classify import Classification
-from halvit_jax.training.paths import flat, map_paths
+from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.sharding import AXES, BATCH, make_mesh, partition
+from halvit_jax.trees import flat, map_paths
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from shapes import shallow, shapes_of
-from tiers import tiered
+from helpers.shapes import shallow, shapes_of
+from helpers.tiers import tiered
 
-from halvit_jax import recipes
 from halvit_jax.config import default_config
 from halvit_jax.models import FAMILIES
+from halvit_jax.recipes import imagenet
 from halvit_jax.training.optim import Optimizer, layer_numbers, make_optimizer, path_mask
-from halvit_jax.training.paths import flat
+from halvit_jax.trees import flat
 
-DEIT = recipes.deit("halvit_tiny").optim.to_dict()
+DEIT = imagenet.deit("halvit_tiny").optim.to_dict()
 STEPS_PER_EPOCH = 1251
 PLAIN = {"scaling": "none", "schedule": "constant", "warmup_epochs": 0.0}
 
@@ -60,7 +60,7 @@ def test_the_batch_scales_the_peak_and_neither_start_nor_floor() -> None:
 
 
 def test_the_step_schedule_is_torchvisions() -> None:
-    optimizer = _optimizer(recipes.torchvision_v1("resnet50").optim.to_dict(), epochs=90, batch_size=256)
+    optimizer = _optimizer(imagenet.torchvision_v1("resnet50").optim.to_dict(), epochs=90, batch_size=256)
     epochs = np.array([0, 15, 29.99, 30, 59.99, 60, 89.99])
     np.testing.assert_allclose(_rates(optimizer, epochs), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
 

@@ -13,15 +13,15 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
-from halvit_jax.tasks.classify import Classification
+from halvit_jax.tasks.classification import Classification
 from halvit_jax.training import loop
-from halvit_jax.training.checkpoint import Checkpointer
+from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+from halvit_jax.training.fault_tolerance.preemption import Signals
+from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import GRID, Report, grid
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.training.signals import Signals
 from halvit_jax.training.state import abstract_state, init_state
-from halvit_jax.training.watchdog import Watchdog
 
 BATCH, STEPS = 16, 6
 

@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.shapes import shallow
+from helpers.tiers import KINDS, tiered
 from jax.sharding import PartitionSpec as P
-from shapes import shallow
-from tiers import KINDS, tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.models import list_models
-from halvit_jax.tasks.classify import Classification
+from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
-from halvit_jax.training.paths import flat
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
+from halvit_jax.trees import flat
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 RULES = (

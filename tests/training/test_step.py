@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Batch, Loss
-from halvit_jax.tasks.classify import Classification
+from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
-from halvit_jax.training.paths import flat
 from halvit_jax.training.sharding import make_mesh, to_devices
 from halvit_jax.training.state import TrainState, abstract_state, init_state
 from halvit_jax.training.step import make_eval_step, make_train_step
+from halvit_jax.trees import flat
 
 BATCH = 16
 

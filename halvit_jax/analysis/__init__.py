@@ -1,0 +1,1 @@
+"""Counting and compiling without running: parameters, MACs, HLO, TPU topologies, rooflines."""

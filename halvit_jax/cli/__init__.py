@@ -1,0 +1,1 @@
+"""Shared by the commands: flags, one-line errors, exit codes and the dry run of a config."""

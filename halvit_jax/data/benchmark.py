@@ -1,0 +1,114 @@
+"""How many images a second this machine prepares: bare tf.data, each transform set, and the loader around them."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from sklearn.datasets import load_sample_images
+
+from halvit_jax.data import ops
+from halvit_jax.data.pipeline import TrainLoader
+from halvit_jax.data.sources.base import Entry, Reader, Record, positions
+from halvit_jax.data.transforms import Transform, train_transform
+
+CROP = {"crop": "random_resized", "min_area": 0.08, "flip": True, "shift": 0, "color_jitter": 0.0}
+CROP |= {"policy": "", "method": "bicubic", "antialias": False}
+DEIT = CROP | {"antialias": True, "policy": "rand-m9-mstd0.5-inc1"}
+
+
+def measure(*, batch: int, rounds: int, batches: int = 6, image_size: int = 224) -> list[dict[str, Any]]:
+    """One row for each way of preparing the same JPEGs of 500x375 pixels, which take turns within every round.
+
+    `images_per_s` is of the clock, `images_per_s_per_core` of the processor time used, which other work on a shared
+    machine disturbs less; both are medians over the rounds.
+    """
+    encoded = photographs(64)
+    images = Memory(encoded, examples=100 * batch)  # an epoch outlasts the measurement, as it does in training
+    deit = train_transform(image_size, **DEIT)
+    ways: dict[str, Callable[[], Iterator[Any]]] = {
+        "bare tf.data": lambda: _bare(encoded, batch, image_size),
+        "crop": lambda: _mapped(encoded, batch, train_transform(image_size, **CROP)),
+        "crop, antialias": lambda: _mapped(encoded, batch, train_transform(image_size, **CROP | {"antialias": True})),
+        "DeiT": lambda: _mapped(encoded, batch, deit),
+        "loader, DeiT": lambda: TrainLoader(images, deit, batch_size=batch, seed=0).batches(),
+    }
+    speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            source = way()  # anew, so that it reads nothing ahead while others are measured
+            next(source)
+            clock, processor = time.perf_counter(), time.process_time()
+            for _ in range(batches):
+                next(source)
+            used = time.perf_counter() - clock, time.process_time() - processor
+            speeds[name].append((batches * batch / used[0], batches * batch / used[1]))
+            del source
+    return [
+        {
+            "what": name,
+            "images_per_s": round(statistics.median(speed for speed, _ in found), 1),
+            "images_per_s_per_core": round(statistics.median(speed for _, speed in found), 1),
+        }
+        for name, found in speeds.items()
+    ]
+
+
+def photographs(count: int) -> list[bytes]:
+    """JPEGs of 500x375 pixels and quality 95, cut out of scikit-learn's two photographs."""
+    photos = load_sample_images().images  # uint8 [427, 640, 3]
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        photo = photos[number % len(photos)]
+        top, left = rng.integers(0, photo.shape[0] - 375), rng.integers(0, photo.shape[1] - 500)
+        found.append(tf.io.encode_jpeg(photo[top : top + 375, left : left + 500], quality=95).numpy())
+    return found
+
+
+class Memory:
+    """Encoded images in memory, over and over, as a `Source` of one class."""
+
+    def __init__(self, encoded: list[bytes], *, examples: int) -> None:
+        self.num_examples = examples
+        self.class_names = ["photograph"]
+        self._encoded = tf.constant(encoded)
+
+    def reader(self, parts: int) -> Reader:
+        """The positions of a part."""
+        return positions(self.num_examples, parts)
+
+    def fetch(self, entry: Entry) -> Record:
+        """The image at the entry's position."""
+        image = tf.gather(self._encoded, entry["position"] % len(self._encoded))
+        return {"image": image, "label": tf.constant(0), "name": tf.constant("a photograph")}
+
+
+def _mapped(encoded: list[bytes], batch: int, transform: Transform) -> Iterator[Any]:
+    def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+        return transform(image, tf.stack([number, 0]))["image"]
+
+    return _batches(encoded, batch, prepare)
+
+
+def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
+    """What decoding, cropping and resizing the same boxes costs with nothing else of ours around it."""
+
+    def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+        shape = tf.image.extract_jpeg_shape(image)
+        seed = ops.fold_in(tf.stack([number, 0]), 0)
+        box = ops.random_box(shape[0], shape[1], seed, CROP["min_area"])
+        crop = tf.io.decode_and_crop_jpeg(image, box, channels=3)
+        crop = tf.image.stateless_random_flip_left_right(crop, tf.stack([number, 1]))
+        resized = tf.image.resize(crop, (size, size), method="bicubic")
+        return tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8)
+
+    return _batches(encoded, batch, prepare)
+
+
+def _batches(encoded: list[bytes], batch: int, prepare: Callable[..., tf.Tensor]) -> Iterator[Any]:
+    images = tf.data.Dataset.from_tensor_slices(encoded).repeat().enumerate()
+    prepared = images.map(ops.plain(prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return prepared.batch(batch, drop_remainder=True).as_numpy_iterator()

@@ -1,0 +1,181 @@
+"""The teacher of a distillation: which model it is, and its weights, where the training step reads them.
+
+`teacher.init_from` names a workdir, a file of ours or a PyTorch state. The first two know their model; for the third,
+and to plan a run whose teacher is not there, the other fields of `config.teacher` say it; what is said twice must
+agree. A teacher computes in the type of the run on images of the student's size, and each device holds its share of it.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from halvit_jax.convert import readers, weights_file
+from halvit_jax.experiment import init_from, tasks, workdir
+from halvit_jax.models import create_model, partition_rules
+from halvit_jax.protocols import PyTree
+from halvit_jax.tasks.classification import Classification
+from halvit_jax.tasks.distillation import Distillation, Teacher
+from halvit_jax.training.sharding import partition
+from halvit_jax.trees import map_paths, sha256
+
+Colours = Sequence[float] | None
+FILE = "teacher.json"  # of the workdir: which weights the run learns from
+
+
+class Taught(NamedTuple):
+    """A task with its teacher, and what is written down of that one: {"source", "model", "sha256", ...}."""
+
+    task: Distillation
+    record: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """What to tell of the teacher."""
+        size, digest = f"{self.record['parameters']:,} parameters", f"sha256 {self.record['sha256'][:16]}"
+        lines = [f"{self.record['model']}, {size}, {digest}", *self.record["arrays"]]
+        return [f"teacher.init_from={self.record['source']}: {line}" for line in lines]
+
+
+def abstract_task(config: ConfigDict, mesh: Mesh) -> Distillation:
+    """The task of a run, its teacher being shapes and shardings alone.
+
+    Raises:
+        ValueError: fields that are not allowed or do not fit each other.
+    """
+    return _named_task(config, mesh)[0]
+
+
+def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
+    """The task of a run with its teacher.
+
+    Raises:
+        ValueError: what `abstract_task` refuses, and weights that are not there or not of this teacher.
+    """
+    task, name = _named_task(config, mesh)
+    source = config.teacher.init_from
+    found = init_from.read(source, name, task.teacher, fresh=(), field="teacher.init_from")
+    if found.fresh:
+        raise ValueError(
+            f"teacher.init_from={source} has not all that a teacher needs, which must have the student's "
+            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.fresh)}; not used: "
+            f"{', '.join(found.unused) or 'nothing'}"
+        )
+
+    def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: found.arrays[path][index])
+
+    task.frozen = map_paths(place, task.frozen)
+    record = {
+        "source": source,
+        "model": name,
+        "parameters": sum(array.size for path, array in found.arrays.items() if path.startswith("params/")),
+        "arrays": found.lines(),
+        "sha256": sha256(found.arrays),
+    }
+    return Taught(task, record)
+
+
+def remember(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
+    """Write down whom a run learns from; one that goes on must go on learning from the same weights.
+
+    Raises:
+        ValueError: they are others.
+    """
+    path = workdir / FILE
+    if resumed and path.is_file():
+        before = json.loads(path.read_text())
+        if before["sha256"] != record["sha256"]:
+            raise ValueError(
+                f"teacher.init_from={record['source']} (sha256 {record['sha256'][:16]}) holds other weights than the "
+                f"teacher that the run in --workdir={workdir} began with, {before['source']} (sha256 "
+                f"{before['sha256'][:16]}); give that one, or another --workdir"
+            )
+    elif jax.process_index() == 0:
+        path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
+    """The task with shapes for a teacher, and the teacher's name."""
+    student = tasks.build_task(config)
+    teacher, name = _describe(student, **config.teacher)
+    model = teacher.model
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    shapes: PyTree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    shardings = partition(shapes, partition_rules(model), mesh)
+    shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    teacher = teacher._replace(variables=shapes)
+    return Distillation(student.model, teacher=teacher, **config.distill, **config.task), name
+
+
+class _Known(NamedTuple):
+    """What a workdir or a file of ours says of its model."""
+
+    name: str
+    fields: dict[str, Any]  # of the model
+    images: dict[str, Any]  # "mean" and "std", where it says them
+
+
+def _describe(
+    student: Classification, *, init_from: str, name: str, mean: Colours, std: Colours, **fields: Any
+) -> tuple[Teacher, str]:
+    """The model of `config.teacher` and its normalisation, without variables, and the model's name."""
+    given = {field: value for field, value in fields.items() if value is not None}
+    images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
+    known = _known(init_from) if os.path.exists(init_from) else None
+    if not known and not name:
+        raise ValueError(
+            f"teacher.init_from={init_from} does not say which model it is of, or is not there; set teacher.name, and "
+            "of its fields what its table of sizes has otherwise"
+        )
+    if known:
+        model = _create(known.name, known.fields)
+        said = {"name": known.name, **known.images, **{field: getattr(model, field, None) for field in given}}
+        _check_agreement(init_from, {"name": name or known.name, **images, **given}, said)
+        name, given, images = known.name, known.fields, images | known.images
+    else:
+        given["num_classes"] = student.model.num_classes
+    # The number of classes that is known stays, to be compared with the student's.
+    model = _create(name, given | {"image_size": student.model.image_size, "dtype": student.model.dtype})
+    return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
+
+
+def _known(source: str) -> _Known | None:
+    """What there is to know without a table of names."""
+    if os.path.isdir(source):
+        config = workdir.read_config(pathlib.Path(source))
+        fields = {field: value for field, value in config.model.items() if value is not None}
+        return _Known(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
+    if not source.endswith(".safetensors"):
+        return None
+    weights = readers.read(source)
+    found = weights_file.from_weights(weights)
+    if found is None:
+        return None
+    info = json.loads(weights.metadata.get("info", "{}"))
+    return _Known(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
+
+
+def _create(name: str, fields: dict[str, Any]) -> nn.Module:
+    """`create_model`, whose fields are here called `teacher.width`, ..., but for what is the student's."""
+    try:
+        return create_model(name, **fields)
+    except ValueError as error:
+        said = re.sub(r"\bmodel\.(?!image_size|num_classes)", "teacher.", str(error))
+        raise ValueError(f"the teacher, for images of the student's size: {said}") from error
+
+
+def _check_agreement(source: str, given: dict[str, Any], said: dict[str, Any]) -> None:
+    for field, value in given.items():
+        value, known = (tuple(each) if isinstance(each, list) else each for each in (value, said.get(field, value)))
+        if value != known:
+            raise ValueError(
+                f"teacher.{field}={value!r}, but the model in teacher.init_from={source} has {known!r}; leave "
+                "the field at its default, for it is known"
+            )

@@ -1,0 +1,83 @@
+"""What Next-ViT attends with (Li et al., 2022, arXiv 2207.05501, section 3), and its means over places of a map.
+
+Shapes: `b` batch, `u v` height and width of a map, `d` channels, `n` tokens, `m` pooled tokens, `k` width of a head.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halvit_jax.layers.attention import AttentionMaps, average
+from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm
+from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.sow import keep
+
+
+class LocalAttention(nn.Module):
+    """Multi-head convolutional attention: relu(norm(x * K)) W, a head being a group of K, [b, u, v, d] -> the same."""
+
+    head_width: int
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width, init = x.shape[-1], {"kernel_init": normal_02, "dtype": self.dtype}
+        heads = ConvNorm(width, 3, groups=width // self.head_width, folded=self.folded, **init, name="heads")
+        return Conv(width, **init, name="output")(nn.relu(heads(x, train=train)))
+
+
+class PooledAttention(nn.Module):
+    """Efficient multi-head self-attention, with keys and values from fewer tokens: [b, n, d] -> [b, n, d].
+
+        few = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (few Wk)^T / sqrt(k)) few Wv Wo
+
+    Pooled are the tokens in the order of a map's rows, `reduction` squared in a row, not the squares of a map.
+    """
+
+    num_heads: int
+    reduction: int
+    real_heads: float
+    hallucinate: str
+    dtype: Dtype
+    folded: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width, few = x.shape[-1], x
+        if self.reduction > 1:
+            folded = "in place" if self.folded else ""
+            few = pool_tokens(x, self.reduction**2)
+            few = BatchNorm(dtype=self.dtype, folded=folded, name="pooled_norm")(few, train=train)
+        maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
+        dense = functools.partial(nn.Dense, kernel_init=normal_02, dtype=self.dtype)
+        part = maps.real_width(width)
+        query, key = dense(part, name="query")(x), dense(part, name="key")(few)
+        weights = maps(query, key)
+        keep(self, "weights", weights)
+        return dense(width, name="output")(average(weights, dense(width, name="value")(few)))
+
+
+def halve_map(x: jax.Array) -> jax.Array:
+    """The mean of each 2x2 square, at an odd edge of what there is of it: [b, u, v, d] -> [b, u/2, v/2, d]."""
+    b, u, v, d = x.shape
+    # A row twice has the mean of the row once.
+    x = jnp.pad(x, ((0, 0), (0, u % 2), (0, v % 2), (0, 0)), mode="edge")
+    return x.reshape(b, -(-u // 2), 2, -(-v // 2), 2, d).mean((2, 4))  # [b, u/2, 2, v/2, 2, d]
+
+
+def pool_tokens(x: jax.Array, size: int) -> jax.Array:
+    """The mean of each `size` tokens in a row, without those left over at the end: [b, n, d] -> [b, m, d].
+
+    Raises:
+        ValueError: fewer than `size` tokens.
+    """
+    b, n, d = x.shape
+    if n < size:
+        raise ValueError(
+            f"a map of {n} places cannot be pooled {size} to one; raise model.image_size or lower model.reductions"
+        )
+    count = n // size
+    return x[:, : count * size].reshape(b, count, size, d).mean(2)  # [b, m, size, d]

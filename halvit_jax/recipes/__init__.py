@@ -1,0 +1,1 @@
+"""Training recipes that compose: a function of this package returns a config."""

@@ -1,0 +1,139 @@
+"""Recipes for the 1,797 digits that ship inside scikit-learn: minutes on two cores."""
+
+from ml_collections import ConfigDict
+
+from halvit_jax.config import default_config
+
+
+def vit(model: str) -> ConfigDict:
+    """The embedded digits in about two minutes on two cores: a ViT of width 96 and depth 4 on patches of 2x2 pixels."""
+    config = _digits(model)
+    config.model.patch_size = 2
+    config.model.width = 96
+    config.model.depth = 4
+    config.model.num_heads = 3
+    config.model.drop_path = 0.1
+    return config
+
+
+def shvit() -> ConfigDict:
+    """The digits in some minutes: a small SHViT, whose stem keeps the 8x8 places for stages of 8x8, 4x4 and 2x2."""
+    config = _digits("shvit_s1")
+    config.total_steps = 600
+    config.log_every = 50
+    config.eval_every = config.checkpoint_every = 200
+    config.model.depths = (1, 2, 2)
+    config.model.widths = (32, 64, 96)
+    config.model.partial = (16, 16, 24)
+    config.model.stem_strides = (1, 1)
+    config.optim.warmup_epochs = 5.0
+    return config
+
+
+def nextvit(model: str) -> ConfigDict:
+    """The digits for a small Next-ViT: 8x8 places, then 4x4, which attend to a fourth as many pooled ones."""
+    config = _digits(model)
+    config.total_steps = 400
+    config.log_every = 50
+    config.ema_decay = 0.0  # as on ImageNet; averages of so few steps are far behind
+    config.eval_every = config.checkpoint_every = 200
+    config.model.depths = (1, 2)
+    config.model.widths = (32, 48)
+    config.model.periods = (0, 2)
+    config.model.reductions = (1, 2)
+    config.model.stem_widths = (32, 32)
+    config.model.stem_strides = (1, 1)
+    config.model.head_width = 8
+    config.model.drop_path = 0.1
+    config.optim.warmup_epochs = 5.0
+    return config
+
+
+def swin(model: str) -> ConfigDict:
+    """The embedded digits for a Swin: two stages, on maps of 8x8 and 4x4 tokens with windows of 4x4."""
+    config = vit(model)
+    config.model.depth = config.model.num_heads = None
+    config.model.patch_size = 1
+    config.model.width = 48
+    config.model.depths = (2, 2)
+    config.model.head_width = 16
+    config.model.window_size = 4
+    config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
+    return config
+
+
+def mini_swin(model: str) -> ConfigDict:
+    """The same for a Mini-Swin, both layers of a stage sharing their matrices."""
+    config = swin(model)
+    config.model.shares = (2, 2)
+    return config
+
+
+def pvt(model: str) -> ConfigDict:
+    """The embedded digits for a PVT or PVTv2: two stages of 4x4 and 2x2 tokens, which attend to 2x2 each."""
+    config = _digits(model)
+    config.model.strides = (2, 2)
+    config.model.widths = (64, 128)
+    config.model.depths = (2, 2)
+    config.model.head_width = 32
+    config.model.ffn_ratios = (4, 4)
+    config.model.reductions = (2, 1)
+    config.model.drop_path = 0.1
+    return config
+
+
+def distilled(model: str, kind: str) -> ConfigDict:
+    """The embedded digits with the plain ViT of runs/vit_digits as the teacher.
+
+    "hard": its labels, for a distillation token (DeiT); "soft": its probabilities and its relations (MiniViT).
+
+    Raises:
+        ValueError: another kind.
+    """
+    if kind not in ("hard", "soft"):
+        raise ValueError(f"kind {kind!r} is not one of hard, soft; give it behind the file: x.py:soft")
+    config = vit(model)
+    config.task.name = "distill"
+    config.teacher.init_from = "runs/vit_digits"
+    config.model.distilled = kind == "hard"
+    if kind == "soft":
+        config.distill.kind = "soft_cross_entropy"
+        config.distill.qkv_weight = 1.0
+        config.distill.hidden_weight = 0.1
+        config.distill.student_layers = config.distill.teacher_layers = tuple(range(config.model.depth))
+    return config
+
+
+def _digits(model: str) -> ConfigDict:
+    config = default_config()
+    config.batch_size = config.recipe_batch_size = 128
+    config.total_steps = 1600
+    config.log_every = 100
+    config.eval_every = 400
+    config.checkpoint_every = 400
+    config.ema_decay = 0.99
+    config.compute_dtype = "float32"
+
+    config.model.name = model
+    config.model.num_classes = 10
+    config.model.image_size = 8
+
+    config.data.name = "digits"
+    config.data.eval_split = "test"
+    config.data.crop = "whole"
+    config.data.flip = False
+    config.data.shift = 1
+    config.data.interpolation = "bilinear"
+    config.data.eval_crop = 1.0
+    config.data.readers = 16
+
+    config.task.mean = (0.5, 0.5, 0.5)
+    config.task.std = (0.5, 0.5, 0.5)
+
+    config.task.mixup = 0.8
+
+    config.optim.learning_rate = 3e-3
+    config.optim.scaling = "none"
+    config.optim.weight_decay = 0.2
+    config.optim.warmup_epochs = 20.0
+    return config

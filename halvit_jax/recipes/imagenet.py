@@ -1,0 +1,264 @@
+"""Training recipes: each makes a config with its values, for the files of `configs/` to start from."""
+
+from ml_collections import ConfigDict
+
+from halvit_jax.config import default_config
+
+
+def deit(model: str, *, epochs: int = 300) -> ConfigDict:
+    """DeiT (Touvron et al., 2021): the recipe of every model shaped like a ViT.
+
+    Colour jitter is left out: timm switches it off where RandAugment is on. The released accuracies are of the raw
+    weights; the averages are evaluated beside them.
+    """
+    config = default_config()
+    config.num_epochs = epochs
+    config.batch_size = config.recipe_batch_size = 1024
+    config.ema_decay = 0.99996
+    config.model.name = model
+    config.model.drop_path = 0.1
+    config.data.augment = "rand-m9-mstd0.5-inc1"
+    config.data.antialias = True
+    config.data.repeats = 3
+    config.task.label_smoothing = 0.1
+    config.task.mixup = 0.8
+    config.task.cutmix = 1.0
+    config.task.erase = 0.25
+    config.optim.name = "adamw"
+    config.optim.learning_rate = 5e-4
+    config.optim.base_batch_size = 512
+    config.optim.weight_decay = 0.05
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_start = 1e-6
+    config.optim.floor = 1e-5
+    return config
+
+
+def deit_384(model: str) -> ConfigDict:
+    """DeiT's fine-tuning at 384 pixels of what was trained at 224: a constant 5e-6 for 30 epochs, hardly any decay."""
+    config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
+    config.optim.schedule = "constant"
+    return config
+
+
+def mini_deit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
+
+    The tables of relative positions are decayed, the position embedding is not, as released. `variant` is a number of
+    epochs on the labels alone, "distilled": 300 epochs on nothing but the probabilities of a RegNetY-16GF, or "384":
+    fine-tuning at 384 pixels, on the labels and without stochastic depth.
+    """
+    config = deit(model, epochs=_epochs(variant))
+    config.model.drop_path = drop_path
+    if variant == AT_384:
+        _fine_tune(config, batch_size=256, learning_rate=5e-6)
+        config.optim.schedule = "constant"  # the released floor lies above the rate
+        config.model.drop_path = 0.0
+    if variant == DISTILLED:
+        _teach(config, "regnety_160", kind="soft", alpha=1.0)
+    return config
+
+
+def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Swin Transformer (Liu et al., 2021).
+
+    Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no averages, and no decay of the
+    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024. `variant` is a
+    number of epochs, or "384": fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
+    """
+    config = deit(model, epochs=_epochs(variant))
+    config.ema_decay = 0.0
+    config.model.drop_path = drop_path
+    config.data.repeats = 1
+    config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
+    config.optim.clip_norm = 5.0
+    config.optim.warmup_epochs = 20.0
+    config.optim.warmup_start = 1e-6
+    config.optim.floor = 1e-5
+    if variant == AT_384:
+        _fine_tune(config, batch_size=256, learning_rate=2e-5)
+        config.optim.warmup_epochs = 5.0
+        config.optim.warmup_start = 1e-8
+        config.optim.floor = 1e-7
+    return config
+
+
+def pvt(model: str, *, epochs: int = 300) -> ConfigDict:
+    """PVT and PVTv2 (Wang et al., 2021): DeiT's recipe without averages.
+
+    The large models have more stochastic depth and clipped gradients. Unlike a ViT's, PVT's positions are decayed, as
+    released.
+    """
+    config = deit(model, epochs=epochs)
+    config.ema_decay = 0.0
+    if model.removesuffix("_hc") in PVT_LARGE:
+        config.model.drop_path = 0.3
+        config.optim.clip_norm = 1.0
+    return config
+
+
+PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
+
+
+def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Mini-Swin (Zhang et al., 2022): Swin's recipe.
+
+    `variant` is as for Swin, or "distilled": 300 epochs on nothing but what a Swin-B says and how its tokens relate, in
+    six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
+    """
+    config = swin(model, drop_path=drop_path, variant="300" if variant == DISTILLED else variant)
+    if variant == DISTILLED:
+        layers = (1, 3, 9, 15, 21, 23)
+        student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
+        _teach(config, "swin_base", kind="soft_cross_entropy", alpha=1.0, qkv_weight=1.0, hidden_weight=0.1)
+        config.distill.update(student_layers=student, teacher_layers=layers)
+    return config
+
+
+def shvit(model: str, *, variant: str = "300") -> ConfigDict:
+    """SHViT (Yun and Ro, 2024, and the released code): DeiT's recipe with another clipping, decay and learning rate.
+
+    The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so 4e-3 is what the published
+    models were trained with. Their gradients are clipped unit by unit, the classifier's too as we read the code. They
+    were computed in float32, and know no stochastic depth. `variant` is a number of epochs on the labels alone,
+    "distilled": 300 epochs with a second classifier that learns what a RegNetY-16GF names, or "384" or "512":
+    fine-tuning at that many pixels.
+
+    Raises:
+        ValueError: a model that no weight decay is published for.
+    """
+    if model not in SHVIT_DECAY:
+        raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
+    config = deit(model, epochs=_epochs(variant))
+    config.batch_size = config.recipe_batch_size = 2048
+    config.compute_dtype = "float32"
+    config.model.drop_path = None
+    config.optim.learning_rate = 1e-3
+    config.optim.weight_decay = SHVIT_DECAY[model]
+    config.optim.clip_adaptive = 0.02
+    config.optim.no_clip_adaptive = ()
+    if variant in FINE_TUNED:
+        _fine_tune(config, batch_size=2048, learning_rate=1e-3, image_size=int(variant))
+    if variant == DISTILLED:
+        config.model.name = f"{model}_distilled"
+        _teach(config, "regnety_160", kind="hard", alpha=0.5)
+    return config
+
+
+def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+    """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches, and not repeated.
+
+    The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
+    clipped, no repeated augmentation and no averages. `variant` is a number of epochs, or "384": fine-tuning at 384
+    pixels.
+    """
+    config = deit(model, epochs=_epochs(variant))
+    config.batch_size = config.recipe_batch_size = 2048
+    config.ema_decay = 0.0
+    config.model.drop_path = drop_path
+    config.data.repeats = 1
+    config.optim.weight_decay = 0.1
+    config.optim.clip_norm = 5.0
+    config.optim.warmup_epochs = 20.0
+    if variant == AT_384:
+        _fine_tune(config, batch_size=2048, learning_rate=5e-6)
+        config.optim.schedule = "constant"
+        config.optim.warmup_epochs = 0.0
+    return config
+
+
+DISTILLED, AT_384 = "distilled", "384"  # variants that are no number of epochs
+FINE_TUNED = (AT_384, "512")  # of SHViT
+SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
+
+
+def torchvision_v1(model: str) -> ConfigDict:
+    """The 90 epochs of torchvision's V1 weights, whose 76.13 (ResNet-50) is what HaLViT's ResNets are compared with.
+
+    Everything is decayed, norms and biases too.
+    """
+    config = default_config()
+    config.num_epochs = 90
+    config.batch_size = config.recipe_batch_size = 256
+    config.model.name = model
+    config.data.interpolation = "bilinear"
+    config.data.antialias = True
+    config.optim.name = "sgd"
+    config.optim.learning_rate = 0.1
+    config.optim.base_batch_size = 256
+    config.optim.momentum = 0.9
+    config.optim.weight_decay = 1e-4
+    config.optim.no_decay = ()
+    config.optim.schedule = "step"
+    config.optim.warmup_epochs = 0.0
+    config.optim.step_epochs = 30.0
+    config.optim.step_factor = 0.1
+    return config
+
+
+def resnet_a2(model: str, *, epochs: int = 300) -> ConfigDict:
+    """A2 of "ResNet strikes back" (Wightman et al., 2021): LAMB, binary cross-entropy, Mixup, CutMix, RandAugment.
+
+    Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as timm's LAMB does by itself.
+    """
+    config = default_config()
+    config.num_epochs = epochs
+    config.batch_size = config.recipe_batch_size = 2048
+    config.model.name = model
+    config.model.drop_path = 0.05
+    config.data.augment = "rand-m7-mstd0.5-inc1"
+    config.data.antialias = True
+    config.data.repeats = 3
+    config.data.eval_crop = 0.95
+    config.task.loss = "binary_cross_entropy"
+    config.task.mixup = 0.1
+    config.task.cutmix = 1.0
+    config.optim.name = "lamb"
+    config.optim.learning_rate = 5e-3
+    config.optim.base_batch_size = 2048
+    config.optim.weight_decay = 0.02
+    config.optim.clip_norm = 1.0
+    config.optim.schedule = "cosine"
+    config.optim.warmup_epochs = 5.0
+    config.optim.warmup_start = 1e-4
+    config.optim.floor = 1e-6
+    return config
+
+
+def resnet(model: str, recipe: str) -> ConfigDict:
+    """A convolutional network under one of `RESNET_RECIPES`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if recipe not in RESNET_RECIPES:
+        raise ValueError(
+            f"recipe {recipe!r} is not one of {', '.join(RESNET_RECIPES)}; give it behind the file: x.py:a2"
+        )
+    return RESNET_RECIPES[recipe](model)
+
+
+RESNET_RECIPES = {"v1": torchvision_v1, "a2": resnet_a2}
+
+
+def _epochs(variant: str) -> int:
+    return 300 if variant in (DISTILLED, AT_384) else int(variant)
+
+
+def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, image_size: int = 384) -> ConfigDict:
+    """Make 30 epochs at more pixels of a recipe, with hardly any decay; `init_from` is still to name what begins."""
+    config.num_epochs = 30
+    config.batch_size = config.recipe_batch_size = batch_size
+    config.model.image_size = image_size
+    config.data.eval_crop = 1.0
+    config.optim.learning_rate = learning_rate
+    config.optim.weight_decay = 1e-8
+    return config
+
+
+def _teach(config: ConfigDict, teacher: str, **fields: object) -> None:
+    """Distillation of this teacher, whose weights `teacher.init_from` is still to name."""
+    config.task.name = "distill"
+    config.teacher.name = teacher
+    config.distill.update(fields)

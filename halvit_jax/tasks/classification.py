@@ -1,0 +1,122 @@
+"""Image classification: uint8 images and labels in, cross-entropy out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from halvit_jax.models import partition_rules
+from halvit_jax.protocols import Batch, Loss, PyTree
+from halvit_jax.tasks import mixup
+from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.metrics import classification_sums
+
+TASKS = ("classify", "distill")
+MIX_PER = ("batch", "image")
+
+
+class Classification:
+    """Train `model` to name the class of an image.
+
+    Training: normalise, erase, smooth the labels, mix, apply, average the loss over the real rows. The order is timm's:
+    erasing before mixing, smoothing inside the mixed target. Evaluation scores plain cross-entropy, top-1 and top-5.
+
+    Args:
+        model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
+        name: one of TASKS. What was distilled is evaluated as what was not; training with a teacher is `Distillation`.
+        mean, std: of the three colours, black being 0 and white 1; the model sees (colour - mean) / std.
+        loss: a key of LOSSES, for training.
+        label_smoothing: share of a target spread over all classes.
+        mixup, cutmix: the alphas of their Beta distributions; 0 is off.
+        mix_switch: probability of CutMix where both are on.
+        mix_per: what draws its own mixing: the "batch", or every "image".
+        erase: probability of random erasing.
+    """
+
+    headline = "top1"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str = "classify",
+        mean: Sequence[float],
+        std: Sequence[float],
+        loss: str = "cross_entropy",
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_switch: float = 0.5,
+        mix_per: str = "batch",
+        erase: float = 0.0,
+    ) -> None:
+        if name not in TASKS:
+            raise ValueError(f"task.name={name!r} is not one of {', '.join(TASKS)}")
+        if loss not in LOSSES:
+            raise ValueError(f"task.loss={loss!r} is not one of {', '.join(LOSSES)}")
+        if mix_per not in MIX_PER:
+            raise ValueError(f"task.mix_per={mix_per!r} is not one of {', '.join(MIX_PER)}")
+        for name, value in {"label_smoothing": label_smoothing, "mix_switch": mix_switch, "erase": erase}.items():
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"task.{name}={value} must lie between 0 and 1")
+        for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
+            if value < 0.0:
+                raise ValueError(f"task.{name}={value} must not be negative")
+        self.model = model
+        self.frozen: PyTree = {}
+        self.partition_rules = partition_rules(model)
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self._loss = LOSSES[loss]
+        self._label_smoothing = label_smoothing
+        self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
+        self._mixing["per_image"] = mix_per == "image"
+        self._erase = erase
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Fresh (params, model_state); model_state holds BatchNorm's running statistics, if the model has any."""
+        size = self.model.image_size
+        variables = self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
+        """The mean training loss over the rows where mask is True, and the sums of the plain scores."""
+        del frozen
+        drop_key, augment_key = jax.random.split(key)
+        images, targets = self._training_inputs(batch, augment_key)
+        logits, new_state = self.model.apply(
+            {"params": params, **model_state},
+            images,
+            train=True,
+            mutable=list(model_state),
+            rngs={"drop_path": drop_key},
+        )
+        loss = self._loss(logits, targets)
+        sums = classification_sums(loss, logits, batch["label"], batch["mask"])
+        return Loss(sums["loss"] / jnp.maximum(sums["examples"], 1.0), dict(new_state), sums)
+
+    def predict(self, params: PyTree, model_state: PyTree, batch: Batch) -> jax.Array:
+        """Logits [b, num_classes] in inference."""
+        return self.model.apply({"params": params, **model_state}, self.normalise(batch["image"]), train=False)
+
+    def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
+        targets = smooth_one_hot(batch["label"], outputs.shape[-1], 0.0)
+        return classification_sums(cross_entropy(outputs, targets), outputs, batch["label"], batch["mask"])
+
+    def summary_images(self, batch: Batch) -> dict[str, Any]:
+        """The first 64 images as the model gets them in training."""
+        images, _ = self._training_inputs(batch, jax.random.key(0))
+        return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """Images of 0 to 255 [b, h, w, 3] as the model wants them."""
+        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+
+    def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        erase_key, mix_key = jax.random.split(key)
+        images = mixup.random_erase(erase_key, self.normalise(batch["image"]), probability=self._erase)
+        targets = smooth_one_hot(batch["label"], self.model.num_classes, self._label_smoothing)
+        return mixup.mixup_or_cutmix(mix_key, images, targets, **self._mixing)

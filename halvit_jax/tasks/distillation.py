@@ -1,0 +1,197 @@
+"""Distillation: classification with a teacher, whose answers and inner states the student learns beside the labels."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from halvit_jax.protocols import Batch, Loss, PyTree
+from halvit_jax.tasks.classification import Classification
+from halvit_jax.tasks.losses import TEACHINGS
+from halvit_jax.tasks.metrics import classification_sums
+from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
+
+# Field of the weight -> what a layer keeps under which name, and the loss between two layers.
+RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
+
+
+class Teacher(NamedTuple):
+    """A trained model and how its images are normalised."""
+
+    model: nn.Module
+    variables: PyTree  # as `model.apply` takes them; shapes do where nothing is computed
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class Distillation(Classification):
+    """Train `model` on the labels and on what `teacher` makes of the same images, erased and mixed as they are.
+
+        loss = (1 - alpha) truth(class head) + alpha teaching(distillation head) + qkv_weight Q + hidden_weight H
+
+    A student without a distillation head has one for both. The teacher runs as in evaluation, and its variables are in
+    `frozen`: the step reads them, nothing trains or saves them. Evaluation is that of `Classification`.
+
+    Args:
+        model: the student.
+        teacher: of as many classes, for images of the student's size.
+        kind: a key of TEACHINGS: "hard" (DeiT), "soft" (Mini-DeiT) or "soft_cross_entropy" (Mini-Swin).
+        alpha: the teacher's share of the loss over classes.
+        tau: temperature of both softmaxes, where the kind is soft.
+        qkv_weight: of the relations among queries, keys and values, averaged over the pairs of layers.
+        hidden_weight: of the relations among the outputs of blocks, averaged likewise.
+        student_layers, teacher_layers: the pairs of layers for both, counted from 0 through the whole network.
+        classification: the keywords of `Classification`, of which `loss` is the truth's.
+
+    Raises:
+        ValueError: a value that is not allowed, or student and teacher do not fit each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        teacher: Teacher,
+        kind: str = "hard",
+        alpha: float = 0.5,
+        tau: float = 1.0,
+        qkv_weight: float = 0.0,
+        hidden_weight: float = 0.0,
+        student_layers: Sequence[int] = (),
+        teacher_layers: Sequence[int] = (),
+        **classification: Any,
+    ) -> None:
+        super().__init__(model, **classification)
+        weights = {"qkv_weight": qkv_weight, "hidden_weight": hidden_weight}
+        _check_values(kind, alpha, tau, weights)
+        _check_heads(model, kind, alpha, weights)
+        if teacher.model.num_classes != model.num_classes:
+            raise ValueError(
+                f"the teacher has {teacher.model.num_classes} classes, the student model.num_classes="
+                f"{model.num_classes}; give a teacher of the student's classes with teacher.init_from"
+            )
+        self._relations = {field: weight for field, weight in weights.items() if weight}
+        self._layers = tuple(student_layers), tuple(teacher_layers)
+        if self._relations:
+            _check_layers(model, teacher, *self._layers, [RELATIONS[field][0] for field in self._relations])
+        self.teacher = teacher.model
+        self.frozen = teacher.variables
+        # From the student's normalisation to the teacher's: x -> x * scale + shift.
+        mean, std = np.asarray(teacher.mean, np.float32), np.asarray(teacher.std, np.float32)
+        self._scale, self._shift = self.std / std, (self.mean - mean) / std
+        self._teaching, self._alpha, self._tau = TEACHINGS[kind], alpha, tau
+
+    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
+        """The mean training loss over the rows where mask is True; its parts are among the sums."""
+        drop_key, augment_key = jax.random.split(key)
+        images, targets = self._training_inputs(batch, augment_key)
+        asked = ["intermediates"] if self._relations else []
+        heads, new_state = self.model.apply(
+            {"params": params, **model_state},
+            images,
+            train=True,
+            mutable=[*model_state, *asked],
+            rngs={"drop_path": drop_key},
+            method="heads" if _is_distilled(self.model) else None,
+        )
+        taught, kept = self.teacher.apply(frozen, images * self._scale + self._shift, train=False, mutable=asked)
+        heads = heads if _is_distilled(self.model) else {"class": heads}
+
+        truth = self._loss(heads["class"], targets)
+        teaching = self._teaching(heads.get("distill", heads["class"]), taught, self._tau)
+        parts = {"truth": truth, "teaching": teaching}
+        loss = (1.0 - self._alpha) * truth + self._alpha * teaching
+        for field, weight in self._relations.items():
+            name, relation = RELATIONS[field]
+            networks = (layers_of(state["intermediates"], name) for state in (new_state, kept))
+            parts[field.removesuffix("_weight")] = related = self._related(relation, *networks, len(images))
+            loss += weight * related
+        sums = classification_sums(loss, sum(heads.values()), batch["label"], batch["mask"])
+        sums |= {f"loss_{name}": jnp.sum(jnp.where(batch["mask"], part, 0.0)) for name, part in parts.items()}
+        new_state = {name: state for name, state in new_state.items() if name not in asked}
+        return Loss(sums["loss"] / jnp.maximum(sums["examples"], 1.0), new_state, sums)
+
+    def _related(self, relation: Any, student: list[jax.Array], teacher: list[jax.Array], b: int) -> jax.Array:
+        """The mean over the pairs of layers and an image's windows: [b]."""
+        pairs = [relation(student[i], teacher[j]) for i, j in zip(*self._layers, strict=True)]
+        return sum(pair.reshape(b, -1).mean(-1) for pair in pairs) / len(pairs)
+
+
+def _is_distilled(model: nn.Module) -> bool:
+    return bool(getattr(model, "distilled", False))
+
+
+def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]) -> None:
+    if kind not in TEACHINGS:
+        raise ValueError(f"distill.kind={kind!r} is not one of {', '.join(TEACHINGS)}")
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"distill.alpha={alpha} must lie between 0 and 1")
+    if tau <= 0.0:
+        raise ValueError(f"distill.tau={tau} must be above 0")
+    for field, weight in weights.items():
+        if weight < 0.0:
+            raise ValueError(f"distill.{field}={weight} must not be negative")
+
+
+def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, float]) -> None:
+    """What is learned, and whether each classifier has something to learn that the others' does not contradict."""
+    if not alpha and not any(weights.values()):
+        fields = ", ".join(f"distill.{field}" for field in ("alpha", *weights))
+        raise ValueError(f"nothing is learned of the teacher; set {fields} above 0, or task.name='classify'")
+    if _is_distilled(model) and alpha in (0.0, 1.0):
+        which = "class" if alpha else "distillation"
+        raise ValueError(
+            f"distill.alpha={alpha} leaves the {which} head untrained, whose answer counts in evaluation; set it "
+            "between 0 and 1, or model.distilled=False"
+        )
+    if kind == "hard" and 0.0 < alpha < 1.0 and not _is_distilled(model):
+        raise ValueError(
+            "distill.kind='hard' needs a student with a head for the teacher's label beside that for the truth; set "
+            "model.distilled=True, distill.alpha=1.0, or distill.kind='soft'"
+        )
+
+
+def _check_layers(
+    model: nn.Module, teacher: Teacher, student_layers: Sequence[int], teacher_layers: Sequence[int], names: list[str]
+) -> None:
+    """Whether the pairs of layers are there, and have the same tokens."""
+    if not student_layers or len(student_layers) != len(teacher_layers):
+        raise ValueError(
+            f"distill.student_layers={student_layers} and distill.teacher_layers={teacher_layers} must name as many "
+            "layers, at least one"
+        )
+    size = model.image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    whole = {"student": _kept(model, variables, images), "teacher": _kept(teacher.model, teacher.variables, images)}
+    for name in names:
+        found = {who: layers_of(kept, name) for who, kept in whole.items()}
+        for who, layers in (("student", student_layers), ("teacher", teacher_layers)):
+            if not found[who]:
+                raise ValueError(
+                    f"the {who} keeps no {name} of its layers; set distill.qkv_weight and distill.hidden_weight to 0, "
+                    "or take a transformer"
+                )
+            wrong = [i for i in layers if not 0 <= i < len(found[who])]
+            if wrong:
+                raise ValueError(f"distill.{who}_layers has {wrong}, but the {who}'s are 0 to {len(found[who]) - 1}")
+        for i, j in zip(student_layers, teacher_layers, strict=True):
+            pair = [found["student"][i].shape[:-1], found["teacher"][j].shape[:-1]]
+            if pair[0] != pair[1]:
+                raise ValueError(
+                    f"the tokens of layer {i} in distill.student_layers are {pair[0]}, those of layer {j} in "
+                    f"distill.teacher_layers {pair[1]}; pair layers of equal grids and of equal model.pool and "
+                    "model.distilled"
+                )
+
+
+def _kept(model: nn.Module, variables: PyTree, images: jax.ShapeDtypeStruct) -> PyTree:
+    """The shapes of what the model keeps for those who ask."""
+
+    def run(variables: PyTree, images: jax.Array) -> PyTree:
+        return model.apply(variables, images, train=False, mutable=["intermediates"])[1].get("intermediates", {})
+
+    return jax.eval_shape(run, variables, images)

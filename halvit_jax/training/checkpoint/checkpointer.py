@@ -1,0 +1,309 @@
+"""Checkpoints of a train state: Orbax stores them; here they are sealed, verified, compared, kept and deleted.
+
+A checkpoint is the folder of its step. Orbax commits it, with a digest of every array in its metadata; then a manifest
+with a digest of every file seals it. What is restored has passed both, and where the newest step does not, the one
+before it is taken and the damage is named. A folder that was committed but not sealed, because the run ended in
+between, passes by its arrays alone.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from halvit_jax.protocols import PyTree
+from halvit_jax.training.checkpoint import manifest
+from halvit_jax.training.checkpoint.digests import digests
+from halvit_jax.training.checkpoint.manifest import DamagedError
+from halvit_jax.training.checkpoint.metadata import another_model, compare, described
+from halvit_jax.training.sharding import bytes_of, from_first_process
+from halvit_jax.trees import flat, map_paths
+
+FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
+MOST_LISTED = 40  # differences named before the rest is only counted
+MOST_STEPS = 256  # checkpoints looked at
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written, as often as `attempts` allows."""
+
+
+class Restored(NamedTuple):
+    """A verified state, its step, the facts that were saved with it, and one line for each step passed over."""
+
+    state: PyTree
+    step: int
+    facts: dict[str, Any]
+    damaged: dict[int, str]
+
+
+class Checkpointer:
+    """The checkpoints of one workdir. Saving is asynchronous; at most one save is under way.
+
+    `keep` is how many of the newest checkpoints to keep; the one with the best score is kept beside them. `attempts` is
+    how many saves in a row may fail. `say` gets a line for each failure, and for each step that is passed over.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        keep: int = 2,
+        attempts: int = 1,
+        timeout: int = 600,
+        say: Callable[[str], None] = print,
+        read_only: bool = False,
+    ) -> None:
+        self._folder = (workdir / FOLDER).absolute()
+        self._aside = (workdir / DAMAGED_FOLDER).absolute()
+        self._keep, self._attempts, self._timeout, self._say = keep, attempts, timeout, say
+        self._read_only = read_only
+        self._manager = self._new_manager()
+        self._worker = ThreadPoolExecutor(1, "checkpoint")
+        self._sealing: Future[None] | None = None
+        self._failures = 0
+        self._saved: int | None = None  # the newest step that is saved or being saved
+        self._needed = 0  # bytes of a state
+
+    def steps(self) -> list[int]:
+        """The steps that have a folder, in order; process 0 lists them for all."""
+        found = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
+        newest = sorted(found)[-MOST_STEPS:]
+        agreed = from_first_process(np.array([-1] * (MOST_STEPS - len(newest)) + newest, np.int32))
+        return [int(step) for step in agreed if step >= 0]
+
+    def restore(self, abstract: PyTree, *, step: int | None = None) -> Restored | None:
+        """The newest checkpoint that verifies (or that of `step` and no other); None where there is none at all.
+
+        It comes in the structure, types and shardings of `abstract`.
+
+        Raises:
+            DamagedError: there are checkpoints, and none verifies; or that of `step` does not.
+            ValueError: the checkpoint holds other parameters, every difference listed by path; or `step` is not there.
+        """
+        steps = self.steps()
+        if step is not None and step not in steps:
+            raise ValueError(f"no checkpoint of step {step} in {self._folder}, which has {_listed(steps)}")
+        damaged: dict[int, str] = {}
+        for candidate in [step] if step is not None else reversed(steps):
+            try:
+                state, facts = self._restore(candidate, abstract)
+            except DamagedError as error:
+                damaged[candidate] = f"the checkpoint of step {candidate} is damaged: {error}"
+            else:
+                self._saved = candidate
+                for line in damaged.values():
+                    self._say(f"WARNING: {line}; passed over")
+                return Restored(state, candidate, facts, damaged)
+        if damaged:
+            raise DamagedError("; ".join(damaged.values()))
+        return None
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Move the folders of damaged steps out of the way, for the run will come to these steps again."""
+        if steps and jax.process_index() == 0:
+            self._aside.mkdir(exist_ok=True)
+            for step in steps:
+                taken = sum(path.name.split(".")[0] == str(step) for path in self._aside.iterdir())
+                (self._folder / str(step)).rename(self._aside / (f"{step}.{taken}" if taken else str(step)))
+        from_first_process(np.zeros(()))  # nobody goes on before they are gone
+        self._manager.reload()
+
+    def save(
+        self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
+    ) -> None:
+        """Begin to save; the arrays may be donated as soon as this returns. A step that is saved is left alone.
+
+        `score` is what the best checkpoint has most of. An error while it is written is answered by `failed`; after one
+        all processes give `again`.
+
+        Raises:
+            SaveError: the save before this one, or this one, was the last attempt.
+        """
+        self._finish()
+        if again or self._failures:  # forget what is remembered of the failed one, and remove what it has left
+            self._manager = self._new_manager()
+        if step == self._saved:
+            return
+        leaves = flat(state)
+        self._saved, self._needed = step, bytes_of(state)
+        facts = {"step": step, "score": score, "evaluated": evaluated}
+        facts["arrays"] = described(leaves)
+        try:
+            arrays = ocp.args.StandardSave(_nested(leaves))
+            metadata = {"facts": facts, "sha256": manifest.sha256_of(facts)}
+            self._manager.save(step, args=arrays, custom_metadata=metadata, force=True)
+        except Exception as error:  # whatever the file system and Orbax answer; it is counted, and raised in the end
+            self._failed(error)
+        else:
+            self._sealing = self._worker.submit(self._seal, step)
+
+    def failed(self) -> bool:
+        """Whether the last save is known to have failed, so that the state should be saved again. Does not wait.
+
+        Raises:
+            SaveError: it was the last attempt.
+        """
+        if self._sealing is not None and self._sealing.done():
+            self._finish()
+        return self._failures > 0 and self._sealing is None
+
+    def wait(self) -> bool:
+        """Wait until the last save is on disk and sealed; False where it failed.
+
+        Raises:
+            SaveError: it was the last attempt.
+        """
+        self._finish()
+        return self._failures == 0
+
+    def close(self) -> None:
+        """Wait until everything is on disk."""
+        self._finish()
+        self._worker.shutdown()
+        self._manager.close()
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """What was saved with a step beside its state: score, evaluated, and dtype, shape and digest of its arrays.
+
+        Raises:
+            DamagedError: they cannot be read.
+        """
+        try:
+            metadata = self._manager.metadata(step).custom_metadata
+            facts, expected = metadata["facts"], metadata["sha256"]
+        except Exception as error:  # a damaged file may answer with anything
+            raise DamagedError(f"its metadata cannot be read ({type(error).__name__})") from error
+        actual = manifest.sha256_of(facts)
+        if actual != expected:
+            raise DamagedError(f"its metadata have the digest {actual[:16]}, expected {str(expected)[:16]}")
+        if facts["step"] != step:
+            raise DamagedError(f"its metadata are of step {facts['step']}")
+        return facts
+
+    def verify_files(self, step: int) -> bool:
+        """Compare every file of a step with its manifest; False where it was never sealed.
+
+        Raises:
+            DamagedError: the first file that is missing or changed.
+        """
+        folder = self._folder / str(step)
+        if not manifest.is_sealed(folder):
+            return False
+        manifest.verify(folder)
+        return True
+
+    def _restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        sealed = self._verified_by_first_process(step)
+        facts = self.facts(step)
+        wanted = flat(abstract)
+        differences = compare(facts["arrays"], wanted)
+        if differences:
+            listed = differences[:MOST_LISTED]
+            if len(differences) > MOST_LISTED:
+                listed.append(f"... and {len(differences) - MOST_LISTED} more")
+            raise ValueError(another_model(step, self._folder, listed))
+        try:
+            arrays = flat(self._manager.restore(step, args=ocp.args.StandardRestore(_nested(wanted))))
+        except Exception as error:
+            if sealed:  # its files are what was written, so this is another kind of error
+                raise
+            raise DamagedError(f"it was not sealed and cannot be read ({type(error).__name__})") from error
+        for path, actual in digests(arrays).items():
+            expected = facts["arrays"][path]["digest"]
+            if actual != expected:
+                raise DamagedError(f"the array {path} has the digest {actual}, expected {expected}")
+        return map_paths(lambda path, _: arrays[path], abstract), facts
+
+    def _verified_by_first_process(self, step: int) -> bool:
+        """`verify_files` by process 0, the verdict shared by all."""
+        sealed, damage = False, None
+        if jax.process_index() == 0:
+            try:
+                sealed = self.verify_files(step)
+            except DamagedError as error:
+                damage = error
+        verdict = from_first_process(np.array([sealed, damage is not None]))
+        if verdict[1]:
+            raise damage or DamagedError("process 0 found a damaged file")
+        return bool(verdict[0])
+
+    def _seal(self, step: int) -> None:
+        """Wait for Orbax's commit, write the manifest, delete what need not be kept; in a thread of its own."""
+        self._manager.wait_until_finished()
+        if jax.process_index():
+            return
+        manifest.write(self._folder / str(step), step)
+        folders = {int(path.name): path for path in self._folder.glob("*") if path.name.isdigit()}
+        sealed = sorted(step for step, folder in folders.items() if manifest.is_sealed(folder))
+        kept = set(sealed[-self._keep :]) | {self._best(sealed)}
+        for old in sorted(folders.keys() - kept):
+            if old < step:
+                manifest.unseal(folders[old])
+                shutil.rmtree(folders[old])
+
+    def _best(self, steps: list[int]) -> int | None:
+        """The step with the best score, the latest of equals."""
+        scores = {}
+        for step in steps:
+            try:
+                scores[step] = self.facts(step)["score"]
+            except DamagedError:
+                continue
+        scores = {step: score for step, score in scores.items() if score is not None}
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def _finish(self) -> None:
+        """Wait for the save under way, if there is one."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is None:
+            return
+        error = sealing.exception()
+        if error is None:
+            self._failures = 0
+        else:
+            self._failed(error)
+
+    def _failed(self, error: BaseException) -> None:
+        step, self._saved = self._saved, None
+        self._failures += 1
+        reason = " ".join(str(error).split())[:300]
+        free = shutil.disk_usage(self._folder if self._folder.is_dir() else self._folder.parent).free
+        message = (
+            f"the checkpoint of step {step} could not be written to {self._folder} ({type(error).__name__}: {reason}); "
+            f"it needs {self._needed:,} bytes, {free:,} are free"
+        )
+        if self._failures >= self._attempts:
+            raise SaveError(f"{message}; given up after {self._failures} of save_attempts={self._attempts}") from error
+        self._say(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            lightweight_initialize=True,  # reads no metadata: those of a damaged step would end it
+            async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
+        )
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+
+def _listed(steps: list[int]) -> str:
+    return f"those of {', '.join(map(str, steps))}" if steps else "none"
+
+
+def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} -> {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree

@@ -1,0 +1,182 @@
+"""Models taken out of their runs, and used without this package."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers.processes import ONE_DEVICE, run_door
+from helpers.runs import Finished
+
+import halvit_jax
+from halvit_jax import data, export, predict
+from halvit_jax.config import default_config
+from halvit_jax.convert import weights_file
+from halvit_jax.data import hide_accelerators
+from halvit_jax.experiment import build
+from halvit_jax.experiment.trained import load_trained
+from halvit_jax.models import create_model
+from halvit_jax.tasks.classification import Classification
+
+EXPORT = "halvit_jax.export"
+
+
+@pytest.fixture(scope="module")
+def digits(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """images.npy and logits.npy: all test digits as uint8 images, and what the trained model says of them."""
+    trained = load_trained(finished[0])
+    hide_accelerators()
+    loader = build.build_loaders(trained.config, image_size=8).eval
+    batches = [{name: value[batch["mask"]] for name, value in batch.items()} for batch in loader.batches()]
+    images = np.concatenate([batch["image"] for batch in batches])
+    assert len(images) == 364
+    folder = tmp_path_factory.mktemp("digits")
+    np.save(folder / "images.npy", images)
+    np.save(folder / "logits.npy", np.asarray(trained.task.predict(*trained.variables, {"image": images})))
+    return folder
+
+
+STABLEHLO = """
+import sys, json, zipfile, jax, jax.export, numpy as np
+with zipfile.ZipFile("FILE") as archive:
+    call = jax.export.deserialize(bytearray(archive.read("model.bin"))).call
+    info = json.loads(archive.read("info.json"))
+"""
+ONNX = """
+import sys, json, onnxruntime, numpy as np
+session = onnxruntime.InferenceSession("FILE", providers=["CPUExecutionProvider"])
+call = lambda images: session.run(None, {session.get_inputs()[0].name: images})[0]
+info = json.loads(session.get_modelmeta().custom_metadata_map["info"])
+"""
+REST = """
+images = np.load("images.npy")
+for some in (images, images[:3]):
+    logits = np.asarray(call(some))
+    assert logits.shape == (len(some), 10)
+np.testing.assert_allclose(np.asarray(call(images)), np.load("logits.npy"), atol=1e-4)
+assert (np.asarray(call(images)).argmax(-1) == np.load("logits.npy").argmax(-1)).all()
+assert "halvit_jax" not in sys.modules
+print(json.dumps(info))
+"""
+
+
+@pytest.mark.parametrize(("kind", "suffix", "program"), [("stablehlo", "zip", STABLEHLO), ("onnx", "onnx", ONNX)])
+def test_what_is_exported_says_the_same_without_this_package(
+    kind: str, suffix: str, program: str, finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    if kind == "onnx":
+        pytest.importorskip("jax2onnx", reason="in the extra [onnx], which holds orbax-checkpoint below 0.11.37")
+    out = tmp_path / f"model.{suffix}"
+    said = run_door(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
+    assert said[0] == f"{out}: {out.stat().st_size:,} bytes"
+    assert said[0].startswith(str(out))
+    assert "the same class for 364 of 364" in said[2]
+    assert " ms written, " in said[3]
+    program = program.replace("FILE", str(out)) + REST
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=digits,
+        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    info = json.loads(done.stdout)
+    assert info["classes"] == [str(i) for i in range(10)]
+    assert (info["model"], info["image_size"], info["crop"]) == ("halvit_tiny", 8, 1.0)
+    assert (info["mean"], info["std"], info["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bilinear")
+    params = finished[1]["params"]
+    assert 4 * params < out.stat().st_size < 4 * params + 150_000  # every parameter once
+
+
+def test_safetensors_are_read_again_by_load(finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    out = tmp_path / "model.safetensors"
+    trained = load_trained(finished[0])
+    written = export.export(trained, "safetensors", out)
+    lines = export.receipt(trained, written, out)
+    assert "largest difference of a logit: 0.0e+00" in lines
+    model, variables = halvit_jax.load(out)
+    images = np.load(digits / "images.npy").astype(np.float32)
+    logits = model.apply(variables, (images / 255 - 0.5) / 0.5, train=False)
+    np.testing.assert_allclose(logits, np.load(digits / "logits.npy"), atol=1e-5)
+    assert weights_file.load(out).name == "halvit_tiny"
+    params = finished[1]["params"]
+    assert out.stat().st_size < 4 * params + 10_000
+
+
+def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
+    served = export.serve(load_trained(finished[0]))
+    images = jax.ShapeDtypeStruct((2, 8, 8, 3), "uint8")
+    constants = jax.make_jaxpr(served.call)(images).consts
+    assert sum(each.size for each in constants if each.ndim) <= finished[1]["params"] + 100
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --workdir=DIR, --format=NAME and --out=FILE"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is no workdir of a run"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=README.md"], "--out=README.md is there already"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=/not/there.zip"], "make /not"),
+        (["--workdir=/nowhere", "--format=saved_model", "--out=x"], "should be one of"),
+    ],
+)
+def test_bad_input_is_answered_with_a_line(flags: list[str], message: str) -> None:
+    error = run_door(EXPORT, *flags, code=2).stderr
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_file_of_another_kind_and_a_missing_package_are_refused(
+    finished: Finished, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = load_trained(finished[0])
+    with pytest.raises(ValueError, match=r"--out=.*model.bin must end in .safetensors"):
+        export.export(trained, "safetensors", tmp_path / "model.bin")
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(ValueError, match=r"pip install 'halvit_jax\[onnx\]'"):
+        export.export(trained, "onnx", tmp_path / "model.onnx")
+
+
+def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    image = np.load(digits / "images.npy")[0]
+    data.write_png(str(tmp_path / "digit.png"), image)
+    out, page = tmp_path / "attention.png", tmp_path / "page.jpg"
+    page.write_text("<html>")
+    command = ["halvit_jax.predict", f"--workdir={finished[0]}"]
+    files = [str(tmp_path / "digit.png"), str(page)]
+    assert len(run_door(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
+    drawn = tf.io.decode_png(out.read_bytes()).numpy()
+    assert drawn.shape == (224, 448, 3)
+    np.testing.assert_array_equal(drawn[:, :224], image.repeat(28, 0).repeat(28, 1))
+    assert (drawn[:, :224] != drawn[:, 224:]).any()
+    assert "must end in .png" in run_door(*command, "--attention=x.jpg", *files, code=2).stderr
+    with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
+        data.write_png(f"{tmp_path}/digit.png/x.png", image)
+
+
+@pytest.mark.slow
+def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
+    shape = {"width": 8, "depths": (1,), "head_width": 4, "image_size": 16, "num_classes": 3}
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+
+    def draw(window: int) -> np.ndarray:
+        task = Classification(create_model("swin_tiny", **shape, window_size=window), **default_config().task)
+        variables = {"params": jax.jit(task.init)(jax.random.key(0))[0]}
+        trained = types.SimpleNamespace(task=task, model_variables=variables)
+        return predict.attention_over(trained, image)
+
+    drawn = draw(4)  # as large as the map
+    np.testing.assert_array_equal(drawn[:, :224], image.repeat(14, 0).repeat(14, 1))
+    assert (drawn[:, :224] != drawn[:, 224:]).any()
+    with pytest.raises(ValueError, match="the last block of SwinTransformer attends in windows, not over the image"):
+        draw(2)

@@ -1,0 +1,261 @@
+"""The real command, end to end, and its answers to bad input."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers.processes import ONE_DEVICE, ROOT, run_door
+from helpers.runs import MAIN, tiny
+
+import halvit_jax
+from halvit_jax import predict
+from halvit_jax.cli import app
+from halvit_jax.config import default_config
+from halvit_jax.experiment.trained import load_trained
+from halvit_jax.main import work
+from halvit_jax.protocols import DataError
+
+PREDICT = "halvit_jax.predict"
+
+
+def test_the_command_trains_then_finds_itself_finished_then_evaluates(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    arguments = [
+        "--config=configs/halvit_digits.py",
+        f"--workdir={tmp_path}/new/run",
+        f"--config.data.data_dir={digits_dir}",
+        "--config.model.depth=1",
+        "--config.total_steps=30",
+        "--config.eval_every=20",
+        "--config.checkpoint_every=20",
+        "--config.optim.warmup_epochs=0.0",
+        "--config.log_every=10",
+    ]
+    first = subprocess.run(
+        [sys.executable, "-m", MAIN, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        timeout=300,
+        check=False,
+    )
+    assert first.returncode == 0, first.stderr
+    result = json.loads((tmp_path / "new/run/result.json").read_text())
+    assert result["step"] == 30
+    assert result["eval"].keys() == result["ema_eval"].keys() == {"loss", "top1", "top5"}
+    assert result["images_per_s"] > 0
+    assert result["params"] == 60_298
+    assert len(result["params_sha256"]) == 64
+    assert "images/s" in first.stdout
+    assert "ETA" in first.stdout
+    again = run_door(MAIN, *arguments)
+    assert "finished: the newest checkpoint is of step 30 of 30" in again.stdout
+    repeated = json.loads((tmp_path / "new/run/result.json").read_text())
+    assert repeated == result
+    evaluated = json.loads(run_door(MAIN, *arguments, "--mode=eval").stdout.splitlines()[-1])
+    assert evaluated == {"eval": result["eval"], "ema_eval": result["ema_eval"]}
+
+
+def test_data_found_bad_while_they_are_read_end_the_program_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, app.bad_data():
+        raise DataError("photo.jpg cannot be decoded; remove it")
+    assert ended.value.code == app.BAD_INPUT
+    assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
+    with pytest.raises(ZeroDivisionError), app.bad_data():
+        raise ZeroDivisionError
+
+
+def test_result_and_description_are_written(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:
+    workdir, result = finished
+    assert json.loads((workdir / "result.json").read_text()) == result
+    assert json.loads((workdir / "classes.json").read_text()) == [str(i) for i in range(10)]
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 32
+
+
+def test_the_trained_model_can_be_loaded(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:
+    workdir, result = finished
+    model, variables = halvit_jax.load(workdir)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == result["params"]
+    assert model.apply(variables, np.zeros((2, 8, 8, 3), np.float32), train=False).shape == (2, 10)
+
+
+def test_predict_goes_on_after_a_file_that_is_no_image(
+    finished: tuple[pathlib.Path, dict[str, Any]], tmp_path: pathlib.Path
+) -> None:
+    page, digit = tmp_path / "page.jpg", tmp_path / "digit.png"
+    page.write_text("<html>")
+    tf.io.write_file(str(digit), tf.io.encode_png(np.full((8, 8, 1), 100, np.uint8)))
+    said = run_door(PREDICT, f"--workdir={finished[0]}", str(page), str(digit), code=1).stdout
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert "is no image" in rows[0]["error"]
+    assert [row["image"] for row in rows] == [str(page), str(digit)]
+    assert len(rows[1]["top5"]) == 5
+    probabilities = [entry["probability"] for entry in rows[1]["top5"]]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert 0 < sum(probabilities) <= 1.0001
+    assert {entry["class"] for entry in rows[1]["top5"]} <= {str(i) for i in range(10)}
+
+
+def test_predict_agrees_with_the_evaluation(
+    finished: tuple[pathlib.Path, dict[str, Any]], digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    from halvit_jax.data import open_source
+
+    workdir, result = finished
+    source = open_source("digits", str(digits_dir), "test")
+    records = list(source.reader(1)(0).map(source.fetch).as_numpy_iterator())
+    paths = [tmp_path / f"{i}.png" for i in range(len(records))]
+    for path, record in zip(paths, records, strict=True):
+        path.write_bytes(record["image"])
+    rows = predict.predict(load_trained(workdir), [str(path) for path in paths])
+    right = [row["top5"][0]["class"] == str(record["label"]) for (row, _), record in zip(rows, records, strict=True)]
+    assert np.mean(right) == pytest.approx(result["ema_eval"]["top1"])
+
+
+BAD_FIELDS = {
+    "model.name='halvit_tny' is unknown; did you mean 'halvit_tiny'": {"model.name": "halvit_tny"},
+    "model.num_heads=5 does not divide model.width=32": {"model.num_heads": 5},
+    "model.patch_size=3 does not divide model.image_size=8": {"model.patch_size": 3},
+    "model.width=-32 must not be negative": {"model.width": -32},
+    "model.depth=0 must be at least 1": {"model.depth": 0},
+    "model.attention='tide' is not one of full, tied": {"model.attention": "tide"},
+    "model.num_classes=0 must be at least 1": {"model.num_classes": 0},
+    "model.depth=2: resnet18 has no such field": {"model.name": "resnet18"},
+    "batch_size=-32 must be at least 1": {"batch_size": -32},
+    "batch_size=30 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 24 or 32": {"batch_size": 30},
+    "mesh.data=3 mesh.fsdp=1 mesh.tensor=1 must be positive, multiply to the 8 devices": {"mesh.data": 3},
+    "batch_size=32 does not divide over mesh.data x mesh.fsdp = 8 devices in accumulate=3 parts; set it to 24 or 48": {
+        "accumulate": 3
+    },
+    "model.drop_path=1.0 must lie in [0, 1)": {"model.drop_path": 1.0},
+    "model.ffn_ratio=0.0 leaves nothing of model.width=32": {"model.ffn_ratio": 0.0},
+    "total_steps=8 and num_epochs=3: set one": {"num_epochs": 3},
+    "eval_every=0 must be at least 1": {"eval_every": 0},
+    "ema_decay=1.5 must lie in": {"ema_decay": 1.5},
+    "compute_dtype='float16' is not one of auto, float32, bfloat16": {"compute_dtype": "float16"},
+    "data.name='mnist' is not prepared": {"data.name": "mnist"},
+    "split 'validation' of data.name='digits' is unknown": {"data.eval_split": "validation"},
+    "data.crop='middle' is not one of": {"data.crop": "middle"},
+    "model.num_classes=12, but data.name='digits' has 10 classes": {"model.num_classes": 12},
+    "task.loss='hinge' is not one of": {"task.loss": "hinge"},
+    "task.mix_per='row' is not one of batch, image": {"task.mix_per": "row"},
+    "task.erase=1.5 must lie between 0 and 1": {"task.erase": 1.5},
+    "task.mixup=-1.0 must not be negative": {"task.mixup": -1.0},
+    "optim.name='adam' is not one of adamw, lamb, sgd": {"optim.name": "adam"},
+    "optim.schedule='linear' is not one of": {"optim.schedule": "linear"},
+    "optim.warmup_epochs=100.0 are 4400 steps of 8": {"optim.warmup_epochs": 100.0},
+}
+
+
+@pytest.mark.parametrize("message", BAD_FIELDS)
+def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
+    message: str, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        work(tiny(digits_dir, **BAD_FIELDS[message]), tmp_path / "run")
+    assert ended.value.code == app.BAD_INPUT
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model.nme=x"], "model.nme is no field of the config; did you mean --config.model.name?"),
+        (["--config.batch_size=many"], "flag --config.batch_size=many"),
+        (["--config.model.name=halvit_tny"], "did you mean 'halvit_tiny'"),
+        (["--mode=sleep"], "flag --mode=sleep"),
+        (["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
+        (["stray"], "unexpected arguments ['stray']"),
+    ],
+)
+def test_a_bad_command_line_ends_in_ten_seconds(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
+    started = time.monotonic()
+    done = run_door(MAIN, "--config=configs/halvit_digits.py", f"--workdir={tmp_path}", *arguments, code=2)
+    assert time.monotonic() - started < 5  # and five more for the imports, which it was spared
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_missing_flags_are_named() -> None:
+    assert "give both --config=configs/NAME.py and --workdir=DIR" in run_door(MAIN, code=2).stderr
+    assert "give --workdir=DIR and at least one image" in run_door(PREDICT, code=2).stderr
+    assert "is no workdir of a run" in run_door(PREDICT, "--workdir=/nowhere", "a.png", code=2).stderr
+
+
+def test_an_unwritable_workdir_is_refused(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit) as ended:
+        work(tiny(digits_dir), tmp_path / "file" / "run")
+    assert ended.value.code == app.BAD_INPUT
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_evaluating_before_training_is_refused(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        work(tiny(digits_dir), tmp_path, mode="eval")
+    assert "has no checkpoint to evaluate; train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {"model.width": 64},
+            ["params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model", "params/norm/scale"],
+        ),
+        pytest.param(
+            {"model.ffn": "dense"},
+            ["params/block0/ffn/tied/kernel", "params/block1/ffn/expand/kernel: not saved"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"ema_decay": 0.0},
+            ["ema/params/head/bias: float32 (10,) saved, not in this model"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
+    changes: dict[str, Any],
+    lines: list[str],
+    finished: tuple[pathlib.Path, dict[str, Any]],
+    digits_dir: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    workdir, result = finished
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(SystemExit) as ended:
+        work(tiny(digits_dir, **changes), workdir)
+    assert ended.value.code == app.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "is of another model or optimizer; use another --workdir" in error
+    for line in lines:
+        assert line in error
+    assert (workdir / "config.json").read_text() == before
+    assert work(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+
+
+def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
+    from halvit_jax.models import MODELS, fields_of
+
+    families = {family for family, _ in MODELS.values()}
+    fields = {field for family in families for field in fields_of(family)} - {"dtype", "folded"}
+    assert set(default_config().model) - {"name"} == fields

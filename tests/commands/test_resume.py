@@ -1,0 +1,137 @@
+"""A run broken off and begun again ends with the same parameters, bit for bit."""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+from helpers.processes import Started, run_door
+from helpers.runs import MAIN, tiny
+
+from halvit_jax.main import work
+from halvit_jax.training.checkpoint.checkpointer import FOLDER, manifest
+
+STEPS = 60
+
+
+EVERYTHING = {  # beside what `tiny` switches on
+    "accumulate": 2,
+    "data.augment": "rand-m9-mstd0.5-inc1",
+    "data.repeats": 3,
+    "optim.clip_norm": 1.0,
+}
+RESNET = {f"model.{field}": None for field in ("patch_size", "width", "depth", "num_heads")} | {
+    "model.name": "resnet18",
+    "model.depths": (1, 1, 1, 1),
+    "model.image_size": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "broken_at"),
+    [
+        pytest.param({"model.depth": 1}, 12, (6,), id="halvit"),
+        pytest.param({}, STEPS, (1, 7, 30, 59), id="halvit at four steps", marks=pytest.mark.slow),
+        # BatchNorm's statistics are state too.
+        pytest.param(RESNET, STEPS, (1, 7, 30, 59), id="resnet at four steps", marks=pytest.mark.slow),
+    ],
+)
+def test_broken_at_any_step_it_ends_the_same(
+    model: dict,
+    steps: int,
+    broken_at: tuple[int, ...],
+    digits_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = math.gcd(steps, *broken_at)
+    cadence = {"total_steps": steps, "eval_every": steps, "checkpoint_every": every, "keep_checkpoints": 1}
+    config = tiny(digits_dir, **EVERYTHING | cadence | model)
+    seal = manifest.write
+
+    def seal_and_copy(folder: pathlib.Path, step: int) -> None:
+        seal(folder, step)
+        if step in broken_at:
+            shutil.copytree(folder, tmp_path / str(step) / FOLDER / str(step))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", seal_and_copy)
+        whole = work(config, tmp_path / "whole")
+    config.checkpoint_every = steps  # when it is saved changes nothing
+    for step in broken_at:
+        resumed = work(config, tmp_path / str(step))
+        assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}, step
+
+
+@pytest.mark.slow  # a minute, and tests/faults/kill.py kills hundreds
+def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    arguments = [
+        "--config=configs/halvit_digits.py",
+        f"--config.data.data_dir={digits_dir}",
+        "--config.total_steps=30",
+        "--config.batch_size=32",
+        "--config.eval_every=1000",
+        "--config.checkpoint_every=5",
+        "--config.log_every=10",
+        "--config.model.width=48",
+        "--config.model.drop_path=0.1",
+        "--config.task.mixup=0.8",
+        "--config.optim.warmup_epochs=0.5",
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run_door(MAIN, *arguments, f"--workdir={whole}")
+    process = Started(MAIN, *arguments, f"--workdir={broken}", stdout=tmp_path / "log.txt")
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoints" / "10").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (broken / "result.json").exists()
+    done = run_door(MAIN, *arguments, f"--workdir={broken}")
+    assert "going on from the checkpoint of step" in done.stdout
+    results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
+    assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    assert results[0]["eval"] == results[1]["eval"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """C1 of the test plan, on a file system of its own that has room for two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small file system")
+    arguments = [
+        "--config=configs/halvit_digits.py",
+        f"--config.data.data_dir={digits_dir}",
+        "--config.total_steps=40",
+        "--config.batch_size=32",
+        "--config.eval_every=1000",
+        "--config.checkpoint_every=10",
+        "--config.log_every=10",
+        "--config.model.width=48",
+        "--config.optim.warmup_epochs=0.5",
+    ]
+    try:
+        run_door(MAIN, *arguments, f"--workdir={tmp_path / 'whole'}")
+        error = run_door(MAIN, *arguments, f"--workdir={disk / 'run'}", code=3).stderr
+        assert re.search(
+            r"^error: the checkpoint of step \d+ could not be written to .* bytes, [\d,]+ are free; given up",
+            error.splitlines()[-1],
+        )
+        assert "step 10  good" in run_door("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        assert "going on from the checkpoint of step" in run_door(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
+        results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", disk / "run")]
+        assert results[0]["params_sha256"] == results[1]["params_sha256"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

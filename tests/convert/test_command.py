@@ -1,0 +1,158 @@
+"""`python -m halvit_jax.convert` and the native files it writes."""
+
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from helpers.processes import run_door
+
+from halvit_jax.convert import from_torch, readers, shapes_of, to_torch, torch_shapes, weights_file
+from halvit_jax.convert.__main__ import convert
+from halvit_jax.convert.engine import nest
+from halvit_jax.models import create_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5}
+
+
+def run(*arguments: str | pathlib.Path, code: int = 0) -> subprocess.CompletedProcess:
+    """One process."""
+    return run_door("halvit_jax.convert", *map(str, arguments), code=code)
+
+
+def variables_of(name: str, **fields: Any) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(create_model(name, **fields)).items()
+    return nest({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes})
+
+
+def digest(line: str) -> str:
+    return line.split("sha256 ")[1]
+
+
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A file as other programs write it: official names and no metadata."""
+    rng = np.random.default_rng(0)
+    state = {
+        name: rng.standard_normal(shape).astype(np.float32) if shape else np.zeros((), np.int64)
+        for name, shape in torch_shapes("resnet18", num_classes=3).items()
+    }
+    path = tmp_path_factory.mktemp("weights") / "resnet18.safetensors"
+    readers.write(path, state, {})
+    return path
+
+
+def test_the_door_there_and_back(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.safetensors"
+    there = run(resnet18, ours, "--model=resnet18", "--num_classes=3").stdout.splitlines()
+    again = convert(str(ours), str(back), name=None, to="torch", fields={})
+    assert there[0] == again[0] == "resnet18: 11,178,051 parameters"
+    assert there[1].startswith(f"{resnet18}: 122 arrays, 11,187,671 numbers, sha256 ")
+    assert there[2].startswith(f"{ours}: 102 arrays, 11,187,651 numbers, sha256 ")
+    assert digest(there[1]) == digest(again[2])  # the same names, types and values as at the start
+    assert digest(there[2]) == digest(again[1])
+
+    weights = readers.read(ours)
+    assert weights.metadata == {"format": "halvit_jax", "model": "resnet18", "fields": '{"num_classes": 3}'}
+    assert "params/stage4/block1/conv2/kernel" in weights.arrays
+    assert "batch_stats/stem/norm/var" in weights.arrays
+    expected = from_torch("resnet18", readers.read(resnet18).arrays, num_classes=3)
+    jax.tree.map(np.testing.assert_array_equal, weights_file.load(ours).variables, expected)
+
+
+def test_the_door_answers_bad_input_with_a_line(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    assert "error: give a file to read and one to write" in run(resnet18, code=2).stderr
+    bad = run(resnet18, tmp_path / "x.safetensors", "--model=resnet18", code=2).stderr
+    assert bad.startswith("error: these weights do not fit resnet18; 2 misshapen: fc.")
+    assert len(bad.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_halvit_is_written_as_a_deit(tmp_path: pathlib.Path) -> None:
+    source, target = tmp_path / "halvit.safetensors", tmp_path / "deit.safetensors"
+    variables = variables_of("halvit_tiny", **TINY)
+    weights_file.save(source, "halvit_tiny", variables, **TINY, drop_path=None)
+    lines = convert(str(source), str(target), name="halvit_tiny", to="deit", fields={"num_classes": None})
+    deit = readers.read(target)
+    assert deit.metadata == {"format": "pt", "model": "halvit_tiny"}
+    expected = to_torch("halvit_tiny", variables, as_deit=True, **TINY)
+    assert deit.arrays.keys() == expected.keys()
+    assert all(np.array_equal(deit.arrays[name], array) for name, array in expected.items())
+    assert int(lines[1].split()[3].replace(",", "")) < int(lines[2].split()[3].replace(",", ""))
+
+
+def test_the_models_of_file_and_flags_must_agree(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    source, target = tmp_path / "vit.safetensors", str(tmp_path / "x.safetensors")
+    weights_file.save(source, "deit_tiny", variables_of("deit_tiny", **TINY), **TINY)
+    with pytest.raises(
+        ValueError, match=r"resnet18.safetensors does not say which model it is of; name it \(--model=NAME\)"
+    ):
+        convert(str(resnet18), target, name=None, to="jax", fields={})
+    with pytest.raises(ValueError, match=r"vit.safetensors is of deit_tiny, not of deit_small"):
+        convert(str(source), target, name="deit_small", to="torch", fields={})
+    with pytest.raises(ValueError, match=r"do not fit deit_tiny; 2 misshapen: params/head"):
+        convert(str(source), target, name="deit_tiny", to="torch", fields={"num_classes": 7})
+    with pytest.raises(ValueError, match="did you mean 'resnet18'"):
+        convert(str(resnet18), target, name="resnet_18", to="jax", fields={})
+    with pytest.raises(ValueError, match=r"must end in .safetensors"):
+        convert(str(source), str(tmp_path / "x.pth"), name=None, to="torch", fields={})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("halvit_tiny", TINY | {"dtype": "bfloat16"}),
+        ("resnet50", {"depths": (1, 1, 1, 1), "image_size": 32, "num_classes": 0}),
+    ],
+)
+def test_native_files_know_their_model(name: str, fields: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    variables = variables_of(name, **fields)
+    path = tmp_path / "x.safetensors"
+    weights_file.save(path, name, variables, **fields)
+    loaded = weights_file.load(path)
+    assert loaded.name == name
+    assert loaded.fields == json.loads(json.dumps(fields))
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+    assert shapes_of(create_model(loaded.name, **loaded.fields)) == shapes_of(create_model(name, **fields))
+
+
+def test_native_files_that_cannot_be_are_refused(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path, variables = tmp_path / "x.safetensors", variables_of("deit_tiny", **TINY)
+    with pytest.raises(
+        ValueError, match=r"resnet18.safetensors is no file of halvit_jax; python -m halvit_jax.convert"
+    ):
+        weights_file.load(resnet18)
+    with pytest.raises(ValueError, match="these variables do not fit deit_tiny"):
+        weights_file.save(path, "deit_tiny", variables, **TINY | {"depth": 3})
+    with pytest.raises(ValueError, match="cannot be written as JSON: Object of type Float32DType"):
+        weights_file.save(path, "deit_tiny", variables, **TINY, dtype=np.dtype("float32"))
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "why"),
+    [
+        ("deit_tiny", "", "fields of the model 'deit_tiny' cannot be: ''"),
+        ("deit_tiny", "[1]", "cannot be"),
+        ("deit_tiny", "[" * 100_000, "cannot be"),
+        ("deit_tiny", '{"depth": 1000000000}', "cannot be"),
+        ("deit_tiny", '{"depth": "12"}', "cannot be"),
+        ("resnet18", '{"depths": [1, 1, 1, 1000000000]}', "cannot be"),
+        ("deit_tiny", '{"width": "wide"}', "the model 'deit_tiny' with the fields .* cannot be built: "),
+        ("deit_tiny", '{"parent": 1}', "deit_tiny has no such field"),
+        ("", "{}", "model.name='' is unknown"),
+        ("deit_tiny", "{}", "these variables do not fit deit_tiny; 1 left over: params/x; .* missing: "),
+    ],
+)
+def test_a_native_file_that_lies_is_refused(name: str, fields: str, why: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.safetensors"
+    readers.write(
+        path, {"params/x": np.zeros(1, np.float32)}, {"format": "halvit_jax", "model": name, "fields": fields}
+    )
+    with pytest.raises(ValueError, match=why):
+        weights_file.load(path)

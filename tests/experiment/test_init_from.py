@@ -1,0 +1,164 @@
+"""Runs that begin with weights of others."""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.runs import Finished, tiny
+from helpers.tiers import tiered
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import halvit_jax
+from halvit_jax.cli.preflight import preflight
+from halvit_jax.convert import readers, to_torch, weights_file
+from halvit_jax.experiment import build, init_from, tasks, workdir
+from halvit_jax.experiment.trained import restore_newest
+from halvit_jax.main import work
+from halvit_jax.trees import flat
+
+
+@pytest.fixture
+def source(finished: Finished, tmp_path: pathlib.Path, request: pytest.FixtureRequest) -> pathlib.Path:
+    """The finished run itself, as our file, or as a PyTorch state."""
+    if request.param == "workdir":
+        return finished[0]
+    model, variables = halvit_jax.load(finished[0])
+    fields = {name: getattr(model, name) for name in ("width", "depth", "num_heads", "patch_size")}
+    fields |= {"num_classes": 10, "image_size": 8}
+    path = tmp_path / f"{request.param}.safetensors"
+    if request.param == "native":
+        weights_file.save(path, "halvit_tiny", variables, **fields)
+    else:
+        readers.write(path, to_torch("halvit_tiny", variables, **fields), {})
+    return path
+
+
+@pytest.mark.parametrize("source", tiered(["workdir", "native", "torch"], {"workdir"}), indirect=True)
+def test_a_run_begins_with_what_fits_and_lists_the_rest(
+    source: pathlib.Path, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    fresh = ("^head/bias", "norm/scale$")
+    config = tiny(digits_dir, **{"init_from": str(source), "init_fresh": fresh, "model.image_size": 12})
+    run = build.build(config)
+    said: list[str] = []
+    state = init_from.fresh_state(
+        run.abstract_state(),
+        model=run.task.model,
+        init=run.fresh_state,
+        config=config,
+        workdir=tmp_path,
+        say=said.append,
+    )
+    _, variables = halvit_jax.load(finished[0])
+    old, new, averages = (flat(tree) for tree in (variables["params"], state.params, state.ema["params"]))
+    begun = flat(run.fresh_state(run.abstract_state()).params)
+    for path, value in new.items():
+        if path == "head/bias" or path.endswith("norm/scale"):
+            np.testing.assert_array_equal(value, begun[path])
+        elif path == "position/embedding":
+            assert value.shape == (37, 32)
+            np.testing.assert_array_equal(value[0], old[path][0])
+        else:
+            np.testing.assert_array_equal(value, old[path])
+        np.testing.assert_array_equal(value, averages[path])
+        assert value.sharding == flat(run.abstract_state().params)[path].sharding
+    assert int(state.step) == 0
+    listed = json.loads((tmp_path / init_from.FILE).read_text())
+    assert listed["source"] == str(source)
+    assert listed["changed"] == ["params/position/embedding (17, 32) -> (37, 32)"]
+    assert len(listed["loaded"]) + len(listed["fresh"]) == len(new)
+    assert "params/head/bias (10,)" in listed["fresh"]
+    assert said[0] == f"init_from={source}: {len(listed['loaded']) - 1} arrays as they are"
+    assert said[1] == f"init_from={source}: changed: {listed['changed'][0]}"
+
+
+@pytest.mark.slow
+def test_it_trains_on_and_a_checkpoint_comes_before_it(
+    finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
+) -> None:
+    short = {"total_steps": 2, "eval_every": 2, "checkpoint_every": 2, "init_from": str(finished[0])}
+    frozen = {"optim.frozen": ("^block", "^embed", "^position"), "optim.learning_rate": 0.1}
+    work(tiny(digits_dir, **short | frozen), tmp_path)
+    assert "arrays as they are" in capsys.readouterr().out
+    assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
+    assert re.search(r"^ok    init_from   \d+ arrays as they are$", capsys.readouterr().out, re.MULTILINE)
+    config = workdir.read_config(tmp_path)
+    state = restore_newest(tasks.build_task(config), config, tmp_path)
+    old = flat(halvit_jax.load(finished[0])[1]["params"])
+    for path, value in flat(state.params).items():
+        same = np.array_equal(value, old[path])
+        assert same == path.startswith(("block", "embed", "position")), path
+    moments = [path for path in flat(state.opt_state) if "block0" in path]
+    assert not moments  # nothing is kept for what is not trained
+    work(tiny(digits_dir, **short | frozen | {"init_from": "/nowhere"}), tmp_path)  # finished: it needs it no more
+    assert "finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is no file"),
+        (
+            {"init_from": "WORKDIR", "model.depth": 3},
+            "these weights cannot begin halvit_tiny; .* missing",
+        ),
+        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
+        ({"optim.frozen": ("",)}, "leaves nothing to train"),
+        ({"init_from": "WORKDIR", "init_fresh": ("haed",)}, "init_fresh holds 'haed', which is in no path"),
+    ],
+)
+def test_what_cannot_be_begun_with_is_answered_with_a_line(
+    changes: dict[str, Any],
+    message: str,
+    finished: Finished,
+    digits_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    changes = {name: str(finished[0]) if value == "WORKDIR" else value for name, value in changes.items()}
+    with pytest.raises(SystemExit) as end:
+        work(tiny(digits_dir, **changes), tmp_path)
+    assert end.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_workdir_knows_its_model(finished: Finished) -> None:
+    with pytest.raises(ValueError, match="is the workdir of a run, which knows its model"):
+        halvit_jax.load(finished[0], "halvit_tiny")
+
+
+@pytest.mark.slow
+def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None:
+    """Five digits are learned from what was learned of the five others, with other resolution and classifier."""
+    digits = load_digits()
+    for name, classes, most in (("low", range(5), 1000), ("high", range(5, 10), 20)):
+        for label in classes:
+            images = digits.images[digits.target == label]
+            for i, image in enumerate(images):
+                split = "val" if i >= len(images) - 60 else "train"
+                if split == "train" and i >= most:
+                    continue
+                path = tmp_path / name / split / str(label) / f"{i:03d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(path)
+
+    def run(name: str, folder: str, **changes: Any) -> float:
+        fields = {"data.name": "folder", "data.root": str(tmp_path / folder), "data.eval_split": "val"}
+        fields |= {"model.num_classes": 5, "optim.warmup_epochs": 2.0, "batch_size": 64, "data.readers": 4}
+        fields |= {"eval_every": 1000, "checkpoint_every": 1000, "total_steps": 60}
+        config = digits.vit("halvit_tiny")
+        config.update_from_flattened_dict(fields | changes)
+        return work(config, tmp_path / f"run_{name}")["eval"]["top1"]
+
+    before = run("low", "low", total_steps=500, **{"optim.warmup_epochs": 5.0})
+    assert before > 0.9
+    larger = {"model.image_size": 12}
+    scratch = run("scratch", "high", **larger)
+    tuned = run("tuned", "high", **larger, init_from=str(tmp_path / "run_low"), init_fresh=("^head/",))
+    print(f"scratch {scratch:.2%}, fine-tuned {tuned:.2%}")
+    assert tuned > scratch + 0.05

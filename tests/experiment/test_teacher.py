@@ -1,0 +1,328 @@
+"""Runs that learn from a teacher, and what becomes of it."""
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from helpers.runs import Finished, tiny
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+import halvit_jax
+from halvit_jax import plan
+from halvit_jax.cli import app
+from halvit_jax.cli.preflight import preflight
+from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
+from halvit_jax.convert.engine import flatten, nest
+from halvit_jax.experiment import build, tasks, teacher
+from halvit_jax.experiment.trained import load_trained, stored_state
+from halvit_jax.main import work
+from halvit_jax.recipes import digits
+from halvit_jax.training.checkpoint.checkpointer import FOLDER, Checkpointer
+from halvit_jax.training.sharding import make_mesh, to_devices, to_host
+from halvit_jax.training.step import make_train_step
+from halvit_jax.trees import flat, sha256
+
+SHAPE = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 2}  # of the finished run's model
+REGNET = {"depths": (1,), "widths": (8,), "group_width": 4, "num_classes": 10, "image_size": 8}
+HALF, QUARTER = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+def pupil(digits_dir: pathlib.Path, source: Any, **changes: Any) -> ConfigDict:
+    """The small run on digits with a teacher."""
+    fields = {"task.name": "distill", "teacher.init_from": str(source), "model.distilled": True}
+    return tiny(digits_dir, **fields | changes)
+
+
+def random_file(path: pathlib.Path, name: str, about: dict[str, str], **fields: Any) -> pathlib.Path:
+    """A file of ours with arbitrary weights."""
+    rng = np.random.default_rng(0)
+    shapes = shapes_of(halvit_jax.create_model(name, **fields))
+    arrays = {key: rng.uniform(0.1, 1.0, shape).astype(np.float32) for key, shape in shapes.items()}
+    weights_file.save(path, name, nest(arrays), about=about, **fields)
+    return path
+
+
+class School(NamedTuple):
+    """A teacher's workdir, the config and workdir of a run that learned from it, and that run's result."""
+
+    teacher: pathlib.Path
+    config: ConfigDict
+    workdir: pathlib.Path
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def school(finished: Finished, digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> School:
+    folder = tmp_path_factory.mktemp("school")
+    shutil.copytree(finished[0], folder / "teacher")
+    config = pupil(digits_dir, folder / "teacher", accumulate=2)
+    return School(folder / "teacher", config, folder / "run", work(config, folder / "run"))
+
+
+@pytest.fixture
+def without_teacher(school: School) -> Iterator[School]:
+    """The run, its teacher being out."""
+    school.teacher.rename(school.teacher.with_name("away"))
+    yield school
+    school.teacher.with_name("away").rename(school.teacher)
+
+
+@pytest.mark.slow  # the run of `school` takes half a minute
+def test_a_run_learns_and_says_from_whom(school: School, finished: Finished) -> None:
+    assert school.result["step"] == 8
+    assert school.result["eval"].keys() == {"loss", "top1", "top5"}
+    record = json.loads((school.workdir / teacher.FILE).read_text())
+    assert (record["source"], record["model"]) == (str(school.teacher), "halvit_tiny")
+    _, variables = halvit_jax.load(finished[0])
+    assert record["sha256"] == sha256(flatten(variables))
+    assert record["parameters"] == finished[1]["params"]
+    assert school.result["params"] > record["parameters"]  # it has a token and a head more
+
+
+@pytest.mark.slow
+def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
+    checkpointer = Checkpointer(school.workdir, read_only=True)
+    saved = checkpointer.facts(8)["arrays"]
+    checkpointer.close()
+    state = stored_state(tasks.build_task(school.config), school.config)
+    assert saved.keys() == flat(state).keys()
+
+
+@pytest.mark.slow
+def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(school.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
+    shutil.copy(school.workdir / teacher.FILE, tmp_path)
+    resumed = work(school.config, tmp_path)
+    assert {**resumed, "images_per_s": 0} == {**school.result, "images_per_s": 0}
+
+
+@pytest.mark.slow
+def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: School) -> None:
+    _, config, workdir, result = without_teacher
+    model, variables = halvit_jax.load(workdir)
+    assert model.distilled
+    assert model.apply(variables, np.zeros((1, 8, 8, 3), np.float32), train=False).shape == (1, 10)
+    trained = load_trained(workdir)
+    assert trained.task.predict(*trained.variables, {"image": np.zeros((1, 8, 8, 3), np.uint8)}).shape == (1, 10)
+    assert work(config, workdir, mode="eval")["eval"] == result["eval"]
+
+
+@pytest.mark.slow
+def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        work(without_teacher.config, without_teacher.workdir)
+    assert ended.value.code == app.BAD_INPUT
+    assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_goes_on_with_no_other_teacher(
+    school: School, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = random_file(tmp_path / "other.safetensors", "halvit_tiny", {}, **SHAPE, num_classes=10, image_size=8)
+    before = (school.workdir / teacher.FILE).read_text()
+    with pytest.raises(SystemExit) as ended:
+        work(pupil(digits_dir, other, accumulate=2), school.workdir)
+    assert ended.value.code == app.BAD_INPUT
+    assert f"holds other weights than the teacher that the run in --workdir={school.workdir}" in capsys.readouterr().err
+    assert (school.workdir / teacher.FILE).read_text() == before
+
+
+@pytest.mark.slow  # half a minute to compile
+def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pathlib.Path, finished: Finished) -> None:
+    run = build.build(pupil(digits_dir, finished[0], **{"mesh.fsdp": 2}))
+    frozen = run.task.frozen
+    kernel = frozen["params"]["block0"]["ffn"]["tied"]["kernel"]
+    state = run.fresh_state(run.abstract_state())
+    assert kernel.sharding == state.params["block0"]["ffn"]["tied"]["kernel"].sharding
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    before = sha256(to_host(frozen))
+    step = make_train_step(run.task, run.optimizer, seed=0, ema_decay=0.0)
+    batches = run.train_loader.batches(0)
+    for _ in range(2):
+        state, outcome = step(state, frozen, to_devices(next(batches), run.mesh))
+        assert outcome.healthy
+    assert sha256(to_host(frozen)) == before
+    assert sha256(flatten(to_host(frozen))) == run.taught.record["sha256"]
+
+
+@pytest.mark.parametrize("kind", ["workdir", "native", "torch"])
+def test_a_teacher_comes_from_where_weights_come_from(
+    kind: str, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    _, variables = halvit_jax.load(finished[0])
+    fields, source, changes = SHAPE | {"num_classes": 10, "image_size": 8}, finished[0], {}
+    if kind == "native":
+        source = tmp_path / "teacher.safetensors"
+        weights_file.save(source, "halvit_tiny", variables, **fields)
+    elif kind == "torch":
+        source = tmp_path / "teacher.npz"
+        np.savez(source, **to_torch("halvit_tiny", variables, **fields))
+        changes = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "halvit_tiny"}
+    config = pupil(digits_dir, source, compute_dtype="bfloat16", **changes)
+    taught = teacher.taught_task(config, make_mesh())
+    assert taught.record["sha256"] == sha256(flatten(variables))
+    assert (taught.task.teacher.dtype, taught.task.teacher.num_heads) == ("bfloat16", 2)
+    jax.tree.map(np.testing.assert_array_equal, taught.task.frozen, variables)
+    assert taught.lines()[0].startswith(f"teacher.init_from={source}: halvit_tiny, 14,250 parameters")
+
+
+def test_a_teacher_of_another_resolution_has_its_positions_resampled(
+    finished: Finished, digits_dir: pathlib.Path
+) -> None:
+    taught = teacher.taught_task(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
+    assert taught.task.teacher.image_size == 12
+    assert "changed: params/position/embedding (17, 32) -> (37, 32)" in taught.lines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("about", "given", "expected"),
+    [
+        ({}, {}, HALF),  # the student's
+        ({"info": json.dumps({"mean": QUARTER, "std": QUARTER})}, {}, QUARTER),  # of a file of halvit_jax.export
+        ({}, {"teacher.mean": QUARTER, "teacher.std": QUARTER}, QUARTER),
+    ],
+)
+def test_a_file_may_say_how_its_images_are_normalised(
+    about: dict[str, str],
+    given: dict[str, Any],
+    expected: tuple[float, ...],
+    digits_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+) -> None:
+    source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
+    task = teacher.taught_task(pupil(digits_dir, source, **given), make_mesh()).task
+    assert task.frozen.keys() == {"params", "batch_stats"}
+    black = -np.asarray(expected) / np.asarray(expected)
+    np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
+    white = (1 - np.asarray(expected)) / np.asarray(expected)
+    np.testing.assert_allclose((1 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, white, atol=1e-6)
+
+
+WRONG = {
+    "task.name='distill' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
+    "is for task.name='distill', not 'classify'": {"task.name": "classify"},
+    "task.name='teach' is not one of classify, distill": {"task.name": "teach"},
+    "distill.kind='firm' is not one of hard, soft": {"distill.kind": "firm"},
+    "set model.distilled=True, distill.alpha=1.0, or distill.kind='soft'": {"model.distilled": False},
+    "distill.student_layers=(0, 1) and distill.teacher_layers=(0,) must name as many": {
+        "distill.qkv_weight": 1.0,
+        "distill.student_layers": (0, 1),
+        "distill.teacher_layers": (0,),
+    },
+    "distill.teacher_layers has [2], but the teacher's are 0 to 1": {
+        "distill.kind": "soft",
+        "model.distilled": False,
+        "distill.hidden_weight": 0.1,
+        "distill.student_layers": (0, 1),
+        "distill.teacher_layers": (1, 2),
+    },
+    "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
+    "teacher.init_from=/nowhere: /nowhere is no file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
+    "teacher.width=64, but the model in teacher.init_from=": {"teacher.width": 64},
+    "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
+    "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
+    "teacher.name='halvit_tny' is unknown; did you mean 'halvit_tiny'": {
+        "teacher.init_from": "/nowhere",
+        "teacher.name": "halvit_tny",
+    },
+    "the teacher, for images of the student's size: teacher.patch_size=3 does not divide model.image_size=8": {
+        "teacher.init_from": "/nowhere",
+        "teacher.name": "halvit_tiny",
+        "teacher.patch_size": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_teacher_that_cannot_be_is_answered_with_a_line(
+    message: str,
+    finished: Finished,
+    digits_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        work(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
+    assert ended.value.code == app.BAD_INPUT
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    seven = SHAPE | {"num_classes": 7, "image_size": 8}
+    known = random_file(tmp_path / "known.safetensors", "halvit_tiny", {}, **seven)
+    with pytest.raises(ValueError, match=r"the teacher has 7 classes, the student model.num_classes=10"):
+        teacher.taught_task(pupil(digits_dir, known), make_mesh())
+    state = to_torch("halvit_tiny", weights_file.load(known).variables, **seven)
+    readers.write(tmp_path / "torch.safetensors", state, {})
+    fields = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "halvit_tiny"}
+    message = (
+        r"must have the student's model.num_classes=10; missing: params/head/\w+ .*; not used: params/head/\w+ .*7"
+    )
+    with pytest.raises(ValueError, match=message):
+        teacher.taught_task(pupil(digits_dir, tmp_path / "torch.safetensors", **fields), make_mesh())
+
+
+def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    readers.write(tmp_path / "torch.safetensors", {"a": np.zeros(1, np.float32)}, {})
+    np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
+    for name in ("torch.safetensors", "torch.npz"):
+        with pytest.raises(ValueError, match="does not say which model it is of"):
+            teacher.taught_task(pupil(digits_dir, tmp_path / name), make_mesh())
+
+
+@pytest.mark.slow  # it compiles for half a minute
+def test_preflight_looks_at_the_teacher_and_compiles_with_it(
+    finished: Finished, digits_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preflight(pupil(digits_dir, finished[0]), None) == 0
+    lines = capsys.readouterr().out
+    assert re.search(r"^ok    teacher     halvit_tiny, 14,250 parameters, sha256 \w{16}; \d+ arrays as", lines, re.M)
+    assert re.search(r"^ok    step        compiled in", lines, re.M)
+    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.BAD_INPUT
+    lines = capsys.readouterr().out
+    assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
+    assert re.search(r"^skip  step        needs teacher", lines, re.M)
+
+
+@pytest.mark.slow  # it compiles
+def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.Path) -> None:
+    fields = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "deit_small"}
+    config = pupil(digits_dir, "/nowhere", **fields | {"mesh.fsdp": 2, "ema_decay": 0.0})
+    subject = plan.prepare(config, plan.Topology("v5e", (2, 4)), jax.devices())
+    assert subject.frozen["params"]["block0"]["ffn"]["expand"]["kernel"].sharding.spec == P(None, ("tensor", "fsdp"))
+    report = plan.plan(subject)
+    plain = plan.prepare(tiny(digits_dir, **{"mesh.fsdp": 2}), plan.Topology("v5e", (2, 4)), jax.devices())
+    assert plain.frozen == {}
+    assert report["bytes"]["teacher"] > 4 * 12 * 32**2 * 2 // 2  # half of the matrices of its two blocks
+    assert "teacher" in plan.table(report)
+
+
+@pytest.mark.slow  # half a minute to compile
+def test_the_soft_recipe_on_digits_takes_its_steps(
+    finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = digits.distilled("halvit_tiny", "soft")
+    shape = {f"model.{field}": value for field, value in SHAPE.items()}
+    steps = {"total_steps": 2, "batch_size": 16, "eval_every": 2, "checkpoint_every": 2, "optim.warmup_epochs": 0.0}
+    layers = {"distill.student_layers": (0, 1), "distill.teacher_layers": (0, 1)}
+    source = {"teacher.init_from": str(finished[0]), "data.data_dir": str(digits_dir), "ema_decay": 0.0}
+    config.update_from_flattened_dict(shape | steps | layers | source)
+    result = work(config, tmp_path)
+    assert result["step"] == 2
+    assert np.isfinite(result["eval"]["loss"])
+
+
+def test_another_kind_of_recipe_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kind 'firm' is not one of hard, soft; give it behind the file: x.py:soft"):
+        digits.distilled("halvit_tiny", "firm")

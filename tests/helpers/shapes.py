@@ -1,0 +1,42 @@
+"""Models and their variables as shapes, of which nothing is computed, and random values of these shapes."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from halvit_jax.models import create_model
+from halvit_jax.trees import map_paths
+
+
+def shallow(name: str) -> nn.Module:
+    """The model at its own width and image size, with as few layers as have all kinds of parameters."""
+    model = create_model(name)
+    if hasattr(model, "depth"):
+        return create_model(name, depth=getattr(model, "share", 1))
+    return create_model(name, depths=tuple(getattr(model, "shares", (1,) * len(model.depths))))
+
+
+def variable_shapes(model: nn.Module) -> Any:
+    """A model's variables as a tree of shapes."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+
+
+def shapes_of(model: nn.Module) -> Any:
+    """A model's parameters as a tree of shapes."""
+    return variable_shapes(model)["params"]
+
+
+def random_variables(model: nn.Module) -> Any:
+    """Values that keep a signal's size, many times quicker than compiling `init`."""
+    rng = np.random.default_rng(0)
+
+    def values(path: str, shape: Any) -> np.ndarray:
+        if path.endswith(("scale", "var")):
+            return rng.uniform(0.5, 1.5, shape.shape).astype(np.float32)
+        return (rng.standard_normal(shape.shape) / math.sqrt(math.prod(shape.shape[:-1]))).astype(np.float32)
+
+    return map_paths(values, variable_shapes(model))

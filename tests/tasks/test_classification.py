@@ -1,0 +1,173 @@
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halvit_jax.config import default_config
+from halvit_jax.models import create_model
+from halvit_jax.protocols import Loss
+from halvit_jax.tasks import mixup
+from halvit_jax.tasks.classification import Classification
+
+B, SIZE, CLASSES = 6, 8, 7
+TINY = {"width": 16, "depth": 1, "num_heads": 2, "image_size": SIZE, "patch_size": 4, "num_classes": CLASSES}
+KEY = jax.random.key(5)
+
+
+def _task(model: str = "halvit_tiny", fields: dict[str, Any] = TINY, **changes: Any) -> Classification:
+    return Classification(create_model(model, **fields), **default_config().task.to_dict() | changes)
+
+
+def _batch(b: int = B) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (b, SIZE, SIZE, 3), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, CLASSES, b, np.int32)),
+        "mask": jnp.ones(b, bool),
+    }
+
+
+def _params(task: Classification) -> Any:
+    shapes, _ = jax.eval_shape(lambda: task.init(KEY))
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda shape: rng.standard_normal(shape.shape).astype(np.float32), shapes)
+
+
+def _loss(task: Classification, batch: dict[str, jax.Array]) -> Loss:
+    return jax.jit(lambda params, batch: task.loss(params, {}, {}, batch, KEY))(_params(task), batch)
+
+
+def _by_hand(task: Classification, batch: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and log-probabilities of the normalised images."""
+    config = default_config().task
+    images = (np.asarray(batch["image"]) / np.float32(255) - np.float32(config.mean)) / np.float32(config.std)
+    apply = jax.jit(lambda params, images: task.model.apply({"params": params}, images, train=False))
+    logits = np.asarray(apply(_params(task), images))
+    return logits, logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def test_the_model_sees_images_normalised_on_the_scale_of_0_to_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    monkeypatch.setattr(mixup, "random_erase", lambda key, images, **_: seen.update(images=images) or images)
+    task = _task(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.125))
+    batch = _batch() | {"image": jnp.full((B, SIZE, SIZE, 3), 255, jnp.uint8)}
+    with jax.disable_jit():
+        task.summary_images(batch)
+    np.testing.assert_allclose(seen["images"][0, 0, 0], [1.8, 3.2, 5.6], rtol=1e-5)
+
+
+def test_inference_gives_the_models_logits_of_the_normalised_images() -> None:
+    task, batch = _task(), _batch()
+    logits = jax.jit(task.predict)(_params(task), {}, {"image": batch["image"]})
+    np.testing.assert_allclose(logits, _by_hand(task, batch)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_mean_over_the_real_rows_of_the_smoothed_cross_entropy(smoothing: float) -> None:
+    task, batch = _task(label_smoothing=smoothing), _batch()
+    batch["mask"] = batch["mask"].at[1].set(False)
+    loss = _loss(task, batch)
+    _, log_p = _by_hand(task, batch)
+    own = log_p[np.arange(B), np.asarray(batch["label"])]
+    expected = -((1 - smoothing) * own + smoothing * log_p.mean(1))[np.asarray(batch["mask"])]
+    assert float(loss.value) == pytest.approx(expected.mean(), rel=1e-4)
+    assert float(loss.sums["loss"]) == pytest.approx(expected.sum(), rel=1e-4)
+    assert float(loss.sums["examples"]) == B - 1
+
+
+def test_binary_cross_entropy_is_chosen_by_name() -> None:
+    task, batch = _task(loss="binary_cross_entropy"), _batch()
+    p = 1 / (1 + np.exp(-_by_hand(task, batch)[0]))
+    truth = np.eye(CLASSES)[np.asarray(batch["label"])]
+    expected = -(truth * np.log(p) + (1 - truth) * np.log(1 - p)).mean()
+    assert float(_loss(task, batch).value) == pytest.approx(expected, rel=1e-4)
+
+
+def test_evaluation_scores_plain_cross_entropy_whatever_the_training_loss() -> None:
+    task, batch = _task(loss="binary_cross_entropy", label_smoothing=0.3, mixup=0.8), _batch()
+    batch["mask"] = batch["mask"].at[0].set(False)
+    logits, log_p = _by_hand(task, batch)
+    sums = task.score(jnp.asarray(logits), batch)
+    labels, mask = np.asarray(batch["label"]), np.asarray(batch["mask"])
+    assert float(sums["loss"]) == pytest.approx(-log_p[np.arange(B), labels][mask].sum(), rel=1e-5)
+    assert float(sums["top1"]) == (logits.argmax(1) == labels)[mask].sum()
+    assert float(sums["examples"]) == B - 1
+
+
+def test_a_batch_without_real_rows_has_a_loss_of_zero() -> None:
+    task = _task()
+    batch = _batch() | {"mask": jnp.zeros(B, bool)}
+    assert float(_loss(task, batch).value) == 0.0
+
+
+def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    marked = jnp.full((B, SIZE, SIZE, 3), 7.0)
+
+    def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
+        calls.append(("erase", probability))
+        return marked
+
+    def blend(key: jax.Array, images: jax.Array, targets: jax.Array, **alphas: float) -> tuple[jax.Array, jax.Array]:
+        calls.append(("mix", alphas))
+        assert images is marked
+        np.testing.assert_allclose(targets.max(1), 0.9 + 0.1 / CLASSES, rtol=1e-5)
+        return images, targets
+
+    monkeypatch.setattr(mixup, "random_erase", erase)
+    monkeypatch.setattr(mixup, "mixup_or_cutmix", blend)
+    _task(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_switch=0.4, mix_per="image", erase=0.25).summary_images(
+        _batch()
+    )
+    assert calls == [
+        ("erase", 0.25),
+        ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4, "per_image": True}),
+    ]
+
+
+def test_the_randomness_of_the_loss_comes_from_its_key() -> None:
+    task, batch = _task(fields=TINY | {"depth": 2, "drop_path": 0.5}, erase=0.5), _batch()
+    value = jax.jit(lambda params, key: task.loss(params, {}, {}, batch, key).value)
+    first, again, other = (float(value(_params(task), jax.random.key(seed))) for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_training_returns_a_model_state_of_the_same_structure() -> None:
+    for model, fields in (("halvit_tiny", TINY), ("resnet18", {"image_size": 32, "num_classes": CLASSES})):
+        task = _task(model, fields)
+        batch = _batch() | {"image": jnp.zeros((B, task.model.image_size, task.model.image_size, 3), jnp.uint8)}
+        params, model_state = jax.eval_shape(lambda task=task: task.init(KEY))
+        loss = jax.eval_shape(lambda p, s, task=task, batch=batch: task.loss(p, s, {}, batch, KEY), params, model_state)
+        assert loss.model_state == model_state
+        assert bool(model_state) == (model == "resnet18")
+
+
+def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_nothing_is_on() -> None:
+    batch = _batch(70)
+    images = np.asarray(jax.jit(_task().summary_images)(batch)["train_images"])
+    np.testing.assert_allclose(images, np.asarray(batch["image"][:64]) / 255, atol=1e-5)
+    erased = np.asarray(jax.jit(_task(erase=1.0).summary_images)(batch)["train_images"])
+    assert erased.shape == (64, SIZE, SIZE, 3)
+    assert erased.min() >= 0.0
+    assert erased.max() <= 1.0
+    assert np.abs(erased - images).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "detect"}, "task.name='detect' is not one of classify, distill"),
+        ({"loss": "hinge"}, "task.loss='hinge' is not one of cross_entropy, binary_cross_entropy"),
+        ({"label_smoothing": 1.5}, "task.label_smoothing=1.5 must lie between 0 and 1"),
+        ({"mix_switch": -0.5}, "task.mix_switch=-0.5 must lie between 0 and 1"),
+        ({"erase": 2.0}, "task.erase=2.0 must lie between 0 and 1"),
+        ({"mixup": -0.1}, "task.mixup=-0.1 must not be negative"),
+        ({"cutmix": -1.0}, "task.cutmix=-1.0 must not be negative"),
+    ],
+)
+def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _task(**fields)
