@@ -21,7 +21,7 @@ def build_task(config: ConfigDict) -> Classification:
     """
     config_lib.validate(config)
     model = create_model(**config.model, dtype=compute_dtype(config.compute_dtype))
-    return Classification(model, **config.task)
+    return Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
 
 
 def compute_dtype(name: str) -> str:

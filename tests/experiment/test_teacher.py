@@ -36,7 +36,7 @@ HALF, QUARTER = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 def pupil(digits_dir: pathlib.Path, source: Any, **changes: Any) -> ConfigDict:
     """The small run on digits with a teacher."""
-    fields = {"task.name": "distill", "teacher.init_from": str(source), "model.distilled": True}
+    fields = {"task.name": "distillation", "teacher.init_from": str(source), "model.distilled": True}
     return tiny(digits_dir, **fields | changes)
 
 
@@ -207,22 +207,22 @@ def test_a_file_may_say_how_its_images_are_normalised(
 
 
 WRONG = {
-    "task.name='distill' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
-    "is for task.name='distill', not 'classify'": {"task.name": "classify"},
-    "task.name='teach' is not one of classify, distill": {"task.name": "teach"},
-    "distill.kind='firm' is not one of hard, soft": {"distill.kind": "firm"},
-    "set model.distilled=True, distill.alpha=1.0, or distill.kind='soft'": {"model.distilled": False},
-    "distill.student_layers=(0, 1) and distill.teacher_layers=(0,) must name as many": {
-        "distill.qkv_weight": 1.0,
-        "distill.student_layers": (0, 1),
-        "distill.teacher_layers": (0,),
+    "task.name='distillation' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
+    "is for task.name='distillation', not 'classification'": {"task.name": "classification"},
+    "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
+    "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
+    "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
+    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many": {
+        "distillation.qkv_weight": 1.0,
+        "distillation.student_layers": (0, 1),
+        "distillation.teacher_layers": (0,),
     },
-    "distill.teacher_layers has [2], but the teacher's are 0 to 1": {
-        "distill.kind": "soft",
+    "distillation.teacher_layers has [2], but the teacher's are 0 to 1": {
+        "distillation.kind": "soft",
         "model.distilled": False,
-        "distill.hidden_weight": 0.1,
-        "distill.student_layers": (0, 1),
-        "distill.teacher_layers": (1, 2),
+        "distillation.hidden_weight": 0.1,
+        "distillation.student_layers": (0, 1),
+        "distillation.teacher_layers": (1, 2),
     },
     "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
     "teacher.init_from=/nowhere: /nowhere is no file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
@@ -298,7 +298,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
 @pytest.mark.slow  # it compiles
 def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.Path) -> None:
     fields = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "deit_small"}
-    config = pupil(digits_dir, "/nowhere", **fields | {"mesh.fsdp": 2, "ema_decay": 0.0})
+    config = pupil(digits_dir, "/nowhere", **fields | {"mesh.fsdp": 2, "loop.ema_decay": 0.0})
     subject = plan.prepare(config, plan.Topology("v5e", (2, 4)), jax.devices())
     assert subject.frozen["params"]["block0"]["ffn"]["expand"]["kernel"].sharding.spec == P(None, ("tensor", "fsdp"))
     report = plan.plan(subject)
@@ -314,9 +314,15 @@ def test_the_soft_recipe_on_digits_takes_its_steps(
 ) -> None:
     config = digits.distilled("halvit_tiny", "soft")
     shape = {f"model.{field}": value for field, value in SHAPE.items()}
-    steps = {"total_steps": 2, "batch_size": 16, "eval_every": 2, "checkpoint_every": 2, "optim.warmup_epochs": 0.0}
-    layers = {"distill.student_layers": (0, 1), "distill.teacher_layers": (0, 1)}
-    source = {"teacher.init_from": str(finished[0]), "data.data_dir": str(digits_dir), "ema_decay": 0.0}
+    steps = {
+        "total_steps": 2,
+        "batch_size": 16,
+        "loop.eval_every": 2,
+        "loop.checkpoint_every": 2,
+        "optim.warmup_epochs": 0.0,
+    }
+    layers = {"distillation.student_layers": (0, 1), "distillation.teacher_layers": (0, 1)}
+    source = {"teacher.init_from": str(finished[0]), "data.data_dir": str(digits_dir), "loop.ema_decay": 0.0}
     config.update_from_flattened_dict(shape | steps | layers | source)
     result = work(config, tmp_path)
     assert result["step"] == 2

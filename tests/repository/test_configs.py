@@ -84,8 +84,8 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
 )
 def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind: str, layers: tuple[int, ...]) -> None:
     config = load(ROOT / "configs" / f"{name}.py", "distilled")
-    assert (config.task.name, config.teacher.name, config.distill.kind) == ("distill", teacher, kind)
-    assert config.distill.student_layers == layers
+    assert (config.task.name, config.teacher.name, config.distillation.kind) == ("distillation", teacher, kind)
+    assert config.distillation.student_layers == layers
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
@@ -159,16 +159,16 @@ def test_a_text_that_is_no_config_is_refused(text: str) -> None:
     ("field", "value", "message"),
     [
         ("batch_size", 0, "batch_size=0 must be at least 1"),
-        ("keep_checkpoints", 0, "keep_checkpoints=0 must be at least 1"),
+        ("save.keep", 0, "save.keep=0 must be at least 1"),
         ("seed", -1, "seed=-1 must not be negative"),
         ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
-        ("ema_decay", 1.0, r"ema_decay=1.0 must lie in \[0, 1\)"),
+        ("loop.ema_decay", 1.0, r"loop.ema_decay=1.0 must lie in \[0, 1\)"),
         ("compute_dtype", "half", "compute_dtype='half' is not one of auto, float32, bfloat16"),
     ],
 )
 def test_impossible_values_are_refused(field: str, value: object, message: str) -> None:
     config = imagenet.deit("halvit_tiny")
-    config[field] = value
+    config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         validate(config)
 
