@@ -41,7 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_list("families", [], "The families to measure; without it one or two of each kind.")
 
 
-class Subject:
+class ModelBenchmark:
     """One model, compiled for inference and for training steps on one batch of noise."""
 
     def __init__(self, name: str, *, batch: int, dtype: str) -> None:
@@ -99,7 +99,7 @@ class Subject:
 
 def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
     """One row of figures for each model, in the order given."""
-    subjects = [Subject(name, batch=batch, dtype=dtype) for name in names]
+    subjects = [ModelBenchmark(name, batch=batch, dtype=dtype) for name in names]
     times: dict[tuple[str, str], list[float]] = {}
     for round_number in range(repeats + 1):
         for subject in subjects:
@@ -130,8 +130,8 @@ def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[d
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    with app.bad_input():
-        app.no_arguments(argv, "name models with --models=a,b")
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "name models with --models=a,b")
         from halvit_jax.models import create_model
 
         given = flags.FLAGS
@@ -187,7 +187,7 @@ def measure_families(given: Any) -> list[dict[str, Any]]:
     """One row for each family, and a picture of all in the workdir."""
     from halvit_jax.analysis import family_benchmark
 
-    with app.bad_input():
+    with app.report_user_errors():
         family_benchmark.check(given.families)
     labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
     return family_benchmark.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
@@ -199,7 +199,7 @@ def report_families(rows: list[dict[str, Any]], given: Any) -> None:
 
     print(family_benchmark.table(rows))
     picture = pathlib.Path(given.workdir) / "family_benchmark.png"
-    with app.bad_input():
+    with app.report_user_errors():
         family_benchmark.draw(rows, picture)
     print(f"accuracy against parameters: {picture}")
 

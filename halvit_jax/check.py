@@ -22,10 +22,10 @@ from halvit_jax import distributed
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import bytes_in, preflight
 from halvit_jax.experiment import lock, tasks
-from halvit_jax.experiment.trained import stored_state
+from halvit_jax.experiment.trained import abstract_checkpoint_state
 from halvit_jax.protocols import PyTree
 from halvit_jax.training.checkpoint import manifest
-from halvit_jax.training.checkpoint.manifest import DamagedError
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
 DAMAGED = 1  # exit code
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
     """Look, print, and exit with what was found."""
     values = flags.FLAGS
     logging.set_verbosity(logging.ERROR)  # Orbax warns of reading only
-    with app.bad_input():
-        app.no_arguments(argv, "flags look like --config.batch_size=64")
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "flags look like --config.batch_size=64")
         if values.config is None and values.workdir is None:
             raise ValueError("give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run")
         wrong = "no_compile" if values.config is None else "files_only"
@@ -68,41 +68,41 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     Raises:
         ValueError: this is no workdir of a run.
     """
-    from halvit_jax.training.checkpoint.checkpointer import DAMAGED_FOLDER, FOLDER, Checkpointer
+    from halvit_jax.training.checkpoint.checkpointer import CORRUPT_FOLDER, FOLDER, Checkpointer
 
     if not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is no folder; name the workdir of a run")
     folder, file = workdir / FOLDER, workdir / workdir.CONFIG_FILE
     if not folder.is_dir() and not file.is_file():
         raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {FOLDER} nor {file.name}")
-    holder = lock.holder(workdir)
-    print(f"lock  {f'held by {holder}' if holder else 'free'}")
+    owner = lock.owner(workdir)
+    print(f"lock  {f'held by {owner}' if owner else 'free'}")
     abstract, damaged, good = None, [], []
     try:
         config = workdir.read_config(workdir)
-        abstract = None if files_only else stored_state(tasks.build_task(config), config)
+        abstract = None if files_only else abstract_checkpoint_state(tasks.build_task(config), config)
     except ValueError as error:
         damaged.append(file.name)
         print(f"{file.name}  damaged: {error}" + ("" if files_only else "; so the arrays were not verified"))
     checkpointer = Checkpointer(workdir, read_only=True)
     steps = checkpointer.steps()
     for step in steps:
-        is_good, line = _verify_step(checkpointer, folder / str(step), abstract, is_live=bool(holder))
+        is_good, line = _verify_step(checkpointer, folder / str(step), abstract, is_live=bool(owner))
         if is_good is not None:
             (good if is_good else damaged).append(f"step {step}")
         print(f"step {step}  {line}", flush=True)
     checkpointer.close()
     for path in sorted(folder.glob(f"*{UNFINISHED}*")):
-        fate = "perhaps under way now" if holder else "the next run removes it"
+        fate = "perhaps under way now" if owner else "the next run removes it"
         print(f"leftover  {path.relative_to(workdir)}, {bytes_in(path):,} bytes: an unfinished save; {fate}")
-    for path in sorted((workdir / DAMAGED_FOLDER).glob("*")):
+    for path in sorted((workdir / CORRUPT_FOLDER).glob("*")):
         size = f"{bytes_in(path):,} bytes"
         print(f"leftover  {path.relative_to(workdir)}, {size}: a damaged checkpoint set aside; delete it when you like")
     unseen = sum(path.name.isdigit() for path in folder.glob("*")) - len(steps)
     counted = f"{len(steps)} checkpoints, {len(good)} good" + (f", {unseen} older not looked at" if unseen > 0 else "")
     print(f"{counted}; damaged: {', '.join(damaged)}" if damaged else counted)
     if steps and not good:
-        print("no checkpoint is good; begin anew with --restart_if_damaged, or in another --workdir")
+        print("no checkpoint is good; begin anew with --restart_if_corrupt, or in another --workdir")
     elif good:
         print(f"a run would go on from {good[-1]}")
     return DAMAGED if damaged else 0
@@ -114,21 +114,21 @@ def _verify_step(
     """Whether a checkpoint is good, and what to say of it; None of one that the run is deleting."""
     step = int(folder.name)
     sealed, label, damage = manifest.is_sealed(folder), "damaged", ""
-    facts: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     try:
         if abstract is None:
             checkpointer.verify_files(step)
-            facts = checkpointer.facts(step)
+            metadata = checkpointer.metadata(step)
         else:
-            facts = checkpointer.restore(abstract, step=step).facts
-    except DamagedError as error:
+            metadata = checkpointer.restore(abstract, step=step).metadata
+    except CorruptCheckpointError as error:
         damage = str(error).removeprefix(f"the checkpoint of step {step} is damaged: ")
     except Exception as error:  # of whatever kind, the other steps are still to be looked at
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         damage, label = f"{kind}{error}", "cannot be restored"
     if damage and is_live and not manifest.is_sealed(folder):
         return None, "is being written or deleted by the run"
-    score = "" if facts.get("score") is None else f", score {facts['score']:.6g}"
+    score = "" if metadata.get("score") is None else f", score {metadata['score']:.6g}"
     if sealed or label != "damaged":
         return not damage, f"{label}: {damage}" if damage else f"good{score}"
     why = "a run may be writing it" if is_live else "the run ended while it was written"

@@ -2,8 +2,8 @@
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
 `classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
-Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog,
-`skip_updates` of make_limit. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
+Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
+`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
 The tree is locked: a name that is not below is refused.
 """
 

@@ -58,8 +58,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Write the file and print its receipt."""
     given = flags.FLAGS
-    with app.bad_input():
-        app.no_arguments(argv, "name the run with --workdir=DIR")
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "name the run with --workdir=DIR")
         if None in (given.workdir, given.format, given.out):
             raise ValueError("give --workdir=DIR, --format=NAME and --out=FILE")
         out = pathlib.Path(given.out)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--out={out} is in no folder that there is; make {out.absolute().parent}")
         trained = load_trained(given.workdir)
         written = export(trained, given.format, out)
-    with app.bad_data():
+    with app.report_data_errors():
         for line in receipt(trained, written, out):
             print(line)
 

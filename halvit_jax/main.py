@@ -30,55 +30,55 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where checkpoints, curves and results of the run are kept.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
-    flags.DEFINE_bool("restart_if_damaged", False, "Begin anew where every checkpoint is damaged.")
+    flags.DEFINE_bool("restart_if_corrupt", False, "Begin anew where every checkpoint is damaged.")
     distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
     """Work on the parsed flags."""
     values = flags.FLAGS
-    with app.bad_input():
-        app.no_arguments(argv, "flags look like --config.batch_size=64")
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "flags look like --config.batch_size=64")
         if values.config is None or values.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
         if values.step is not None and values.mode != "eval":
             raise ValueError(f"--step={values.step} is for --mode=eval; training goes on from the newest checkpoint")
-    work(
+    run_experiment(
         values.config,
         pathlib.Path(values.workdir),
         mode=values.mode,
         step=values.step,
-        restart_if_damaged=values.restart_if_damaged,
+        restart_if_corrupt=values.restart_if_corrupt,
         processes={name: values[name].value for name in distributed.FLAGS},
     )
 
 
-def work(
+def run_experiment(
     config: ConfigDict,
     workdir: pathlib.Path,
     *,
     mode: str = "train",
     step: int | None = None,
-    restart_if_damaged: bool = False,
-    processes: Mapping[str, Any] = distributed.ALONE,
+    restart_if_corrupt: bool = False,
+    processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
 
     Bad input ends the program with one line and exit code 2, before anything is compiled; `door` lists the other codes.
     """
     with contextlib.ExitStack() as stack:
-        with app.bad_input():
+        with app.report_user_errors():
             config_lib.validate(config)
-            stack.enter_context(distributed.joined(**processes, folder=workdir, **config.cluster))
+            stack.enter_context(distributed.process_group(**processes, folder=workdir, **config.cluster))
             from halvit_jax.experiment import build, workdir
 
             run = build.build(config, training=mode == "train")
             workdir.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
-                stack.enter_context(lock.held(workdir))
+                stack.enter_context(lock.acquire(workdir))
         if mode == "eval":
             return _evaluate(config, workdir, run, step)
-        return _train(config, workdir, run, restart_if_damaged=restart_if_damaged)
+        return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt)
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
@@ -87,36 +87,36 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.report import Report
 
-    with app.bad_input():
+    with app.report_user_errors():
         checkpointer = Checkpointer(workdir, read_only=True)
         restored = checkpointer.restore(run.abstract_state(), step=step)
         if restored is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-    with app.bad_data(), _attended(config, workdir) as attention:
+    with app.report_data_errors(), _fault_handlers(config, workdir) as attention:
         result = loop.evaluate_state(
             run.task, restored.state, run.eval_loader, mesh=run.mesh, report=report, **attention
         )
     checkpointer.close()
     report.close()
-    report.say(json.dumps(result))
+    report.log(json.dumps(result))
     return result
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
+def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_corrupt: bool) -> dict[str, Any]:
     from halvit_jax.experiment import build, init_from, teacher, workdir
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.report import Report
 
-    with app.bad_input():
+    with app.report_user_errors():
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
         checkpointer = Checkpointer(
             workdir,
             **config.save,
-            say=report.say,
+            log=report.log,
         )
-        beginning = loop.begin(
+        start = loop.restore_or_init(
             checkpointer,
             report,
             run.abstract_state(),
@@ -126,24 +126,24 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
                 init=run.fresh_state,
                 config=config,
                 workdir=workdir,
-                say=report.say,
+                log=report.log,
             ),
             eval_every=config.loop.eval_every,
-            restart_if_damaged=restart_if_damaged,
+            restart_if_corrupt=restart_if_corrupt,
         )
         if run.taught:
-            teacher.remember(run.taught.record, workdir, resumed=int(beginning.state.step) > 0)
+            teacher.pin_teacher(run.taught.record, workdir, resumed=int(start.state.step) > 0)
             for line in run.taught.lines():
-                report.say(line)
-    for line in build.departures(config):
-        report.say(f"WARNING: {line}")
-    workdir.write_description(workdir, config, run.class_names)
+                report.log(line)
+    for line in build.recipe_deviations(config):
+        report.log(f"WARNING: {line}")
+    workdir.write_run_metadata(workdir, config, run.class_names)
     report.hyperparameters(config.to_dict())
-    with app.bad_data(), app.broken_run(), _attended(config, workdir) as attention:
+    with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as attention:
         result = loop.train(
             run.task,
             run.optimizer,
-            beginning,
+            start,
             run.train_loader,
             run.eval_loader,
             mesh=run.mesh,
@@ -152,7 +152,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             debug_folder=workdir / DEBUG_FOLDER,
             seed=config.seed,
             total_steps=run.total_steps,
-            limit=run.limit,
+            guard=run.guard,
             **config.loop,
             **attention,
         )
@@ -167,19 +167,19 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
 
 
 @contextlib.contextmanager
-def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Signals are listened to and the watchdog watches, both as keywords for the loop."""
-    from halvit_jax.training.fault_tolerance.preemption import Signals
+def _fault_handlers(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """PreemptionHandler are listened to and the watchdog watches, both as keywords for the loop."""
+    from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 
-    signals = Signals()
+    preemption = PreemptionHandler()
     watchdog = Watchdog(
-        workdir / DEBUG_FOLDER, **config.watchdog, name=distributed.name(), explain=distributed.roll_call
+        workdir / DEBUG_FOLDER, **config.watchdog, name=distributed.name(), diagnose_peers=distributed.collect_status
     )
     watchdog.start()
     try:
-        with signals.listen(), distributed.answering(watchdog.where):
-            yield {"signals": signals, "watchdog": watchdog}
+        with preemption.install(), distributed.status_responder(watchdog.status):
+            yield {"preemption": preemption, "watchdog": watchdog}
     finally:
         watchdog.stop()
 

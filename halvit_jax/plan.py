@@ -29,9 +29,9 @@ from halvit_jax.cli import app
 from halvit_jax.protocols import PyTree
 
 IMAGENET_IMAGES = 1_281_167
-MOST_COMPILED = 5  # further programs in a search
-ROWS = 8  # of a batch on a device that a TPU's layouts are made for
-KNOBS = (
+MAX_COMPILES = 5  # further programs in a search
+ROW_MULTIPLE = 8  # of a batch on a device that a TPU's layouts are made for
+MEMORY_HINT = (
     "raise loop.accumulate or set model.remat=True where temporaries are the most, raise mesh.fsdp where the state is"
 )
 
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
     """Compile, print, and exit with what came out."""
     jax.config.update("jax_platforms", "cpu")  # a TPU of this machine stays free for the run it may be at
     values = flags.FLAGS
-    with app.bad_input():
-        app.no_arguments(argv, "flags look like --config.batch_size=4096")
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "flags look like --config.batch_size=4096")
         if values.config is None or values.topology is None:
             raise ValueError("give both --config=configs/NAME.py and --topology=v5e:4x4")
         topology = parse_topology(values.topology)
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         def compiled(batch_size: int) -> dict[str, Any]:
             config = values.config.copy_and_resolve_references()
             config.batch_size = batch_size
-            return compile_subject(prepare(config, topology, devices))
+            return compile_target(prepare(config, topology, devices))
 
         report["largest_batch"] = largest_batch(report, compiled)
     print(json.dumps(report) if values.json else table(report), flush=True)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
 
 
-class Subject(NamedTuple):
+class CompileTarget(NamedTuple):
     """What is compiled: the step, the shapes and shardings of what it is given, and what the report tells of them."""
 
     config: ConfigDict
@@ -82,14 +82,14 @@ class Subject(NamedTuple):
     twin: PyTree | None  # the state of the model's untied twin; None where nothing is tied
 
 
-def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> Subject:
+def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -> CompileTarget:
     """The step of a run as `main` would build it on these devices.
 
     Raises:
         ValueError: fields that are not allowed, do not fit each other, or do not divide over the devices.
     """
     from halvit_jax.experiment import tasks, teacher
-    from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
+    from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
     from halvit_jax.training.optim import make_optimizer
     from halvit_jax.training.sharding import check_batch_size, make_mesh
     from halvit_jax.training.state import abstract_state
@@ -114,17 +114,17 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     epoch = max(IMAGENET_IMAGES // config.batch_size, 1) if config.num_epochs else 1
     length = {"steps_per_epoch": epoch, "total_steps": config.total_steps or config.num_epochs * epoch}
     optimizer = make_optimizer(**config.optim, batch_size=config.batch_size, **length)
-    limit = make_limit(**config.skip_updates)
+    guard = make_guard(**config.skip_updates)
     settings = {"seed": config.seed, "ema_decay": config.loop.ema_decay, "accumulate": config.loop.accumulate}
-    step = make_train_step(task, optimizer, **settings, limit=limit)
+    step = make_train_step(task, optimizer, **settings, guard=guard)
     batch = abstract_batch(mesh, batch_size=config.batch_size, image_size=task.model.image_size)
-    state = abstract_state(task, optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
+    state = abstract_state(task, optimizer, mesh=mesh, use_ema=use_ema, guard=guard)
     twin, fields = None, untied(task.model)
     if fields:
         plain = config.copy_and_resolve_references()
         plain.model.update(fields)
-        twin = abstract_state(tasks.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
-    return Subject(config, topology, hosts, step, state, task.frozen, batch, twin)
+        twin = abstract_state(tasks.build_task(plain), optimizer, mesh=mesh, use_ema=use_ema, guard=guard)
+    return CompileTarget(config, topology, hosts, step, state, task.frozen, batch, twin)
 
 
 def untied(model: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def untied(model: Any) -> dict[str, Any]:
     return fields
 
 
-def plan(subject: Subject) -> dict[str, Any]:
+def plan(subject: CompileTarget) -> dict[str, Any]:
     """Compile, and the report: a dict of plain values, sizes in bytes on one device unless they say otherwise."""
     from halvit_jax.analysis.macs import count_macs
     from halvit_jax.trees import count
@@ -168,32 +168,32 @@ def plan(subject: Subject) -> dict[str, Any]:
         "step_s_at_peak": flops / topology.chip.peak_flops,
         "twin": subject.twin and {"parameters": count(subject.twin.params), "bytes": state_bytes(subject.twin)},
     }
-    report |= compile_subject(subject)
+    report |= compile_target(subject)
     report["memory"]["hbm"] = topology.chip.hbm_bytes
     moved = report["bytes_moved"]
     report["step_s_of_memory"] = None if moved is None else moved / topology.chip.bandwidth
     return report
 
 
-def compile_subject(subject: Subject) -> dict[str, Any]:
+def compile_target(subject: CompileTarget) -> dict[str, Any]:
     """What compiling the subject's step says."""
     lowered = subject.step.lower(subject.state, subject.frozen, subject.batch)
     return compile_for(lowered, usable_bytes=subject.topology.chip.usable_bytes)
 
 
 def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, Any]]) -> int:
-    """The largest batch, in steps of ROWS a device, that was compiled and fits; 0 where none did.
+    """The largest batch, in steps of ROW_MULTIPLE a device, that was compiled and fits; 0 where none did.
 
     Memory is taken to grow in proportion to the batch, but for state and program: every guess lies on the line through
-    the two batches nearest to the limit, the first of which is that of no rows at all. `compiled(batch_size)` is what
+    the two batches nearest to the guard, the first of which is that of no rows at all. `compiled(batch_size)` is what
     `compile_for` says of that batch.
     """
-    unit = report["batch_size"] // report["batch_per_device"] * report["accumulate"] * ROWS
+    unit = report["batch_size"] // report["batch_per_device"] * report["accumulate"] * ROW_MULTIPLE
     usable = report["memory"]["usable"]
     peaks = {0: sum(report["bytes"].values()) - report["bytes"]["batch"] + (report["memory"]["code"] or 0)}
     fits, fails = {0}, set()
     size, found = report["batch_size"], report
-    for _ in range(MOST_COMPILED):
+    for _ in range(MAX_COMPILES):
         (fits if found["fits"] else fails).add(size)
         if found["memory"]["peak"] is None:  # the compiler does not say how far off it is
             break
@@ -217,30 +217,30 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
     memory: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "output", "code"))
-    told: dict[str, Any] = {"collectives": None, "compiler": None, "compiled_flops": None, "bytes_moved": None}
+    stats: dict[str, Any] = {"collectives": None, "compiler": None, "compiled_flops": None, "bytes_moved": None}
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fits, memory["peak"] = False, bytes_named(str(error))
-        told["compiler"] = str(error).splitlines()[0]
+        stats["compiler"] = str(error).splitlines()[0]
     else:
         sizes = memory_of(compiled)
         memory = {**sizes, "peak": sum(sizes.values())}
         fits = memory["peak"] <= usable_bytes
-        told["collectives"] = collectives(compiled.as_text())
+        stats["collectives"] = collectives(compiled.as_text())
         cost = compiled.cost_analysis() or {}
-        told["compiled_flops"], told["bytes_moved"] = cost.get("flops"), cost.get("bytes accessed")
+        stats["compiled_flops"], stats["bytes_moved"] = cost.get("flops"), cost.get("bytes accessed")
     seconds = round(time.perf_counter() - started, 1)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     memory["usable"] = usable_bytes
-    return {"fits": fits, "memory": memory, **told, "compile_s": seconds, "host_peak": host}
+    return {"fits": fits, "memory": memory, **stats, "compile_s": seconds, "host_peak": host}
 
 
 def state_bytes(state: PyTree) -> dict[str, int]:
     """Bytes of the parts of a TrainState on one device."""
-    other = (state.step, state.model_state, state.limit)
+    other = (state.step, state.model_state, state.grad_spikes)
     named = {"parameters": state.params, "optimizer": state.opt_state, "ema": state.ema, "other_state": other}
     return {name: shard_bytes(part) for name, part in named.items()}
 
@@ -273,7 +273,7 @@ def table(report: dict[str, Any]) -> str:
     lines += [
         *_roofline(report),
         f"compiled in {report['compile_s']} s, with {_mebibytes(report['host_peak'])} MiB of this machine's memory",
-        "it fits" if report["fits"] else f"IT DOES NOT FIT: {KNOBS}",
+        "it fits" if report["fits"] else f"IT DOES NOT FIT: {MEMORY_HINT}",
     ]
     if "largest_batch" in report:
         lines.append(f"largest batch that was compiled and fits: {report['largest_batch']}")

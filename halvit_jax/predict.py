@@ -32,7 +32,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Print a line for every image; exit with 1 if one of them could not be read."""
-    with app.bad_input():
+    with app.report_user_errors():
         if flags.FLAGS.workdir is None or not argv[1:]:
             raise ValueError("give --workdir=DIR and at least one image")
         picture = flags.FLAGS.attention
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     if drawn:
         from halvit_jax import data
 
-        with app.bad_input():
+        with app.report_user_errors():
             data.write_png(picture, np.concatenate(drawn))
     if failed:
         sys.exit(1)

@@ -180,7 +180,7 @@ def _saved(ours: Counts, host: Counts) -> tuple[float, float]:
 
 def main(argv: list[str]) -> None:
     """Print the table of the named models, or of all."""
-    with app.bad_input():
+    with app.report_user_errors():
         rows = [summarise(name) for name in argv[1:] or list_models()]
     if flags.FLAGS.json:
         for row in rows:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax import main
 from halvit_jax.convert import weights_file
-from halvit_jax.experiment.trained import load_trained, stored_state
+from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
 from halvit_jax.summary import counts_of
@@ -128,14 +128,14 @@ def _trained(config: ConfigDict, workdir: pathlib.Path, label: str) -> tuple[pat
     folder = workdir / f"{name}_{config.total_steps}_{config.seed}"
     result = folder / workdir.RESULT_FILE
     if not result.is_file():
-        main.work(config, folder)
+        main.run_experiment(config, folder)
     return folder, json.loads(result.read_text())
 
 
 def _weigh(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """What the model of a run weighs, and a function that answers one image."""
     trained = load_trained(folder)
-    state = stored_state(trained.task, trained.config)
+    state = abstract_checkpoint_state(trained.task, trained.config)
     model, variables = fold(trained.task.model, trained.model_variables)
     fields = {**trained.config.model, "folded": True} if model is not trained.task.model else trained.config.model
     name, weights = fields["name"], folder / WEIGHTS_FILE

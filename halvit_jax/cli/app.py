@@ -1,4 +1,4 @@
-"""What all doors (`python -m halvit_jax.<door>`) share: parsing flags, and answering bad input with one line.
+"""What all doors (`python -m halvit_jax.<door>`) share: parsing flags, and status_responder bad input with one line.
 
 Exit codes: 0 done; 1 done in part, or an error of ours with its traceback; 2 bad input; 3 the run cannot go on as it is
 (not finite, or no checkpoint can be written); 70 stuck, or other processes were lost; 75 stopped by a signal, and the
@@ -33,7 +33,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 
 
 @contextlib.contextmanager
-def bad_input() -> Iterator[None]:
+def report_user_errors() -> Iterator[None]:
     """Errors inside are the user's to mend: say what they say, without a traceback, and exit with 2."""
     try:
         yield
@@ -42,7 +42,7 @@ def bad_input() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bad_data() -> Iterator[None]:
+def report_data_errors() -> Iterator[None]:
     """Bad data found while they are read end the program in the same way; other errors keep their traceback."""
     try:
         yield
@@ -51,7 +51,7 @@ def bad_data() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def broken_run() -> Iterator[None]:
+def report_fatal_run() -> Iterator[None]:
     """A run that cannot go on as it is says why, and ends."""
     from halvit_jax.training.checkpoint.checkpointer import SaveError
 
@@ -73,7 +73,7 @@ def stopped(message: str) -> NoReturn:
     sys.exit(STOPPED)
 
 
-def no_arguments(argv: list[str], hint: str) -> None:
+def reject_positional_args(argv: list[str], hint: str) -> None:
     """Refuse what is neither a flag nor the value of one.
 
     Raises:
@@ -107,7 +107,7 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    with bad_input():
+    with report_user_errors():
         check_overrides(arguments, default_config())
         try:
             return flags.FLAGS(arguments)

@@ -24,17 +24,17 @@ from halvit_jax.experiment import build, init_from, lock, tasks, teacher
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
-from halvit_jax.training.checkpoint.manifest import DamagedError
-from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh
 from halvit_jax.training.state import abstract_state
 from halvit_jax.training.step import abstract_batch, make_train_step
 from halvit_jax.trees import count, flat
 
-COUNTED = 10_000  # images up to which a training split is read once to count its classes
+MAX_COUNTED = 10_000  # images up to which a training split is read once to count its classes
 MOST_NAMED = 5  # classes that are named
-MEND_MEMORY = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
+MEMORY_HINT = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
 
 
 def preflight(
@@ -42,7 +42,7 @@ def preflight(
     workdir: pathlib.Path | None,
     *,
     compile_step: bool = True,
-    processes: Mapping[str, Any] = distributed.ALONE,
+    processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> int:
     """A line for each thing that a run needs; one that is wrong hides no other that can be looked at without it.
 
@@ -51,13 +51,13 @@ def preflight(
     Raises:
         ValueError: the processes did not come together, or there is no device.
     """
-    with distributed.joined(**processes, **config.cluster):
+    with distributed.process_group(**processes, **config.cluster):
         try:
             jax.devices()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"no device can be used ({reason}); end what uses it, or set JAX_PLATFORMS=cpu") from error
-        items = _Items()
+        items = Checklist()
         valid = items.check("config", _config, config=config)
         task = items.check("model", _model, config=config)
         mesh = items.check("devices", _devices, config=config)
@@ -67,7 +67,7 @@ def preflight(
         items.check("classes", _classes, config=config, data=loaders)
         items.check("batches", _batches, data=loaders)
         epoch = loaders.train.steps_per_epoch if loaders else 1
-        total = build.length(config, epoch) if loaders else 10**9
+        total = build.total_steps(config, epoch) if loaders else 10**9
         optimizer = items.check("optimizer", _optimizer, config=config, epoch=epoch, total=total)
         state = items.check("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if config.init_from:
@@ -75,7 +75,7 @@ def preflight(
         if config.task.name == "distillation":
             task = items.check("teacher", _teacher, config=valid, model=task, devices=mesh)
         if workdir is None:
-            items.say("skip", "workdir", "not given with --workdir=DIR")
+            items.log("skip", "workdir", "not given with --workdir=DIR")
         else:
             items.check("workdir", _workdir, workdir=workdir)
             items.check("space", _space, config=config, workdir=workdir, state=state)
@@ -85,13 +85,13 @@ def preflight(
             subject = "teacher" if config.task.name == "distillation" else "model"
             items.check("step", _step, config=valid, optimizer=optimizer, devices=mesh, state=state, **{subject: task})
         else:
-            items.say("skip", "step", "left out by --no_compile")
+            items.log("skip", "step", "left out by --no_compile")
         summary = f"FAIL: {', '.join(items.failed)}" if items.failed else "all is well"
         print(f"{distributed.name()}{summary}", flush=True)
     return app.BAD_INPUT if items.failed else 0
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """What was found to be well: a line, what others need of it, and what to beware of nevertheless."""
 
     line: str
@@ -99,72 +99,72 @@ class Finding(NamedTuple):
     warning: str = ""
 
 
-class _Items:
+class Checklist:
     """The lines of a preflight, and the names of those that failed."""
 
     def __init__(self) -> None:
         self.failed: list[str] = []
 
-    def check(self, name: str, look: Callable[..., Finding], **needed: Any) -> Any:
+    def check(self, name: str, look: Callable[..., CheckResult], **needed: Any) -> Any:
         """`look` at one thing and say what was found; its value, or None where it failed or lacks what it needs."""
         missing = [other for other, value in needed.items() if value is None]
         if missing:
-            return self.say("skip", name, f"needs {' and '.join(missing)}")
+            return self.log("skip", name, f"needs {' and '.join(missing)}")
         try:
             finding = look(**needed)
         except Exception as error:  # whatever it is, the other items are still to be looked at
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             self.failed.append(name)
-            return self.say("FAIL", name, kind + str(error))
-        self.say("ok", name, finding.line)
+            return self.log("FAIL", name, kind + str(error))
+        self.log("ok", name, finding.line)
         if finding.warning:
-            self.say("warn", name, finding.warning)
+            self.log("warn", name, finding.warning)
         return finding.value
 
-    def say(self, verdict: str, name: str, line: str) -> None:
+    def log(self, verdict: str, name: str, line: str) -> None:
         """One line."""
         print(f"{distributed.name()}{verdict:<5} {name:<10}  {line}", flush=True)
 
 
-def _config(config: ConfigDict) -> Finding:
+def _config(config: ConfigDict) -> CheckResult:
     config_lib.validate(config)
     length = f"{config.total_steps} steps" if config.total_steps else f"{config.num_epochs} epochs"
-    return Finding(f"batch_size={config.batch_size}, {length}", config)
+    return CheckResult(f"batch_size={config.batch_size}, {length}", config)
 
 
-def _model(config: ConfigDict) -> Finding:
+def _model(config: ConfigDict) -> CheckResult:
     # Not run.build_task, whose answer to a wrong field elsewhere would hide one of the model.
     dtype = tasks.compute_dtype(config.compute_dtype)
     model = create_model(**config.model, dtype=dtype)
     task = Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     size = task.model.image_size
-    return Finding(f"{config.model.name}, {count(params):,} parameters, images of {size}x{size}, {dtype}", task)
+    return CheckResult(f"{config.model.name}, {count(params):,} parameters, images of {size}x{size}, {dtype}", task)
 
 
-def _devices(config: ConfigDict) -> Finding:
+def _devices(config: ConfigDict) -> CheckResult:
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-    return Finding(f"{distributed.devices()}, mesh {axes}, {share} examples of a batch on each", mesh)
+    return CheckResult(f"{distributed.devices()}, mesh {axes}, {share} examples of a batch on each", mesh)
 
 
-def _data(config: ConfigDict, size: int) -> Finding:
+def _data(config: ConfigDict, size: int) -> CheckResult:
     if config.batch_size < 1:
         raise ValueError(f"batch_size={config.batch_size} must be at least 1")
     loaders = build.build_loaders(config, image_size=size)
     epoch = loaders.train.steps_per_epoch
-    total = build.length(config, epoch)
+    total = build.total_steps(config, epoch)
     counts = f"{loaders.train.num_examples:,} images to train on, {loaders.eval.num_examples:,} to evaluate on"
-    return Finding(f"{counts}; {epoch:,} steps an epoch, {total:,} in all ({total / epoch:.1f} epochs)", loaders)
+    return CheckResult(f"{counts}; {epoch:,} steps an epoch, {total:,} in all ({total / epoch:.1f} epochs)", loaders)
 
 
-def _classes(config: ConfigDict, data: Any) -> Finding:
+def _classes(config: ConfigDict, data: Any) -> CheckResult:
     names = data.class_names
     build.check_classes(config, names)
-    if data.train.num_examples > COUNTED:
-        return Finding(f"{len(names)}; not counted in more than {COUNTED:,} images")
+    if data.train.num_examples > MAX_COUNTED:
+        return CheckResult(f"{len(names)}; not counted in more than {MAX_COUNTED:,} images")
     from halvit_jax.data import open_source
 
     fields = config.data
@@ -174,10 +174,10 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
     named = ", ".join(empty[:MOST_NAMED]) + ("" if len(empty) <= MOST_NAMED else " ...")
     warning = f"{len(empty)} classes of data.train_split={fields.train_split!r} have no image: {named}" if empty else ""
-    return Finding(f"{len(names)}, of {counts.min():,} to {counts.max():,} images", warning=warning)
+    return CheckResult(f"{len(names)}, of {counts.min():,} to {counts.max():,} images", warning=warning)
 
 
-def _batches(data: Any) -> Finding:
+def _batches(data: Any) -> CheckResult:
     lines, replaced = [], 0
     for name, loader in (("training", data.train), ("evaluation", data.eval)):
         started = time.perf_counter()
@@ -186,45 +186,45 @@ def _batches(data: Any) -> Finding:
         lines.append(f"{name} {'x'.join(map(str, batch['image'].shape))} in {seconds:.1f} s")
         replaced += int((~batch["mask"]).sum()) if name == "training" else 0  # the other's only fill up
     warning = f"{replaced} images of the first batch cannot be decoded and are replaced" if replaced else ""
-    return Finding(f"the first were read and decoded: {', '.join(lines)}", warning=warning)
+    return CheckResult(f"the first were read and decoded: {', '.join(lines)}", warning=warning)
 
 
-def _optimizer(config: ConfigDict, epoch: int, total: int) -> Finding:
-    make_limit(**config.skip_updates)
+def _optimizer(config: ConfigDict, epoch: int, total: int) -> CheckResult:
+    make_guard(**config.skip_updates)
     fields = {"batch_size": config.batch_size, "steps_per_epoch": epoch, "total_steps": total}
     optimizer = make_optimizer(**config.optim, **fields)
-    return Finding(f"{config.optim.name}", optimizer, "; ".join(build.departures(config)))
+    return CheckResult(f"{config.optim.name}", optimizer, "; ".join(build.recipe_deviations(config)))
 
 
-def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> Finding:
-    limit = make_limit(**config.skip_updates)
-    state = abstract_state(model, optimizer, mesh=devices, use_ema=config.loop.ema_decay > 0, limit=limit)
-    return Finding(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
+def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> CheckResult:
+    guard = make_guard(**config.skip_updates)
+    state = abstract_state(model, optimizer, mesh=devices, use_ema=config.loop.ema_decay > 0, guard=guard)
+    return CheckResult(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
 
 
-def _initial(config: ConfigDict, model: Any) -> Finding:
+def _initial(config: ConfigDict, model: Any) -> CheckResult:
     found = init_from.read(config.init_from, config.model.name, model.model, fresh=config.init_exclude)
-    return Finding("; ".join(found.lines()))
+    return CheckResult("; ".join(found.lines()))
 
 
-def _teacher(config: ConfigDict, model: Any, devices: Any) -> Finding:
+def _teacher(config: ConfigDict, model: Any, devices: Any) -> CheckResult:
     del model  # without which there is no student
-    taught = teacher.taught_task(config, devices)
-    return Finding("; ".join(line.partition(": ")[2] for line in taught.lines()), taught.task)
+    taught = teacher.build_distillation(config, devices)
+    return CheckResult("; ".join(line.partition(": ")[2] for line in taught.lines()), taught.task)
 
 
-def _workdir(workdir: pathlib.Path) -> Finding:
+def _workdir(workdir: pathlib.Path) -> CheckResult:
     if workdir.exists():
         workdir.create_workdir(workdir)  # which there is, so it is only tried
-        return Finding(f"{workdir} can be written to")
+        return CheckResult(f"{workdir} can be written to")
     above = _existing(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is no folder"
         raise ValueError(f"--workdir={workdir} cannot be created, for {above} {why}; name another one")
-    return Finding(f"{workdir} is not there; the run will create it")
+    return CheckResult(f"{workdir} is not there; the run will create it")
 
 
-def _space(config: ConfigDict, workdir: pathlib.Path, state: PyTree) -> Finding:
+def _space(config: ConfigDict, workdir: pathlib.Path, state: PyTree) -> CheckResult:
     from halvit_jax.training.checkpoint.checkpointer import FOLDER
 
     # The newest, the best, and the one being written before an old one is deleted.
@@ -233,69 +233,69 @@ def _space(config: ConfigDict, workdir: pathlib.Path, state: PyTree) -> Finding:
     line = f"{config.save.keep + 2} checkpoints need {needed:,} bytes; {free:,} are free, {taken:,} are theirs now"
     if needed > free + taken:
         raise ValueError(f"--workdir={workdir}: {line}; free some, name another one, or lower save.keep")
-    return Finding(line)
+    return CheckResult(line)
 
 
-def _lock(workdir: pathlib.Path) -> Finding:
-    holder = lock.holder(workdir)
-    if holder:
-        raise ValueError(f"--workdir={workdir} is in use by {holder}; wait for it, or name another one")
-    return Finding("free")
+def _lock(workdir: pathlib.Path) -> CheckResult:
+    owner = lock.owner(workdir)
+    if owner:
+        raise ValueError(f"--workdir={workdir} is in use by {owner}; wait for it, or name another one")
+    return CheckResult("free")
 
 
-def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
+def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-    from halvit_jax.training.checkpoint.metadata import another_model, compare
+    from halvit_jax.training.checkpoint.metadata import diff, mismatch_message
 
     checkpointer, beware = Checkpointer(workdir, read_only=True), []
     try:
         for step in reversed(checkpointer.steps()):
             try:
-                facts = checkpointer.facts(step)
-            except DamagedError as error:
+                metadata = checkpointer.metadata(step)
+            except CorruptCheckpointError as error:
                 beware.append(f"step {step}: {error}")
                 continue
-            differences = compare(facts["arrays"], flat(state))
+            differences = diff(metadata["arrays"], flat(state))
             if differences:
-                raise ValueError(another_model(step, f"--workdir={workdir}", differences))
+                raise ValueError(mismatch_message(step, f"--workdir={workdir}", differences))
             if step >= total:
                 beware.append(f"the run is finished with step {step} of {total} and would only be evaluated")
-            return Finding(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(beware))
+            return CheckResult(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(beware))
     finally:
         checkpointer.close()
     if beware:
-        raise ValueError(f"none is good: {'; '.join(beware)}; begin anew with --restart_if_damaged")
-    return Finding("none yet; the run begins with step 0")
+        raise ValueError(f"none is good: {'; '.join(beware)}; begin anew with --restart_if_corrupt")
+    return CheckResult("none yet; the run begins with step 0")
 
 
-def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> Finding:
+def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> CheckResult:
     (task,) = subject.values()
     batch = abstract_batch(devices, batch_size=config.batch_size, image_size=task.model.image_size)
     settings = {"seed": config.seed, "ema_decay": config.loop.ema_decay, "accumulate": config.loop.accumulate}
-    step = make_train_step(task, optimizer, **settings, limit=make_limit(**config.skip_updates))
+    step = make_train_step(task, optimizer, **settings, guard=make_guard(**config.skip_updates))
     started = time.perf_counter()
     try:
         sizes = memory_of(step.lower(state, task.frozen, batch).compile())
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise ValueError(f"the step does not fit: {str(error).splitlines()[0]}; {MEND_MEMORY}") from error
+        raise ValueError(f"the step does not fit: {str(error).splitlines()[0]}; {MEMORY_HINT}") from error
     seconds = time.perf_counter() - started
     needed = sizes["arguments"] + sizes["temporaries"] + sizes["output"]
-    room, where = _room()
+    room, where = _available_memory()
     line = (
         f"compiled in {seconds:.1f} s; needs {needed / 2**20:,.1f} MiB on a device, of which "
         f"{sizes['temporaries'] / 2**20:,.1f} MiB only while it works"
     )
     if room is None:
-        return Finding(f"{line}; the device does not say what it has")
+        return CheckResult(f"{line}; the device does not say what it has")
     line += f"; {room / 2**20:,.1f} MiB are {where}"
     if needed > room:
-        raise ValueError(f"{line}; {MEND_MEMORY}")
-    return Finding(line)
+        raise ValueError(f"{line}; {MEMORY_HINT}")
+    return CheckResult(line)
 
 
-def _room() -> tuple[int | None, str]:
+def _available_memory() -> tuple[int | None, str]:
     """Bytes that a device may use, and where; devices of a CPU share what is free of the machine's memory."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":

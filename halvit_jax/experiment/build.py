@@ -11,10 +11,10 @@ from ml_collections import ConfigDict
 
 from halvit_jax.experiment import teacher
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.teacher import Taught
+from halvit_jax.experiment.teacher import DistillationSetup
 from halvit_jax.protocols import Loader
 from halvit_jax.tasks.classification import Classification
-from halvit_jax.training.fault_tolerance.grad_spikes import Limit, make_limit
+from halvit_jax.training.fault_tolerance.grad_spikes import GradSpikeGuard, make_guard
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import check_batch_size, make_mesh
 from halvit_jax.training.state import TrainState, abstract_state, init_state
@@ -33,19 +33,19 @@ class Run(NamedTuple):
     eval_loader: Loader
     class_names: list[str]
     total_steps: int
-    limit: Limit
+    guard: GradSpikeGuard
     seed: int
     ema_decay: float
-    taught: Taught | None = None  # the task again and its teacher, where there is one
+    taught: DistillationSetup | None = None  # the task again and its teacher, where there is one
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""
-        return abstract_state(self.task, self.optimizer, mesh=self.mesh, use_ema=self.ema_decay > 0, limit=self.limit)
+        return abstract_state(self.task, self.optimizer, mesh=self.mesh, use_ema=self.ema_decay > 0, guard=self.guard)
 
     def fresh_state(self, abstract: TrainState) -> TrainState:
         """The train state that the run begins with."""
         use_ema = self.ema_decay > 0
-        return init_state(self.task, self.optimizer, abstract, seed=self.seed, use_ema=use_ema, limit=self.limit)
+        return init_state(self.task, self.optimizer, abstract, seed=self.seed, use_ema=use_ema, guard=self.guard)
 
 
 def build(config: ConfigDict, *, training: bool = True) -> Run:
@@ -59,7 +59,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
     task = build_task(config)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
-    limit = make_limit(**config.skip_updates)
+    guard = make_guard(**config.skip_updates)
 
     loaders = build_loaders(config, image_size=task.model.image_size)
     check_classes(config, loaders.class_names)
@@ -72,7 +72,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
     )
     taught = None
     if training and config.task.name == "distillation":
-        taught = teacher.taught_task(config, mesh)
+        taught = teacher.build_distillation(config, mesh)
     return Run(
         task=taught.task if taught else task,
         optimizer=optimizer,
@@ -81,7 +81,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         eval_loader=loaders.eval,
         class_names=loaders.class_names,
         total_steps=total_steps,
-        limit=limit,
+        guard=guard,
         seed=config.seed,
         ema_decay=config.loop.ema_decay,
         taught=taught,
@@ -121,7 +121,7 @@ def length(config: ConfigDict, steps_per_epoch: int) -> int:
     return config.total_steps or config.num_epochs * steps_per_epoch
 
 
-def departures(config: ConfigDict) -> list[str]:
+def recipe_deviations(config: ConfigDict) -> list[str]:
     """One line for each way in which the config leaves its recipe, to be said loudly."""
     if config.recipe_batch_size in (0, config.batch_size):
         return []

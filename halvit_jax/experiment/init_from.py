@@ -15,12 +15,12 @@ from halvit_jax.models import transfer_rules
 from halvit_jax.training.state import TrainState, with_arrays
 
 FILE = "init_from.json"  # of the workdir: every path and what became of it
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Init = Callable[[TrainState], TrainState]
 
 
 def fresh_state(
-    abstract: TrainState, *, model: Any, init: Init, config: ConfigDict, workdir: pathlib.Path, say: Say
+    abstract: TrainState, *, model: Any, init: Init, config: ConfigDict, workdir: pathlib.Path, log: Log
 ) -> TrainState:
     """The train state that a run begins with, in the shardings of `abstract`; it says what it has taken over.
 
@@ -35,7 +35,7 @@ def fresh_state(
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
         (workdir / FILE).write_text(json.dumps(content, indent=2) + "\n")
     for line in found.lines():
-        say(f"init_from={config.init_from}: {line}")
+        log(f"init_from={config.init_from}: {line}")
     return with_arrays(init(abstract), found.arrays)
 
 

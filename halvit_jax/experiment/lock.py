@@ -13,7 +13,7 @@ FILE = "lock.json"
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
+def acquire(workdir: pathlib.Path) -> Iterator[None]:
     """Hold the lock of a workdir. The system releases it when the process ends, however that happens, so a lock file
     that is left behind locks nothing.
 
@@ -26,7 +26,7 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise ValueError(
-                f"--workdir={workdir} is in use by {_holder(file.read())}; wait for it, or name another one"
+                f"--workdir={workdir} is in use by {_owner(file.read())}; wait for it, or name another one"
             ) from error
         file.truncate(0)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -35,20 +35,20 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def holder(workdir: pathlib.Path) -> str:
+def owner(workdir: pathlib.Path) -> str:
     """Who holds the lock of a workdir, as "process 7 on host since ..."; "" where nobody does. Writes nothing."""
     try:
         with (workdir / FILE).open() as file:
             try:  # shared, and given back at once
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _holder(file.read())
+                return _owner(file.read())
     except (FileNotFoundError, NotADirectoryError):
         pass
     return ""
 
 
-def _holder(text: str) -> str:
+def _owner(text: str) -> str:
     try:
         return "process {pid} on {host} since {since}".format(**json.loads(text))
     except (ValueError, KeyError):

@@ -28,7 +28,7 @@ Colours = Sequence[float] | None
 FILE = "teacher.json"  # of the workdir: which weights the run learns from
 
 
-class Taught(NamedTuple):
+class DistillationSetup(NamedTuple):
     """A task with its teacher, and what is written down of that one: {"source", "model", "sha256", ...}."""
 
     task: Distillation
@@ -50,7 +50,7 @@ def abstract_task(config: ConfigDict, mesh: Mesh) -> Distillation:
     return _named_task(config, mesh)[0]
 
 
-def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
+def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     """The task of a run with its teacher.
 
     Raises:
@@ -77,10 +77,10 @@ def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
         "arrays": found.lines(),
         "sha256": sha256(found.arrays),
     }
-    return Taught(task, record)
+    return DistillationSetup(task, record)
 
 
-def remember(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
+def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
     """Write down whom a run learns from; one that goes on must go on learning from the same weights.
 
     Raises:
@@ -113,7 +113,7 @@ def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     return Distillation(student.model, teacher=teacher, **config.distillation, **task), name
 
 
-class _Known(NamedTuple):
+class _StoredModel(NamedTuple):
     """What a workdir or a file of ours says of its model."""
 
     name: str
@@ -144,12 +144,12 @@ def _describe(
     return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
 
 
-def _known(source: str) -> _Known | None:
+def _known(source: str) -> _StoredModel | None:
     """What there is to know without a table of names."""
     if os.path.isdir(source):
         config = workdir.read_config(pathlib.Path(source))
         fields = {field: value for field, value in config.model.items() if value is not None}
-        return _Known(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
+        return _StoredModel(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
     if not source.endswith(".safetensors"):
         return None
     weights = readers.read(source)
@@ -157,7 +157,7 @@ def _known(source: str) -> _Known | None:
     if found is None:
         return None
     info = json.loads(weights.metadata.get("info", "{}"))
-    return _Known(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
+    return _StoredModel(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
 
 
 def _check_agreement(source: str, given: dict[str, Any], said: dict[str, Any]) -> None:

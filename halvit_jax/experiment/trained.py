@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
-from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
+from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
@@ -60,8 +60,8 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
     """
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 
-    abstract = stored_state(task, config)
-    checkpointer = Checkpointer(workdir, read_only=True, say=lambda line: print(line, file=sys.stderr))
+    abstract = abstract_checkpoint_state(task, config)
+    checkpointer = Checkpointer(workdir, read_only=True, log=lambda line: print(line, file=sys.stderr))
     try:
         restored = checkpointer.restore(abstract)
     finally:
@@ -71,9 +71,9 @@ def restore_newest(task: Classification, config: ConfigDict, workdir: pathlib.Pa
     return restored.state
 
 
-def stored_state(task: Classification, config: ConfigDict) -> TrainState:
+def abstract_checkpoint_state(task: Classification, config: ConfigDict) -> TrainState:
     """What a checkpoint of this config holds, to be restored whole to the first device of this host."""
     any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
     optimizer = make_optimizer(**config.optim, **any_length)
-    mesh, limit = make_mesh(devices=jax.local_devices()[:1]), make_limit(**config.skip_updates)
-    return abstract_state(task, optimizer, mesh=mesh, use_ema=config.loop.ema_decay > 0, limit=limit)
+    mesh, guard = make_mesh(devices=jax.local_devices()[:1]), make_guard(**config.skip_updates)
+    return abstract_state(task, optimizer, mesh=mesh, use_ema=config.loop.ema_decay > 0, guard=guard)

@@ -31,7 +31,7 @@ def create_workdir(workdir: pathlib.Path) -> None:
         raise ValueError(f"--workdir={workdir} cannot be written to ({error.strerror}); name another one") from error
 
 
-def write_description(workdir: pathlib.Path, config: ConfigDict, class_names: list[str]) -> None:
+def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, class_names: list[str]) -> None:
     """What `load_trained` needs beside the checkpoint: the config and the class names, as JSON in the workdir."""
     if jax.process_index():
         return

@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 import pytest
-from helpers.processes import run_door
+from helpers.processes import run_command
 from helpers.runs import tiny
 from ml_collections import ConfigDict
 
@@ -54,13 +54,13 @@ def tried(
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         if not whole:
-            patch.setattr(preflight, "_batches", lambda data: preflight.Finding("none was read"))
+            patch.setattr(preflight, "_batches", lambda data: preflight.CheckResult("none was read"))
         assert preflight.preflight(config, workdir, compile_step=whole) == code
     return capsys.readouterr().out.splitlines()
 
 
 def line_of(lines: list[str], verdict: str, name: str) -> str:
-    """What was said of one item."""
+    """What was logged of one item."""
     (found,) = [line for line in lines if line.split()[:2] == [verdict, name]]
     return found
 
@@ -109,7 +109,7 @@ def test_a_flipped_bit_and_a_deleted_file_are_named(files_only: bool, workdir: p
     assert lines[1] == f"step 4  damaged: {lost} is missing"
     assert lines[3:] == [
         "2 checkpoints, 0 good; damaged: step 4, step 8",
-        "no checkpoint is good; begin anew with --restart_if_damaged, or in another --workdir",
+        "no checkpoint is good; begin anew with --restart_if_corrupt, or in another --workdir",
     ]
 
 
@@ -157,16 +157,16 @@ def test_leftovers_and_the_lock_are_named(workdir: pathlib.Path, capsys: Capsys)
     lines = verified(workdir, capsys, code=0)
     assert "leftover  checkpoints/3.orbax-checkpoint-tmp, 5 bytes: an unfinished save; the next run removes it" in lines
     assert "leftover  damaged/1, 5 bytes: a damaged checkpoint set aside; delete it when you like" in lines
-    with lock.held(workdir):
+    with lock.acquire(workdir):
         manifest.unseal(workdir / "checkpoints" / "8")
         shutil.rmtree(workdir / "checkpoints" / "8" / "default")
         lines = verified(workdir, capsys, code=0)
         assert lines[0].startswith(f"lock  held by process {os.getpid()} on ")
         assert "step 8  is being written or deleted by the run" in lines
         assert any(line.endswith("perhaps under way now") for line in lines)
-        with pytest.raises(ValueError, match="in use by process"), lock.held(workdir):  # it has not been let go
+        with pytest.raises(ValueError, match="in use by process"), lock.acquire(workdir):  # it has not been let go
             pass
-    with lock.held(workdir):  # nor is it kept
+    with lock.acquire(workdir):  # nor is it kept
         pass
 
 
@@ -214,7 +214,7 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
 
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
     flip(largest_file(workdir, 8))
-    done = run_door(CHECK, f"--workdir={workdir}", "--files_only", code=1)
+    done = run_command(CHECK, f"--workdir={workdir}", "--files_only", code=1)
     assert "2 checkpoints, 1 good; damaged: step 8" in done.stdout
     assert done.stderr == ""
 
@@ -223,9 +223,9 @@ def test_a_run_that_would_go_well(
     digits_dir: pathlib.Path, done: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys
 ) -> None:
     lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
-    said = [tuple(line.split()[:2]) for line in lines[:-1]]
+    logged = [tuple(line.split()[:2]) for line in lines[:-1]]
     names = "config model devices data classes batches optimizer state workdir space lock checkpoint step"
-    assert said == [("ok", name) for name in names.split()]
+    assert logged == [("ok", name) for name in names.split()]
     assert lines[-1] == "all is well"
     assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
     assert line_of(lines, "ok", "devices").endswith(
@@ -315,7 +315,7 @@ def test_damaged_metadata_are_passed_over_or_end_it(
     lines = tried(small(digits_dir), workdir, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
     assert "none is good: step 8: its metadata cannot be read" in failed
-    assert failed.endswith("begin anew with --restart_if_damaged")
+    assert failed.endswith("begin anew with --restart_if_corrupt")
 
 
 def test_a_workdir_that_cannot_be_used(
@@ -329,7 +329,7 @@ def test_a_workdir_that_cannot_be_used(
     failed = line_of(lines, "FAIL", "workdir")
     assert f"--workdir={file}/run cannot be created, for {file} is no folder; name another one" in failed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    with lock.held(tmp_path):
+    with lock.acquire(tmp_path):
         lines = tried(small(digits_dir), tmp_path, capsys)
     failed = line_of(lines, "FAIL", "space")
     assert re.search(r"checkpoints need [\d,]+ bytes; 100 are free, 0 are theirs now; free some, name another", failed)
@@ -343,7 +343,7 @@ def test_a_workdir_that_cannot_be_used(
 def test_a_step_that_does_not_fit_names_what_to_lower(
     digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halvit_jax.cli.preflight._room", lambda: (1000, "there"))
+    monkeypatch.setattr("halvit_jax.cli.preflight._available_memory", lambda: (1000, "there"))
     lines = tried(small(digits_dir), None, capsys, whole=True)
     failed = line_of(lines, "FAIL", "step")
     assert failed.endswith(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.processes import ONE_DEVICE, run_door
+from helpers.processes import ONE_DEVICE, run_command
 from helpers.runs import Finished, classification
 
 import halvit_jax
@@ -71,11 +71,11 @@ def test_what_is_exported_says_the_same_without_this_package(
     if kind == "onnx":
         pytest.importorskip("jax2onnx", reason="in the extra [onnx], which holds orbax-checkpoint below 0.11.37")
     out = tmp_path / f"model.{suffix}"
-    said = run_door(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
-    assert said[0] == f"{out}: {out.stat().st_size:,} bytes"
-    assert said[0].startswith(str(out))
-    assert "the same class for 364 of 364" in said[2]
-    assert " ms written, " in said[3]
+    logged = run_command(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
+    assert logged[0] == f"{out}: {out.stat().st_size:,} bytes"
+    assert logged[0].startswith(str(out))
+    assert "the same class for 364 of 364" in logged[2]
+    assert " ms written, " in logged[3]
     program = program.replace("FILE", str(out)) + REST
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -128,7 +128,7 @@ def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
     ],
 )
 def test_bad_input_is_answered_with_a_line(flags: list[str], message: str) -> None:
-    error = run_door(EXPORT, *flags, code=2).stderr
+    error = run_command(EXPORT, *flags, code=2).stderr
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
@@ -152,12 +152,12 @@ def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_p
     page.write_text("<html>")
     command = ["halvit_jax.predict", f"--workdir={finished[0]}"]
     files = [str(tmp_path / "digit.png"), str(page)]
-    assert len(run_door(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
+    assert len(run_command(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
     drawn = tf.io.decode_png(out.read_bytes()).numpy()
     assert drawn.shape == (224, 448, 3)
     np.testing.assert_array_equal(drawn[:, :224], image.repeat(28, 0).repeat(28, 1))
     assert (drawn[:, :224] != drawn[:, 224:]).any()
-    assert "must end in .png" in run_door(*command, "--attention=x.jpg", *files, code=2).stderr
+    assert "must end in .png" in run_command(*command, "--attention=x.jpg", *files, code=2).stderr
     with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
         data.write_png(f"{tmp_path}/digit.png/x.png", image)
 

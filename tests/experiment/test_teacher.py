@@ -21,8 +21,8 @@ from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
 from halvit_jax.convert.engine import flatten, nest
 from halvit_jax.experiment import build, tasks, teacher
-from halvit_jax.experiment.trained import load_trained, stored_state
-from halvit_jax.main import work
+from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
+from halvit_jax.main import run_experiment
 from halvit_jax.recipes import digits
 from halvit_jax.training.checkpoint.checkpointer import FOLDER, Checkpointer
 from halvit_jax.training.sharding import make_mesh, to_devices, to_host
@@ -63,7 +63,7 @@ def school(finished: Finished, digits_dir: pathlib.Path, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("school")
     shutil.copytree(finished[0], folder / "teacher")
     config = pupil(digits_dir, folder / "teacher", accumulate=2)
-    return School(folder / "teacher", config, folder / "run", work(config, folder / "run"))
+    return School(folder / "teacher", config, folder / "run", run_experiment(config, folder / "run"))
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
     checkpointer = Checkpointer(school.workdir, read_only=True)
     saved = checkpointer.facts(8)["arrays"]
     checkpointer.close()
-    state = stored_state(tasks.build_task(school.config), school.config)
+    state = abstract_checkpoint_state(tasks.build_task(school.config), school.config)
     assert saved.keys() == flat(state).keys()
 
 
@@ -99,7 +99,7 @@ def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
 def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> None:
     shutil.copytree(school.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
     shutil.copy(school.workdir / teacher.FILE, tmp_path)
-    resumed = work(school.config, tmp_path)
+    resumed = run_experiment(school.config, tmp_path)
     assert {**resumed, "images_per_s": 0} == {**school.result, "images_per_s": 0}
 
 
@@ -111,13 +111,13 @@ def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: Sc
     assert model.apply(variables, np.zeros((1, 8, 8, 3), np.float32), train=False).shape == (1, 10)
     trained = load_trained(workdir)
     assert trained.task.predict(*trained.variables, {"image": np.zeros((1, 8, 8, 3), np.uint8)}).shape == (1, 10)
-    assert work(config, workdir, mode="eval")["eval"] == result["eval"]
+    assert run_experiment(config, workdir, mode="eval")["eval"] == result["eval"]
 
 
 @pytest.mark.slow
 def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(without_teacher.config, without_teacher.workdir)
+        run_experiment(without_teacher.config, without_teacher.workdir)
     assert ended.value.code == app.BAD_INPUT
     assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
 
@@ -129,7 +129,7 @@ def test_it_goes_on_with_no_other_teacher(
     other = random_file(tmp_path / "other.safetensors", "halvit_tiny", {}, **SHAPE, num_classes=10, image_size=8)
     before = (school.workdir / teacher.FILE).read_text()
     with pytest.raises(SystemExit) as ended:
-        work(pupil(digits_dir, other, accumulate=2), school.workdir)
+        run_experiment(pupil(digits_dir, other, accumulate=2), school.workdir)
     assert ended.value.code == app.BAD_INPUT
     assert f"holds other weights than the teacher that the run in --workdir={school.workdir}" in capsys.readouterr().err
     assert (school.workdir / teacher.FILE).read_text() == before
@@ -167,7 +167,7 @@ def test_a_teacher_comes_from_where_weights_come_from(
         np.savez(source, **to_torch("halvit_tiny", variables, **fields))
         changes = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "halvit_tiny"}
     config = pupil(digits_dir, source, compute_dtype="bfloat16", **changes)
-    taught = teacher.taught_task(config, make_mesh())
+    taught = teacher.build_distillation(config, make_mesh())
     assert taught.record["sha256"] == sha256(flatten(variables))
     assert (taught.task.teacher.dtype, taught.task.teacher.num_heads) == ("bfloat16", 2)
     jax.tree.map(np.testing.assert_array_equal, taught.task.frozen, variables)
@@ -177,7 +177,7 @@ def test_a_teacher_comes_from_where_weights_come_from(
 def test_a_teacher_of_another_resolution_has_its_positions_resampled(
     finished: Finished, digits_dir: pathlib.Path
 ) -> None:
-    taught = teacher.taught_task(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
+    taught = teacher.build_distillation(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
     assert taught.task.teacher.image_size == 12
     assert "changed: params/position/embedding (17, 32) -> (37, 32)" in taught.lines()[-1]
 
@@ -198,7 +198,7 @@ def test_a_file_may_say_how_its_images_are_normalised(
     tmp_path: pathlib.Path,
 ) -> None:
     source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
-    task = teacher.taught_task(pupil(digits_dir, source, **given), make_mesh()).task
+    task = teacher.build_distillation(pupil(digits_dir, source, **given), make_mesh()).task
     assert task.frozen.keys() == {"params", "batch_stats"}
     black = -np.asarray(expected) / np.asarray(expected)
     np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
@@ -250,7 +250,7 @@ def test_a_teacher_that_cannot_be_is_answered_with_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
+        run_experiment(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
     assert ended.value.code == app.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -262,7 +262,7 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
     seven = SHAPE | {"num_classes": 7, "image_size": 8}
     known = random_file(tmp_path / "known.safetensors", "halvit_tiny", {}, **seven)
     with pytest.raises(ValueError, match=r"the teacher has 7 classes, the student model.num_classes=10"):
-        teacher.taught_task(pupil(digits_dir, known), make_mesh())
+        teacher.build_distillation(pupil(digits_dir, known), make_mesh())
     state = to_torch("halvit_tiny", weights_file.load(known).variables, **seven)
     readers.write(tmp_path / "torch.safetensors", state, {})
     fields = {f"teacher.{field}": value for field, value in SHAPE.items()} | {"teacher.name": "halvit_tiny"}
@@ -270,7 +270,7 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
         r"must have the student's model.num_classes=10; missing: params/head/\w+ .*; not used: params/head/\w+ .*7"
     )
     with pytest.raises(ValueError, match=message):
-        teacher.taught_task(pupil(digits_dir, tmp_path / "torch.safetensors", **fields), make_mesh())
+        teacher.build_distillation(pupil(digits_dir, tmp_path / "torch.safetensors", **fields), make_mesh())
 
 
 def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -278,7 +278,7 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
     for name in ("torch.safetensors", "torch.npz"):
         with pytest.raises(ValueError, match="does not say which model it is of"):
-            teacher.taught_task(pupil(digits_dir, tmp_path / name), make_mesh())
+            teacher.build_distillation(pupil(digits_dir, tmp_path / name), make_mesh())
 
 
 @pytest.mark.slow  # it compiles for half a minute
@@ -324,7 +324,7 @@ def test_the_soft_recipe_on_digits_takes_its_steps(
     layers = {"distillation.student_layers": (0, 1), "distillation.teacher_layers": (0, 1)}
     source = {"teacher.init_from": str(finished[0]), "data.data_dir": str(digits_dir), "loop.ema_decay": 0.0}
     config.update_from_flattened_dict(shape | steps | layers | source)
-    result = work(config, tmp_path)
+    result = run_experiment(config, tmp_path)
     assert result["step"] == 2
     assert np.isfinite(result["eval"]["loss"])
 

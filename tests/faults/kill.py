@@ -78,10 +78,10 @@ def start(settings: "ConfigDict", workdir: pathlib.Path, log: pathlib.Path, prep
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        from halvit_jax.main import work
+        from halvit_jax.main import run_experiment
 
         prepare()
-        work(settings, workdir)
+        run_experiment(settings, workdir)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

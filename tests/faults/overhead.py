@@ -31,12 +31,12 @@ def main() -> None:
     from halvit_jax.experiment import build
     from halvit_jax.recipes import digits
     from halvit_jax.training.checkpoint.digests import digests
-    from halvit_jax.training.fault_tolerance.preemption import Signals
+    from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import TRAINING, Watchdog
-    from halvit_jax.training.loop import EXAMINE_EVERY, check
+    from halvit_jax.training.loop import CHECK_STATE_EVERY, check
     from halvit_jax.training.sharding import to_devices
     from halvit_jax.training.state import TrainState
-    from halvit_jax.training.step import examine, make_train_step
+    from halvit_jax.training.step import add_state_flags, make_train_step
 
     config = digits("halvit_tiny")
     config.data.data_dir = given.data_dir
@@ -58,22 +58,22 @@ def main() -> None:
         return new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - decay)), sums
 
     bare = jax.jit(bare, donate_argnums=0)
-    signals = Signals()
+    signals = PreemptionHandler()
     watchdog = Watchdog(pathlib.Path(tempfile.mkdtemp()), timeout=600.0, compile_timeout=600.0)
     watchdog.start()
 
     def with_guards(state: TrainState, rows: list) -> TrainState:
         before = None
         for step, each in enumerate(rows):
-            watchdog.at("waiting for data", step)
-            batch = to_devices(signals.stamp(each), run.mesh)
-            watchdog.at(TRAINING, step)
+            watchdog.heartbeat("waiting for data", step)
+            batch = to_devices(signals.attach_request(each), run.mesh)
+            watchdog.heartbeat(TRAINING, step)
             state, outcome = guarded(state, task.frozen, batch)
-            if step % EXAMINE_EVERY == 0:
-                outcome = examine(state, outcome)
+            if step % CHECK_STATE_EVERY == 0:
+                outcome = add_state_flags(state, outcome)
             if before is not None:
                 check(before, step, run.limit)
-                int(before.wish)
+                int(before.request)
             before = outcome
         return jax.block_until_ready(state)
 

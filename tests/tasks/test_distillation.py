@@ -14,7 +14,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loss
 from halvit_jax.tasks.distillation import Distillation, Teacher
-from halvit_jax.tasks.losses import cross_entropy, soft_teaching
+from halvit_jax.tasks.losses import cross_entropy, soft_distillation
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 from halvit_jax.trees import flat
 
@@ -100,7 +100,7 @@ def test_soft_labels_go_to_the_one_head_there_is() -> None:
     task = _task("halvit_tiny", **SOFT, tau=2.0)
     logits, taught = _answers(task)
     truth = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
-    expected = 0.5 * truth + 0.5 * soft_teaching(logits, taught, 2.0)
+    expected = 0.5 * truth + 0.5 * soft_distillation(logits, taught, 2.0)
     assert float(_loss(task).value) == pytest.approx(_mean(expected), rel=1e-4)
 
 

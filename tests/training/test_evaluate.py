@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.training.evaluate import StoppedError, averages, evaluate, total
-from halvit_jax.training.fault_tolerance.preemption import Signals, wish_of
+from halvit_jax.training.evaluate import PreemptedError, averages, evaluate, total
+from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler, requested
 from halvit_jax.training.sharding import make_mesh
 
 VALUES = np.arange(21.0, dtype=np.float32)
@@ -31,7 +31,7 @@ class Batches:
 def _step(params: Any, model_state: Any, batch: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], jax.Array]:
     values = params["w"] * batch["image"] + model_state["b"]
     sums = {"value": jnp.sum(jnp.where(batch["mask"], values, 0.0)), "examples": jnp.sum(batch["mask"])}
-    return sums, wish_of(batch)
+    return sums, requested(batch)
 
 
 VARIABLES = {"params": {"w": jnp.asarray(2.0)}, "model_state": {"b": jnp.asarray(1.0)}}
@@ -39,7 +39,7 @@ VARIABLES = {"params": {"w": jnp.asarray(2.0)}, "model_state": {"b": jnp.asarray
 
 @pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_every_example_counts_exactly_once(sizes: dict[str, int]) -> None:
-    scores = evaluate(_step, VARIABLES, Batches(), make_mesh(**sizes), signals=Signals())
+    scores = evaluate(_step, VARIABLES, Batches(), make_mesh(**sizes), preemption=PreemptionHandler())
     assert scores == {"value": pytest.approx(2.0 * VALUES.mean() + 1.0)}
 
 
@@ -48,7 +48,7 @@ def test_a_wrong_number_of_examples_is_an_error(announced: int) -> None:
     loader = Batches()
     loader.num_examples = announced
     with pytest.raises(RuntimeError, match=f"scored 21 examples where the split holds {announced}"):
-        evaluate(_step, VARIABLES, loader, make_mesh(), signals=Signals())
+        evaluate(_step, VARIABLES, loader, make_mesh(), preemption=PreemptionHandler())
 
 
 def test_totals_are_exact_beyond_what_float32_can_count() -> None:
@@ -66,16 +66,16 @@ def test_averages_are_sums_over_examples_and_leave_their_number_out() -> None:
 def test_a_loader_without_batches_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batches, "batches", lambda self: iter(()))
     with pytest.raises(RuntimeError, match="scored 0 examples where the split holds 21"):
-        evaluate(_step, VARIABLES, Batches(), make_mesh(), signals=Signals())
+        evaluate(_step, VARIABLES, Batches(), make_mesh(), preemption=PreemptionHandler())
 
 
 def test_an_evaluation_moves_with_every_batch_and_stops_one_batch_after_a_signal() -> None:
-    signals, moves = Signals(), []
+    preemption, moves = PreemptionHandler(), []
 
-    def moved() -> None:
+    def heartbeat() -> None:
         moves.append(len(moves))
-        signals.name = "SIGTERM"
+        preemption.name = "SIGTERM"
 
-    with pytest.raises(StoppedError):
-        evaluate(_step, VARIABLES, Batches(), make_mesh(), signals=signals, moved=moved)
+    with pytest.raises(PreemptedError):
+        evaluate(_step, VARIABLES, Batches(), make_mesh(), preemption=preemption, heartbeat=heartbeat)
     assert moves == [0, 1]

@@ -1,4 +1,4 @@
-"""The real loop on a tiny model: what is not finite, sudden gradients, signals, saves that fail."""
+"""The real loop on a tiny model: what is not finite, sudden gradients, preemption, saves that fail."""
 
 import functools
 import itertools
@@ -20,10 +20,10 @@ from halvit_jax.protocols import Loss
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint import checkpointer, manifest
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer, SaveError
-from halvit_jax.training.checkpoint.manifest import DamagedError
-from halvit_jax.training.fault_tolerance.grad_spikes import NO_LIMIT, Limit, SpikesError
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.fault_tolerance.grad_spikes import OFF, GradSpikeGuard, SpikesError
 from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError
-from halvit_jax.training.fault_tolerance.preemption import Signals
+from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
 from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import Report
@@ -50,7 +50,7 @@ class Regression:
 
     partition_rules = (("", ()),)
     frozen: ClassVar[Any] = {}
-    headline = "score"
+    primary_metric = "score"
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         return {"a": jnp.ones(3), "w": jax.random.normal(key, (3,))}, {"mean": jnp.zeros(3)}
@@ -112,39 +112,39 @@ def run(
     train: Batches,
     evaluation: Batches | None = None,
     steps: int = 12,
-    limit: Limit = NO_LIMIT,
+    guard: GradSpikeGuard = OFF,
     change: Any = lambda state: state,
     attempts: int = 1,
-    said: list[str] | None = None,
-    restart_if_damaged: bool = False,
+    logged: list[str] | None = None,
+    restart_if_corrupt: bool = False,
     every: int = 4,
 ) -> dict[str, Any]:
-    """The loop over `steps` steps, an evaluation and a checkpoint `every` 4; what is said is appended to `said`."""
+    """The loop over `steps` steps, an evaluation and a checkpoint `every` 4; what is logged is appended to `logged`."""
     task, mesh = Regression(), make_mesh(devices=jax.devices()[:1])
     fields = default_config().optim.to_dict() | {"scaling": "none", "warmup_epochs": 0.0, "schedule": "constant"}
     optimizer = make_optimizer(**fields | {"learning_rate": 1e-2}, batch_size=8, steps_per_epoch=1, total_steps=100)
     report = Report(workdir, total_steps=steps, batch_size=BATCH)
-    said = [] if said is None else said
-    report.say = said.append
-    checkpointer = Checkpointer(workdir, attempts=attempts, say=said.append)
-    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True, limit=limit)
-    fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True, limit=limit)
-    signals = Signals()
+    logged = [] if logged is None else logged
+    report.log = logged.append
+    checkpointer = Checkpointer(workdir, attempts=attempts, log=logged.append)
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True, guard=guard)
+    fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True, guard=guard)
+    preemption = PreemptionHandler()
     try:
-        beginning = loop.begin(
-            checkpointer, report, abstract, fresh, eval_every=every, restart_if_damaged=restart_if_damaged
+        start = loop.restore_or_init(
+            checkpointer, report, abstract, fresh, eval_every=every, restart_if_corrupt=restart_if_corrupt
         )
-        with signals.listen():
+        with preemption.install():
             return loop.train(
                 task,
                 optimizer,
-                beginning._replace(state=change(beginning.state)),
+                start._replace(state=change(start.state)),
                 train,
                 evaluation or Evaluation(),
                 mesh=mesh,
                 checkpointer=checkpointer,
                 report=report,
-                signals=signals,
+                preemption=preemption,
                 watchdog=Watchdog(workdir, timeout=600.0, compile_timeout=600.0),
                 debug_folder=workdir / "debug",
                 seed=0,
@@ -153,7 +153,7 @@ def run(
                 eval_every=every,
                 checkpoint_every=every,
                 ema_decay=0.9,
-                limit=limit,
+                guard=guard,
             )
     finally:
         checkpointer.close()
@@ -195,8 +195,8 @@ def test_what_is_not_finite_ends_the_run_at_most_two_steps_later(
     assert _steps(tmp_path) == [s for s in (4, 8) if s <= step]
     bundle = tmp_path / "debug" / f"step_{step}"
     assert str(bundle) in str(error.value)
-    facts = json.loads((bundle / "report.json").read_text())
-    assert facts["step"] == step
+    metadata = json.loads((bundle / "report.json").read_text())
+    assert metadata["step"] == step
     with np.load(bundle / f"batch_{step}_0.npz") as batch:
         assert batch["trouble"][0] == TROUBLE.get(what, 0)
         assert batch["x"].shape == (BATCH, 3)
@@ -231,17 +231,17 @@ def test_a_state_that_is_not_finite_is_found_in_the_first_step(holder: str, tmp_
 
 
 def test_a_sudden_gradient_is_left_out_and_the_run_resumes_through_it_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    limit, trouble = Limit(10.0, most=3, window=100), {5: "spike", 7: "gradient"}
-    said: list[str] = []
-    whole = _plain(run(tmp_path / "whole", train=Batches(trouble), limit=limit, said=said))
-    clean = run(tmp_path / "clean", train=Batches(), limit=limit)
+    guard, trouble = GradSpikeGuard(10.0, most=3, window=100), {5: "spike", 7: "gradient"}
+    logged: list[str] = []
+    whole = _plain(run(tmp_path / "whole", train=Batches(trouble), guard=guard, logged=logged))
+    clean = run(tmp_path / "clean", train=Batches(), guard=guard)
     assert whole["params_sha256"] != clean["params_sha256"]
     for stop in (4, 8):
         workdir = tmp_path / str(stop)
-        run(workdir, train=Batches(trouble), limit=limit, steps=stop)
-        assert _plain(run(workdir, train=Batches(trouble), limit=limit)) == whole
+        run(workdir, train=Batches(trouble), guard=guard, steps=stop)
+        assert _plain(run(workdir, train=Batches(trouble), guard=guard)) == whole
     # Left out means: as if the step had not been, but for its number.
-    states = [run(tmp_path / f"s{n}", train=Batches(trouble), limit=limit, steps=n)["params_sha256"] for n in (5, 6, 8)]
+    states = [run(tmp_path / f"s{n}", train=Batches(trouble), guard=guard, steps=n)["params_sha256"] for n in (5, 6, 8)]
     assert states[0] == states[1]
     assert states[2] != states[1]
 
@@ -249,7 +249,7 @@ def test_a_sudden_gradient_is_left_out_and_the_run_resumes_through_it_bit_for_bi
 def test_more_than_the_allowed_sudden_gradients_end_the_run(tmp_path: pathlib.Path) -> None:
     trouble = dict.fromkeys((5, 6, 7), "gradient")
     with pytest.raises(SpikesError, match=r"skip_updates.max_skipped=2 .* skip_updates.window=9 at step 7"):
-        run(tmp_path, train=Batches(trouble), limit=Limit(10.0, most=2, window=9))
+        run(tmp_path, train=Batches(trouble), guard=GradSpikeGuard(10.0, most=2, window=9))
     assert _steps(tmp_path) == [4]
 
 
@@ -289,7 +289,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(tmp_path: pathlib.Path
 def test_a_save_that_fails_is_made_at_the_next_step(
     tmp_path: pathlib.Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls, said = manifest.write, [], []
+    original, calls, logged = manifest.write, [], []
 
     def write(folder: pathlib.Path, step: int) -> None:
         calls.append(step)
@@ -299,10 +299,10 @@ def test_a_save_that_fails_is_made_at_the_next_step(
 
     monkeypatch.setattr(checkpointer.manifest, "write", write)
     slow = {step: functools.partial(_until, lambda: bool(calls)) for step in (4, 5)}
-    assert _plain(run(tmp_path, train=Batches(then=slow), attempts=2, said=said)) == whole
+    assert _plain(run(tmp_path, train=Batches(then=slow), attempts=2, logged=logged)) == whole
     assert calls[0] == 4
     assert calls[1] in (5, 6, 7)
-    assert any("step 4 could not be written" in line and "attempt 1 of 2" in line for line in said)
+    assert any("step 4 could not be written" in line and "attempt 1 of 2" in line for line in logged)
 
 
 def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,10 +319,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_moved_away(tmp_path: pathlib.Pa
     files = [path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
-    said: list[str] = []
-    assert _plain(run(tmp_path, train=Batches(), said=said)) == whole
-    assert f"WARNING: the checkpoint of step 8 is damaged: {file}" in said[0]
-    assert said[1] == "going on from the checkpoint of step 4"
+    logged: list[str] = []
+    assert _plain(run(tmp_path, train=Batches(), logged=logged)) == whole
+    assert f"WARNING: the checkpoint of step 8 is damaged: {file}" in logged[0]
+    assert logged[1] == "going on from the checkpoint of step 4"
     assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["8"]
 
 
@@ -330,9 +330,11 @@ def test_where_all_are_damaged_it_begins_anew_only_when_told_to(tmp_path: pathli
     run(tmp_path, train=Batches(), steps=8)
     for step in (4, 8):
         (tmp_path / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(DamagedError, match=r"no checkpoint is good: .*step 8.*step 4.*with --restart_if_damaged"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"no checkpoint is good: .*step 8.*step 4.*with --restart_if_corrupt"
+    ):
         run(tmp_path, train=Batches())
-    assert _plain(run(tmp_path, train=Batches(), restart_if_damaged=True)) == whole
+    assert _plain(run(tmp_path, train=Batches(), restart_if_corrupt=True)) == whole
 
 
 def _until(condition: Any) -> None:

@@ -115,8 +115,8 @@ def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_ta
     task = Draws()
     step = make_eval_step(task)
     batch = {"image": jnp.arange(4.0), "mask": jnp.array([True, True, True, False])}
-    sums, wish = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
-    assert int(wish) == 0
+    sums, request = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
+    assert int(request) == 0
     assert float(sums["score"]) == 2.0 * (0 + 1 + 2) + 3 * 10.0
     assert make_eval_step(task) is step
     assert make_eval_step(Draws()) is not step

@@ -20,7 +20,7 @@ from halvit_jax.cli import app
 from halvit_jax.config import default_config
 from halvit_jax.data.pipeline import Host, Loaders, make_loaders
 from halvit_jax.data.sources import open_source, open_sources
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 from halvit_jax.protocols import DataError
 
 CONFIG = pathlib.Path(__file__).parents[3] / "configs/halvit_folder.py"
@@ -239,7 +239,7 @@ def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
 
 
 def test_the_config_for_own_images_needs_only_their_folder(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    result = work(_small(root), tmp_path / "run")
+    result = run_experiment(_small(root), tmp_path / "run")
     assert result["step"] == 2  # two epochs of 240 images in batches of 128
     assert np.isfinite(result["eval"]["loss"])
     assert json.loads((tmp_path / "run/classes.json").read_text()) == NAMES
@@ -262,7 +262,7 @@ def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
+        run_experiment(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
     assert ended.value.code == app.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
@@ -274,7 +274,7 @@ def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
 def test_the_command_finishes_where_images_are_replaced(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = work(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
+    result = run_experiment(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
     assert result["step"] == 10
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
     messages = [record.getMessage() for record in caplog.records if record.name == "halvit_jax.data"]
@@ -288,6 +288,6 @@ def test_another_number_of_classes_is_answered_with_the_field(
     root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
+        run_experiment(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
     assert ended.value.code == app.BAD_INPUT
     assert "data.name='folder' has 10 classes; set model.num_classes=10" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.training.fault_tolerance.grad_spikes import Limit, make_limit
+from halvit_jax.training.fault_tolerance.grad_spikes import GradSpikeGuard, make_guard
 from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError, check, flags
 
 
@@ -41,9 +41,9 @@ def test_the_loss_is_named_first_then_gradients_and_of_many_the_rest_is_counted(
         check(7, {f"x{i:03}": jnp.asarray(False) for i in range(25)})
 
 
-def _judge(limit: Limit, norms: list[float]) -> tuple[list[bool], list[bool], dict]:
-    memory, skipped, too_many = limit.init(), [], []
-    judge = jax.jit(limit.judge)
+def _judge(guard: GradSpikeGuard, norms: list[float]) -> tuple[list[bool], list[bool], dict]:
+    memory, skipped, too_many = guard.init(), [], []
+    judge = jax.jit(guard.judge)
     for step, norm in enumerate(norms):
         verdict = judge(memory, jnp.asarray(norm), jnp.asarray(step))
         memory = verdict.memory
@@ -54,7 +54,7 @@ def _judge(limit: Limit, norms: list[float]) -> tuple[list[bool], list[bool], di
 
 def test_a_spike_is_left_out_and_does_not_move_what_is_usual() -> None:
     norms = [1.0, 1.1, 100.0, 0.9, float("nan"), float("inf"), 1.0]
-    skipped, too_many, memory = _judge(Limit(5.0, most=10, window=100), norms)
+    skipped, too_many, memory = _judge(GradSpikeGuard(5.0, most=10, window=100), norms)
     assert skipped == [False, False, True, False, True, True, False]
     assert not any(too_many)
     usual = 1.0
@@ -65,15 +65,15 @@ def test_a_spike_is_left_out_and_does_not_move_what_is_usual() -> None:
 
 def test_more_than_the_allowed_number_in_a_window_are_too_many() -> None:
     spikes = [1.0, 9.0, 1.0, 9.0, 1.0, 9.0]
-    assert _judge(Limit(3.0, most=2, window=5), spikes)[1] == [False] * 5 + [True]
-    assert _judge(Limit(3.0, most=2, window=4), spikes)[1] == [False] * 6  # the first has left the window
-    assert _judge(Limit(3.0, most=3, window=5), spikes)[1] == [False] * 6
+    assert _judge(GradSpikeGuard(3.0, most=2, window=5), spikes)[1] == [False] * 5 + [True]
+    assert _judge(GradSpikeGuard(3.0, most=2, window=4), spikes)[1] == [False] * 6  # the first has left the window
+    assert _judge(GradSpikeGuard(3.0, most=3, window=5), spikes)[1] == [False] * 6
 
 
 def test_off_it_remembers_nothing_and_wrong_values_are_refused() -> None:
-    assert make_limit(norm_factor=0.0, max_skipped=10, window=1000).init() == {}
+    assert make_guard(norm_factor=0.0, max_skipped=10, window=1000).init() == {}
     with pytest.raises(ValueError, match=r"skip_updates.norm_factor=0.5 must be 0 \(off\) or above 1"):
-        make_limit(norm_factor=0.5, max_skipped=10, window=1000)
+        make_guard(norm_factor=0.5, max_skipped=10, window=1000)
     for field in ("max_skipped", "window"):
         with pytest.raises(ValueError, match=f"skip_updates.{field}=0 must be at least 1"):
-            make_limit(**{"norm_factor": 3.0, "max_skipped": 1, "window": 1} | {field: 0})
+            make_guard(**{"norm_factor": 3.0, "max_skipped": 1, "window": 1} | {field: 0})

@@ -11,15 +11,15 @@ PROGRAM = """
 import pathlib, sys, time
 from halvit_jax.training.fault_tolerance.watchdog import COMPILING, Watchdog
 
-def explain(line, *, step, waiting):
+def diagnose_peers(line, *, step, waiting):
     return f"asked about: {line} ({step}, {waiting})"
 
-dog = Watchdog(pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", explain=explain)
+dog = Watchdog(pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", diagnose_peers=diagnose_peers)
 dog.start()
-dog.at(COMPILING, 3)
+dog.heartbeat(COMPILING, 3)
 time.sleep(3)  # three times the timeout
 for step in range(3, 6):
-    dog.at("training", step)
+    dog.heartbeat("training", step)
     time.sleep(0.4)
 print("stuck from here", flush=True)
 def deep_inside():
