@@ -1,7 +1,7 @@
 """The shared vocabulary: batch, loader, task, collector, serving model, and exit codes."""
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -11,12 +11,6 @@ ArraySpec = Any  # a jax.ShapeDtypeStruct
 PyTree = Any
 Batch = Mapping[str, Array]
 """Arrays whose first axis is the example; `mask` bool [b] is False where a row only pads the batch."""
-
-Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
-"""(regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
-
-TransferRules = tuple[tuple[str, str], ...]
-"""(regex of a parameter path, how loaded weights may differ there), first match wins; see `convert.transfer`."""
 
 
 class ExitCode(enum.IntEnum):
@@ -80,9 +74,11 @@ class Task(Protocol):
     constants: PyTree
     """Arrays that the loss reads and that are neither trained nor saved, such as a teacher."""
 
-    partition_rules: Rules
+    partition_rules: Sequence[tuple[str, tuple[Any, ...]]]
+    """(regex of a parameter path, mesh axis or axes of each dimension), first match wins; see `trees.Rules`."""
 
-    transfer_rules: TransferRules
+    transfer_rules: Sequence[tuple[str, str]]
+    """(regex of a parameter path, how loaded weights may differ there), first match wins; see `convert.transfer`."""
 
     primary_metric: str
     """The metric that chooses the best checkpoint; more is better."""

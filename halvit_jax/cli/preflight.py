@@ -24,17 +24,17 @@ from halvit_jax.experiment import build, init_from, lock, tasks, teacher
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.text import first_few
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh
 from halvit_jax.training.state import abstract_state
 from halvit_jax.training.step import abstract_batch, make_train_step
-from halvit_jax.trees import count, flat
+from halvit_jax.trees import count, flatten
 
 MAX_COUNTED = 10_000  # images up to which a training split is read once to count its classes
-MOST_NAMED = 5  # classes that are named
-MEMORY_HINT = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
+MEMORY_HINT = "lower batch_size, raise accumulate or mesh.fsdp, or set model.remat=True"
 
 
 def preflight(
@@ -172,8 +172,8 @@ def _classes(config: ConfigDict, data: Any) -> CheckResult:
     labels = [int(record["label"]) for record in source.reader(1)(0).map(source.fetch).as_numpy_iterator()]
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
-    named = ", ".join(empty[:MOST_NAMED]) + ("" if len(empty) <= MOST_NAMED else " ...")
-    warning = f"{len(empty)} classes of data.train_split={fields.train_split!r} have no image: {named}" if empty else ""
+    split = fields.train_split
+    warning = f"{len(empty)} classes of data.train_split={split!r} have no image: {first_few(empty)}" if empty else ""
     return CheckResult(f"{len(names)}, of {counts.min():,} to {counts.max():,} images", warning=warning)
 
 
@@ -255,7 +255,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult
             except CorruptCheckpointError as error:
                 beware.append(f"step {step}: {error}")
                 continue
-            differences = diff(metadata["arrays"], flat(state))
+            differences = diff(metadata["arrays"], flatten(state))
             if differences:
                 raise ValueError(mismatch_message(step, f"--workdir={workdir}", differences))
             if step >= total:

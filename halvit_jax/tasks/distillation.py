@@ -13,6 +13,7 @@ from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.losses import DISTILL_LOSSES
 from halvit_jax.tasks.metrics import classification_sums
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
+from halvit_jax.trees import variable_shapes
 
 # Field of the weight -> what a layer keeps under which name, and the loss between two layers.
 RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
@@ -32,8 +33,8 @@ class Distillation(Classification):
 
         loss = (1 - alpha) label(class head) + alpha distill(distillation head) + qkv_weight Q + hidden_weight H
 
-    A student without a distillation head uses the class head for both. The teacher runs as in evaluation, and its variables are in
-    `constants`: the step reads them, nothing trains or saves them. Evaluation is that of `Classification`.
+    A student without a distillation head uses the class head for both. The teacher runs as in evaluation, and its
+    variables are in `constants`. Evaluation is that of `Classification`.
 
     Args:
         model: the student.
@@ -97,7 +98,9 @@ class Distillation(Classification):
             rngs={"drop_path": drop_key},
             method="heads" if _is_distilled(self.model) else None,
         )
-        teacher_logits, teacher_state = self.teacher.apply(constants, images * self._scale + self._shift, train=False, mutable=sown)
+        teacher_logits, teacher_state = self.teacher.apply(
+            constants, images * self._scale + self._shift, train=False, mutable=sown
+        )
         heads = heads if _is_distilled(self.model) else {"class": heads}
 
         label = self._loss(heads["class"], targets)
@@ -149,8 +152,7 @@ def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, f
         )
     if kind == "hard" and 0.0 < alpha < 1.0 and not _is_distilled(model):
         raise ValueError(
-            "distillation.kind='hard' needs a student with a head for the teacher's label beside that for the true label; "
-            "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
+            "distillation.kind='hard' needs a student with a second head for the teacher's label; set  model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
         )
 
 
@@ -165,8 +167,10 @@ def _check_layers(
         )
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    whole = {"student": _kept(model, variables, images), "teacher": _kept(teacher.model, teacher.variables, images)}
+    whole = {
+        "student": _kept(model, variable_shapes(model), images),
+        "teacher": _kept(teacher.model, teacher.variables, images),
+    }
     for name in names:
         found = {who: layers_of(kept, name) for who, kept in whole.items()}
         for who, layers in (("student", student_layers), ("teacher", teacher_layers)):

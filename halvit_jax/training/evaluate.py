@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import Batch, Loader, PyTree, Task

@@ -17,14 +17,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from halvit_jax.protocols import PyTree
+from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
-from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER, CorruptCheckpointError
 from halvit_jax.training.checkpoint.metadata import array_metadata, diff, mismatch_message
 from halvit_jax.training.sharding import broadcast_from_process_0, bytes_of
-from halvit_jax.trees import flat, map_paths
+from halvit_jax.trees import flatten, map_paths, unflatten
 
-FOLDER, CORRUPT_FOLDER = "checkpoints", "corrupt"
 MAX_LISTED = 40  # differences named before the rest is only counted
 MAX_STEPS = 256  # checkpoints considered
 
@@ -130,12 +130,12 @@ class Checkpointer:
             self._manager = self._new_manager()
         if step == self._saved:
             return
-        leaves = flat(state)
+        leaves = flatten(state)
         self._saved, self._needed = step, bytes_of(state)
         metadata = {"step": step, "score": score, "evaluated": evaluated}
         metadata["arrays"] = array_metadata(leaves)
         try:
-            arrays = ocp.args.StandardSave(_nested(leaves))
+            arrays = ocp.args.StandardSave(unflatten(leaves))
             signed = {"metadata": metadata, "sha256": manifest.sha256_of(metadata)}
             self._manager.save(step, args=arrays, custom_metadata=signed, force=True)
         except Exception as error:  # of any kind; it is counted, and raised after the last attempt
@@ -201,7 +201,7 @@ class Checkpointer:
     def _restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
         sealed = self._verified_by_first_process(step)
         metadata = self.metadata(step)
-        wanted = flat(abstract)
+        wanted = flatten(abstract)
         differences = diff(metadata["arrays"], wanted)
         if differences:
             listed = differences[:MAX_LISTED]
@@ -209,7 +209,7 @@ class Checkpointer:
                 listed.append(f"... and {len(differences) - MAX_LISTED} more")
             raise ValueError(mismatch_message(step, self._folder, listed))
         try:
-            arrays = flat(self._manager.restore(step, args=ocp.args.StandardRestore(_nested(wanted))))
+            arrays = flatten(self._manager.restore(step, args=ocp.args.StandardRestore(unflatten(wanted))))
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
@@ -272,7 +272,7 @@ class Checkpointer:
     def _failed(self, error: BaseException) -> None:
         step, self._saved = self._saved, None
         self._failures += 1
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         free = shutil.disk_usage(self._folder if self._folder.is_dir() else self._folder.parent).free
         message = (
             f"the checkpoint of step {step} could not be written to {self._folder} ({type(error).__name__}: {reason}); "
@@ -295,15 +295,3 @@ class Checkpointer:
 
 def _listed(steps: list[int]) -> str:
     return f"those of {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

@@ -10,7 +10,8 @@ import os
 import pathlib
 from typing import Any
 
-NAME = "manifest.json"
+FOLDER, CORRUPT_FOLDER = "checkpoints", "corrupt"  # of a workdir
+NAME = "manifest.json"  # of a step
 CHUNK = 1 << 20
 
 

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flat
-
-MAX_NAMED = 5
+from halvit_jax.text import first_few
+from halvit_jax.trees import flatten
 
 
 class NotFiniteError(ArithmeticError):
@@ -24,7 +23,7 @@ class NotFiniteError(ArithmeticError):
 
 def finite_flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     """{"parts/path": whether all of it is finite} for the floating-point arrays of all parts."""
-    leaves = flat(dict(parts))
+    leaves = flatten(dict(parts))
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
@@ -47,8 +46,7 @@ def raise_if_not_finite(step: int, finite: Mapping[str, Array]) -> None:
     bad = not_finite(finite)
     if not bad:
         return
-    named = ", ".join(bad[:MAX_NAMED]) + (f" and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else "")
-    raise NotFiniteError(f"not finite at step {step}: {named}")
+    raise NotFiniteError(f"not finite at step {step}: {first_few(bad)}")
 
 
 def not_finite(finite: Mapping[str, Array]) -> list[str]:
