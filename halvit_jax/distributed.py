@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
-from halvit_jax.protocols import BAD_INPUT, STOPPED, STUCK
+from halvit_jax.protocols import ExitCode
 from halvit_jax.text import one_line
 
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
@@ -79,7 +79,7 @@ def process_group(
         print(f"{name()}on {socket.gethostname()} with {devices()}", flush=True)
         yield
     except SystemExit as end:
-        if end.code != STOPPED:
+        if end.code != ExitCode.PREEMPTED:
             _exit_now(end.code if isinstance(end.code, int) else 1)
         # That was agreed on, so all come here, and none of them takes the coordinator from the others.
         jax.distributed.shutdown()
@@ -88,7 +88,7 @@ def process_group(
         line = f"{type(error).__name__}: {one_line(error)}"
         traceback.print_exc()
         print(f"error: {name()}{line}\n{collect_status(line)}", file=sys.stderr, flush=True)
-        _exit_now(STUCK)
+        _exit_now(ExitCode.STALLED)
     jax.distributed.shutdown()
 
 
@@ -178,7 +178,7 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
     def give_up() -> None:
         if not met.wait(start_timeout):
             print(f"error: {_missing(folder, given, start_timeout)}", file=sys.stderr, flush=True)
-            os._exit(BAD_INPUT)
+            os._exit(ExitCode.BAD_INPUT)
 
     threading.Thread(target=give_up, daemon=True).start()
     # CPUs would begin several programs at once, and each process may come to their exchanges in another order.

@@ -15,7 +15,7 @@ from halvit_jax.tasks.metrics import classification_sums
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 from halvit_jax.trees import variable_shapes
 
-# Field of the weight -> what a layer keeps under which name, and the loss between two layers.
+# Field of the weight -> name of the sown intermediate, and the loss between two layers.
 RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
 
 
@@ -140,26 +140,27 @@ def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]
 
 
 def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, float]) -> None:
-    """What is learned, and whether each classifier has something to learn that the others' does not contradict."""
+    """Check that each head has a target, and one that does not contradict the others'."""
     if not alpha and not any(weights.values()):
         fields = ", ".join(f"distillation.{field}" for field in ("alpha", *weights))
-        raise ValueError(f"nothing is learned of the teacher; set {fields} above 0, or task.name='classification'")
+        raise ValueError(f"the teacher has no effect; set {fields} above 0, or task.name='classification'")
     if _is_distilled(model) and alpha in (0.0, 1.0):
         which = "class" if alpha else "distillation"
         raise ValueError(
-            f"distillation.alpha={alpha} leaves the {which} head untrained, whose answer counts in evaluation; set it "
+            f"distillation.alpha={alpha} leaves the {which} head untrained, which evaluation uses too; set it "
             "between 0 and 1, or model.distilled=False"
         )
     if kind == "hard" and 0.0 < alpha < 1.0 and not _is_distilled(model):
         raise ValueError(
-            "distillation.kind='hard' needs a student with a second head for the teacher's label; set  model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
+            "distillation.kind='hard' needs a student with a second head for the teacher's label; set "
+            "model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
         )
 
 
 def _check_layers(
     model: nn.Module, teacher: Teacher, student_layers: Sequence[int], teacher_layers: Sequence[int], names: list[str]
 ) -> None:
-    """Whether the pairs of layers are there, and have the same tokens."""
+    """Check that the pairs of layers exist and have the same tokens."""
     if not student_layers or len(student_layers) != len(teacher_layers):
         raise ValueError(
             f"distillation.student_layers={student_layers} and distillation.teacher_layers={teacher_layers} must "
@@ -168,15 +169,15 @@ def _check_layers(
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     whole = {
-        "student": _kept(model, variable_shapes(model), images),
-        "teacher": _kept(teacher.model, teacher.variables, images),
+        "student": _intermediates(model, variable_shapes(model), images),
+        "teacher": _intermediates(teacher.model, teacher.variables, images),
     }
     for name in names:
-        found = {who: layers_of(kept, name) for who, kept in whole.items()}
+        found = {who: layers_of(sown, name) for who, sown in whole.items()}
         for who, layers in (("student", student_layers), ("teacher", teacher_layers)):
             if not found[who]:
                 raise ValueError(
-                    f"the {who} keeps no {name} of its layers; set distillation.qkv_weight and "
+                    f"the {who} sows no {name} of its layers; set distillation.qkv_weight and "
                     "distillation.hidden_weight to 0, or take a transformer"
                 )
             wrong = [i for i in layers if not 0 <= i < len(found[who])]
@@ -194,8 +195,8 @@ def _check_layers(
                 )
 
 
-def _kept(model: nn.Module, variables: PyTree, images: jax.ShapeDtypeStruct) -> PyTree:
-    """The shapes of what the model keeps for those who ask."""
+def _intermediates(model: nn.Module, variables: PyTree, images: jax.ShapeDtypeStruct) -> PyTree:
+    """The shapes of the intermediates that the model sows."""
 
     def run(variables: PyTree, images: jax.Array) -> PyTree:
         return model.apply(variables, images, train=False, mutable=["intermediates"])[1].get("intermediates", {})

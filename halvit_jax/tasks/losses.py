@@ -16,7 +16,7 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
-    """Cross-entropy with the one class that the teacher names, whatever `tau`: [b, c], [b, c] -> [b] (DeiT)."""
+    """Cross-entropy with the teacher's best class, whatever `tau`: [b, c], [b, c] -> [b] (DeiT)."""
     del tau
     return cross_entropy(logits, jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1]))
 
@@ -24,7 +24,7 @@ def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.
 def soft_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
     """tau^2 KL(teacher || student) / c, both softened by the temperature `tau`: [b, c], [b, c] -> [b].
 
-    DeiT and Mini-DeiT divide by the number of classes too, for PyTorch's mean is over all elements.
+    DeiT and Mini-DeiT divide by the number of classes too, because PyTorch's mean is over all elements.
     """
     own, theirs = (jax.nn.log_softmax(x / tau) for x in (logits, teacher))
     return tau**2 * jnp.mean(jnp.exp(theirs) * (theirs - own), axis=-1)

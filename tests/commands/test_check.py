@@ -208,7 +208,7 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
         check.define_flags()
         with pytest.raises(SystemExit) as ended:
             check.main(values(["check", *arguments]))
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert message in capsys.readouterr().err
 
 

@@ -69,7 +69,7 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
 def test_data_found_bad_while_they_are_read_end_the_program_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended, app.report_data_errors():
         raise DataError("photo.jpg cannot be decoded; remove it")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
     with pytest.raises(ZeroDivisionError), app.report_data_errors():
         raise ZeroDivisionError
@@ -163,7 +163,7 @@ def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(tiny(digits_dir, **BAD_FIELDS[message]), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert message in error
@@ -202,7 +202,7 @@ def test_an_unwritable_workdir_is_refused(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit) as ended:
         run_experiment(tiny(digits_dir), tmp_path / "file" / "run")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "cannot be written to" in capsys.readouterr().err
 
 
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
     before = (workdir / "config.json").read_text()
     with pytest.raises(SystemExit) as ended:
         run_experiment(tiny(digits_dir, **changes), workdir)
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err
     assert "is of another model or optimizer; use another --workdir" in error
     for line in lines:

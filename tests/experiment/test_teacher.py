@@ -117,7 +117,7 @@ def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: Sc
 def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(without_teacher.config, without_teacher.workdir)
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
 
 
@@ -129,7 +129,7 @@ def test_it_goes_on_with_no_other_teacher(
     before = (school.workdir / teacher.FILE).read_text()
     with pytest.raises(SystemExit) as ended:
         run_experiment(pupil(digits_dir, other, accumulate=2), school.workdir)
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert f"holds other weights than the teacher that the run in --workdir={school.workdir}" in capsys.readouterr().err
     assert (school.workdir / teacher.FILE).read_text() == before
 
@@ -250,7 +250,7 @@ def test_a_teacher_that_cannot_be_is_answered_with_a_line(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -288,7 +288,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     lines = capsys.readouterr().out
     assert re.search(r"^ok    teacher     halvit_tiny, 14,250 parameters, sha256 \w{16}; \d+ arrays as", lines, re.M)
     assert re.search(r"^ok    step        compiled in", lines, re.M)
-    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.BAD_INPUT
+    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
     lines = capsys.readouterr().out
     assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
     assert re.search(r"^skip  step        needs teacher", lines, re.M)

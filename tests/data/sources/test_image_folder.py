@@ -263,7 +263,7 @@ def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
         f"error: {spoilt}/train/digit 3/005.png cannot be decoded (Invalid JPEG data, size 6); remove"
@@ -289,5 +289,5 @@ def test_another_number_of_classes_is_answered_with_the_field(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "data.name='folder' has 10 classes; set model.num_classes=10" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from halvit_jax.training.fault_tolerance.preemption import (
     REQUEST,
     SAVE_AGAIN,
     STOP,
-    STOPPED,
+    ExitCode,
     PreemptionHandler,
     requested,
 )
@@ -41,4 +41,4 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     ).replace("\\n", "\n")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
-    assert (done.returncode, done.stdout) == (STOPPED, "first\n"), done.stderr
+    assert (done.returncode, done.stdout) == (ExitCode.PREEMPTED, "first\n"), done.stderr

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from halvit_jax.training.fault_tolerance.watchdog import STUCK
+from halvit_jax.protocols import ExitCode
 
 PROGRAM = """
 import pathlib, sys, time
@@ -41,7 +41,7 @@ def test_a_run_that_does_not_move_ends_with_the_stacks_of_its_threads(tmp_path: 
     started = time.monotonic()
     done = _run(tmp_path / "debug", "hang")
     assert time.monotonic() - started < 30
-    assert (done.returncode, done.stdout) == (STUCK, "stuck from here\n"), done.stderr
+    assert (done.returncode, done.stdout) == (ExitCode.STALLED, "stuck from here\n"), done.stderr
     line = "rank 1 of 2: no progress for 1 s in phase 'training' after step 5"
     assert f"error: {line}; the stacks" in done.stderr
     assert f"asked about: {line} (5, True)" in done.stderr
