@@ -113,9 +113,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
         checkpointer = Checkpointer(
             workdir,
-            keep=config.keep_checkpoints,
-            attempts=config.save_attempts,
-            timeout=config.save_timeout,
+            **config.save,
             say=report.say,
         )
         beginning = loop.begin(
@@ -130,7 +128,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
                 workdir=workdir,
                 say=report.say,
             ),
-            eval_every=config.eval_every,
+            eval_every=config.loop.eval_every,
             restart_if_damaged=restart_if_damaged,
         )
         if run.taught:
@@ -154,12 +152,8 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             debug_folder=workdir / DEBUG_FOLDER,
             seed=config.seed,
             total_steps=run.total_steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            checkpoint_every=config.checkpoint_every,
-            ema_decay=config.ema_decay,
-            accumulate=config.accumulate,
             limit=run.limit,
+            **config.loop,
             **attention,
         )
         checkpointer.close()
