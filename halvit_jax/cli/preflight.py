@@ -30,7 +30,7 @@ from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh
 from halvit_jax.training.state import abstract_state
 from halvit_jax.training.step import abstract_batch, make_train_step
-from halvit_jax.trees import count, flat
+from halvit_jax.trees import count, flatten
 
 COUNTED = 10_000  # images up to which a training split is read once to count its classes
 MOST_NAMED = 5  # classes that are named
@@ -255,7 +255,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
             except DamagedError as error:
                 beware.append(f"step {step}: {error}")
                 continue
-            differences = compare(facts["arrays"], flat(state))
+            differences = compare(facts["arrays"], flatten(state))
             if differences:
                 raise ValueError(another_model(step, f"--workdir={workdir}", differences))
             if step >= total:

@@ -18,11 +18,10 @@ from ml_collections import ConfigDict
 from halvit_jax.convert import readers, weights_file
 from halvit_jax.experiment import init_from, tasks, workdir
 from halvit_jax.models import create_model, partition_rules
-from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.training.sharding import partition
-from halvit_jax.trees import map_paths, sha256
+from halvit_jax.trees import map_paths, sha256, variable_shapes
 
 Colours = Sequence[float] | None
 FILE = "teacher.json"  # of the workdir: which weights the run learns from
@@ -104,8 +103,7 @@ def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     student = tasks.build_task(config)
     teacher, name = _describe(student, **config.teacher)
     model = teacher.model
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    shapes: PyTree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    shapes = variable_shapes(model)
     shardings = partition(shapes, partition_rules(model), mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     teacher = teacher._replace(variables=shapes)

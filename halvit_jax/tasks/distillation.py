@@ -13,6 +13,7 @@ from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.losses import TEACHINGS
 from halvit_jax.tasks.metrics import classification_sums
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
+from halvit_jax.trees import variable_shapes
 
 # Field of the weight -> what a layer keeps under which name, and the loss between two layers.
 RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
@@ -165,8 +166,10 @@ def _check_layers(
         )
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    whole = {"student": _kept(model, variables, images), "teacher": _kept(teacher.model, teacher.variables, images)}
+    whole = {
+        "student": _kept(model, variable_shapes(model), images),
+        "teacher": _kept(teacher.model, teacher.variables, images),
+    }
     for name in names:
         found = {who: layers_of(kept, name) for who, kept in whole.items()}
         for who, layers in (("student", student_layers), ("teacher", teacher_layers)):

@@ -18,7 +18,7 @@ from halvit_jax.convert import readers, to_torch, weights_file
 from halvit_jax.experiment import build, init_from, tasks, workdir
 from halvit_jax.experiment.trained import restore_newest
 from halvit_jax.main import work
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 
 @pytest.fixture
@@ -54,8 +54,8 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         say=said.append,
     )
     _, variables = halvit_jax.load(finished[0])
-    old, new, averages = (flat(tree) for tree in (variables["params"], state.params, state.ema["params"]))
-    begun = flat(run.fresh_state(run.abstract_state()).params)
+    old, new, averages = (flatten(tree) for tree in (variables["params"], state.params, state.ema["params"]))
+    begun = flatten(run.fresh_state(run.abstract_state()).params)
     for path, value in new.items():
         if path == "head/bias" or path.endswith("norm/scale"):
             np.testing.assert_array_equal(value, begun[path])
@@ -65,7 +65,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         else:
             np.testing.assert_array_equal(value, old[path])
         np.testing.assert_array_equal(value, averages[path])
-        assert value.sharding == flat(run.abstract_state().params)[path].sharding
+        assert value.sharding == flatten(run.abstract_state().params)[path].sharding
     assert int(state.step) == 0
     listed = json.loads((tmp_path / init_from.FILE).read_text())
     assert listed["source"] == str(source)
@@ -88,11 +88,11 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
     assert re.search(r"^ok    init_from   \d+ arrays as they are$", capsys.readouterr().out, re.MULTILINE)
     config = workdir.read_config(tmp_path)
     state = restore_newest(tasks.build_task(config), config, tmp_path)
-    old = flat(halvit_jax.load(finished[0])[1]["params"])
-    for path, value in flat(state.params).items():
+    old = flatten(halvit_jax.load(finished[0])[1]["params"])
+    for path, value in flatten(state.params).items():
         same = np.array_equal(value, old[path])
         assert same == path.startswith(("block", "embed", "position")), path
-    moments = [path for path in flat(state.opt_state) if "block0" in path]
+    moments = [path for path in flatten(state.opt_state) if "block0" in path]
     assert not moments  # nothing is kept for what is not trained
     work(tiny(digits_dir, **short | frozen | {"init_from": "/nowhere"}), tmp_path)  # finished: it needs it no more
     assert "finished" in capsys.readouterr().out

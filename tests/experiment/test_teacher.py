@@ -19,7 +19,6 @@ from halvit_jax import plan
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
-from halvit_jax.convert.engine import flatten, nest
 from halvit_jax.experiment import build, tasks, teacher
 from halvit_jax.experiment.trained import load_trained, stored_state
 from halvit_jax.main import work
@@ -27,7 +26,7 @@ from halvit_jax.recipes import digits
 from halvit_jax.training.checkpoint.checkpointer import FOLDER, Checkpointer
 from halvit_jax.training.sharding import make_mesh, to_devices, to_host
 from halvit_jax.training.step import make_train_step
-from halvit_jax.trees import flat, sha256
+from halvit_jax.trees import flatten, sha256, unflatten
 
 SHAPE = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 2}  # of the finished run's model
 REGNET = {"depths": (1,), "widths": (8,), "group_width": 4, "num_classes": 10, "image_size": 8}
@@ -45,7 +44,7 @@ def random_file(path: pathlib.Path, name: str, about: dict[str, str], **fields: 
     rng = np.random.default_rng(0)
     shapes = shapes_of(halvit_jax.create_model(name, **fields))
     arrays = {key: rng.uniform(0.1, 1.0, shape).astype(np.float32) for key, shape in shapes.items()}
-    weights_file.save(path, name, nest(arrays), about=about, **fields)
+    weights_file.save(path, name, unflatten(arrays), about=about, **fields)
     return path
 
 
@@ -92,7 +91,7 @@ def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
     saved = checkpointer.facts(8)["arrays"]
     checkpointer.close()
     state = stored_state(tasks.build_task(school.config), school.config)
-    assert saved.keys() == flat(state).keys()
+    assert saved.keys() == flatten(state).keys()
 
 
 @pytest.mark.slow

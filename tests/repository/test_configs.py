@@ -17,7 +17,7 @@ from halvit_jax.models import create_model
 from halvit_jax.recipes import digits, imagenet
 from halvit_jax.training.optim import path_mask
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -56,7 +56,7 @@ def test_what_a_config_decays_is_what_it_was(name: str) -> None:
     """Every parameter with how it is treated; the golden file is this text."""
     config = load(ROOT / "configs" / f"{name}.py")
     params = jax.eval_shape(build_task(config).init, jax.random.key(0))[0]
-    mask = flat(path_mask(params, config.optim.no_decay))
+    mask = flatten(path_mask(params, config.optim.no_decay))
     text = "".join(f"{'decayed' if decayed else 'spared '} {name}\n" for name, decayed in mask.items())
     assert text == (GOLDEN / "decay" / f"{name}.txt").read_text()
 

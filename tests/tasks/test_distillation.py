@@ -16,7 +16,7 @@ from halvit_jax.protocols import Loss
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.tasks.losses import cross_entropy, soft_teaching
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 B, SIZE, CLASSES = 6, 8, 7
 VIT = {"width": 16, "depth": 2, "num_heads": 2, "image_size": SIZE, "patch_size": 4, "num_classes": CLASSES}
@@ -140,7 +140,7 @@ def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None
     before = jax.tree.map(np.copy, task.frozen)
     run = jax.value_and_grad(lambda params: task.loss(params, {}, task.frozen, _batch(), KEY).value)
     _, grads = jax.jit(run)(_params(task))
-    assert flat(grads).keys() == flat(_params(task)).keys()
+    assert flatten(grads).keys() == flatten(_params(task)).keys()
     jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
 
 
@@ -162,8 +162,8 @@ def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
         run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.frozen, _batch(), KEY).value))
         values.append(run(_params(task)))
     assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-5)
-    for path, gradient in flat(values[0][1]).items():
-        np.testing.assert_allclose(flat(values[1][1])[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+    for path, gradient in flatten(values[0][1]).items():
+        np.testing.assert_allclose(flatten(values[1][1])[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
 def test_only_training_differs_from_classification() -> None:

@@ -14,7 +14,7 @@ from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_devices
 from halvit_jax.training.state import TrainState, abstract_state, init_state
 from halvit_jax.training.step import make_eval_step, make_train_step
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 BATCH = 16
 
@@ -140,8 +140,8 @@ def test_an_accumulated_step_is_the_whole_step() -> None:
         state, step, batch = _tiny(make_mesh(), accumulate=parts, **SGD)
         results.append(jax.device_get(step(state, {}, batch)))
     (whole, outcome), (cut, cut_outcome) = results
-    for path, value in flat(whole.params).items():
-        np.testing.assert_allclose(flat(cut.params)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+    for path, value in flatten(whole.params).items():
+        np.testing.assert_allclose(flatten(cut.params)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     for name, value in outcome.sums.items():
         assert float(cut_outcome.sums[name]) == pytest.approx(float(value), rel=1e-5), name
 

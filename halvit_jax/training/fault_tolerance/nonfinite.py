@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 MOST_NAMED = 5
 
@@ -25,7 +25,7 @@ class NotFiniteError(ArithmeticError):
 
 def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     """{"parts/path": whether all of it is finite} for the floating-point arrays of all parts."""
-    leaves = flat(dict(parts))
+    leaves = flatten(dict(parts))
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
