@@ -22,5 +22,5 @@ def test_an_evaluation_set_of_another_form_is_refused(entry: str) -> None:
 
 
 def test_two_evaluation_sets_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="data.evals holds v2= twice"):
+    with pytest.raises(ValueError, match=r"data\.evals holds v2= twice"):
         parse_evals(("v2=a:test", "v2=b:test"))

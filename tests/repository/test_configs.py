@@ -107,7 +107,7 @@ def test_fine_tuning_at_384_is_an_argument(name: str, rate: float, schedule: str
     config = load(ROOT / "configs" / f"{name}.py", "384")
     assert (config.model.name, config.model.image_size, config.num_epochs) == (name, 384, 30)
     assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == pytest.approx(rate)
-    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classify")
+    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classification")
     validate(config)
     assert create_model(**config.model).image_size == 384
 
