@@ -25,6 +25,7 @@ from halvit_jax.experiment import workdir as files
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.text import first_few
 from halvit_jax.training.checkpoint.manifest import DamagedError
 from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
 from halvit_jax.training.optim import make_optimizer
@@ -34,7 +35,6 @@ from halvit_jax.training.step import abstract_batch, make_train_step
 from halvit_jax.trees import count, flatten
 
 COUNTED = 10_000  # images up to which a training split is read once to count its classes
-MOST_NAMED = 5  # classes that are named
 MEND_MEMORY = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
 
 
@@ -173,8 +173,8 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
     labels = [int(record["label"]) for record in source.reader(1)(0).map(source.fetch).as_numpy_iterator()]
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
-    named = ", ".join(empty[:MOST_NAMED]) + ("" if len(empty) <= MOST_NAMED else " ...")
-    warning = f"{len(empty)} classes of data.train_split={fields.train_split!r} have no image: {named}" if empty else ""
+    split = fields.train_split
+    warning = f"{len(empty)} classes of data.train_split={split!r} have no image: {first_few(empty)}" if empty else ""
     return Finding(f"{len(names)}, of {counts.min():,} to {counts.max():,} images", warning=warning)
 
 
