@@ -285,8 +285,8 @@ def validate(config: ConfigDict) -> None:
         )
     if config.task.name == "classification" and config.teacher.init_from:
         raise ValueError(
-            f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set the one or "
-            "clear the other"
+            f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
+            "the one or clear the other"
         )
     if config.model.num_classes < 1:
         raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
@@ -305,7 +305,7 @@ def from_json(text: str) -> ConfigDict:
     """
     config = default_config()
     try:
-        fields = dict(json.loads(text))
+        fields = json.loads(text)
         given = fields.pop("format", None)
         if given != FORMAT:
             raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")

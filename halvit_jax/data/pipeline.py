@@ -112,7 +112,8 @@ class TrainLoader:
     """Endless shuffled batches; see the module's head for what they are a function of.
 
     An epoch is as many whole batches as every reader can fill; which examples stay out changes with the epoch. With
-    `repeated_aug` > 1 an epoch takes 1 / repeated_aug of the examples, each so many times in a row with other augmentation.
+    `repeated_aug` > 1 an epoch takes 1 / repeated_aug of the examples, each so many times in a row with other
+    augmentation.
     """
 
     def __init__(

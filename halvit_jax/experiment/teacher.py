@@ -145,7 +145,8 @@ def _describe(
     try:
         model = create_model(name, **fields | {"image_size": student.model.image_size, "dtype": student.model.dtype})
     except ValueError as error:
-        raise ValueError(f"the teacher, for images of the student's size: {error}") from error
+        reason = str(error).replace("model.name=", "teacher.name=")
+        raise ValueError(f"the teacher, for images of the student's size: {reason}") from error
     return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
 
 

@@ -15,9 +15,9 @@ from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, Se
 from halvit_jax.tasks import mixup
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import MeanCollector, classification_sums
+from halvit_jax.text import first_few
 
 TOP = 5  # classes that `decode` lists
-MAX_NAMED = 5  # classes that a warning names
 MIXUP_MODES = ("batch", "elem")
 
 
@@ -145,8 +145,7 @@ class Classification:
         counts = Counter(int(record["label"]) for record in records)
         numbers = [counts[label] for label in range(len(info.class_names))]
         empty = [name for name, number in zip(info.class_names, numbers, strict=True) if not number]
-        named = ", ".join(empty[:MAX_NAMED]) + ("" if len(empty) <= MAX_NAMED else " ...")
-        warning = f"{len(empty)} classes of data.train_split have no image: {named}" if empty else ""
+        warning = f"{len(empty)} classes of data.train_split have no image: {first_few(empty)}" if empty else ""
         return f"{len(numbers)} classes of {min(numbers):,} to {max(numbers):,} images", warning
 
     def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:

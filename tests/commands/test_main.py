@@ -134,9 +134,7 @@ BAD_FIELDS = {
     "batch_size=-32 must be at least 1": {"batch_size": -32},
     "batch_size=30 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 24 or 32": {"batch_size": 30},
     "mesh.data=3 mesh.fsdp=1 mesh.tensor=1 must be positive, multiply to the 8 devices": {"mesh.data": 3},
-    "batch_size=32 does not divide over mesh.data x mesh.fsdp = 8 devices in loop.accumulate=3 parts; set it to 24 or 48": {
-        "loop.accumulate": 3
-    },
+    "mesh.data x mesh.fsdp = 8 devices in loop.accumulate=3 parts; set it to 24 or 48": {"loop.accumulate": 3},
     "model.drop_path=1.0 must lie in [0, 1)": {"model.drop_path": 1.0},
     "model.ffn_ratio=0.0 leaves nothing of model.width=32": {"model.ffn_ratio": 0.0},
     "total_steps=8 and num_epochs=3: set one": {"num_epochs": 3},

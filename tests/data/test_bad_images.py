@@ -255,8 +255,8 @@ def peak():
     (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return int(line.split()[1]) / 1024
 
-fields = default_config().data.to_dict() | {"name": "folder", "eval_split": "val", "virtual_shards": 4, "min_crop_area": 0.9}
-fields |= {"batch_size": 8, "image_size": 16, "seed": 0}
+fields = default_config().data.to_dict() | {"name": "folder", "eval_split": "val", "min_crop_area": 0.9}
+fields |= {"virtual_shards": 4, "batch_size": 8, "image_size": 16, "seed": 0}
 found, alive = {}, []
 for on_bad_image, root in itertools.product(("error", "replace"), ROOTS):
     loaders = make_loaders(**fields | {"root": root, "on_bad_image": on_bad_image})

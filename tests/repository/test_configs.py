@@ -1,6 +1,8 @@
 import ast
 import importlib.util
+import json
 import pathlib
+from typing import Any
 
 import jax
 import pytest
@@ -105,7 +107,7 @@ def test_fine_tuning_at_384_is_an_argument(name: str, rate: float, schedule: str
     config = load(ROOT / "configs" / f"{name}.py", "384")
     assert (config.model.name, config.model.image_size, config.num_epochs) == (name, 384, 30)
     assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == pytest.approx(rate)
-    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classify")
+    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classification")
     validate(config)
     assert create_model(**config.model).image_size == 384
 
@@ -149,10 +151,19 @@ def test_json_brings_back_the_same_config() -> None:
     assert to_json(from_json(to_json(config))) == to_json(config)
 
 
-@pytest.mark.parametrize("text", ['{"modell": {}}', '{"batch_size": "many"}', "[]", '{"model": 3}'])
-def test_a_text_that_is_no_config_is_refused(text: str) -> None:
+@pytest.mark.parametrize("fields", [{"modell": {}}, {"batch_size": "many"}, {"model": 3}])
+def test_a_text_that_is_no_config_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a config of this library"):
-        from_json(text)
+        from_json(json.dumps({"format": 1} | fields))
+    with pytest.raises(ValueError, match="not a config of this library"):
+        from_json("[]")
+
+
+def test_a_config_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.json has format=None, .* format=1"):
+        from_json("{}")
+    with pytest.raises(ValueError, match=r"config\.json has format=2, .* format=1"):
+        from_json(to_json(default_config()).replace('"format": 1', '"format": 2'))
 
 
 @pytest.mark.parametrize(
