@@ -288,8 +288,6 @@ def validate(config: ConfigDict) -> None:
             f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
             "the one or clear the other"
         )
-    if config.model.num_classes < 1:
-        raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -309,10 +307,19 @@ def from_json(text: str) -> ConfigDict:
         given = fields.pop("format", None)
         if given != FORMAT:
             raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")
+        task = fields.get("task", {}).get("name")
+        if task not in config and isinstance(fields.get(task), dict):
+            add_task_fields(config, task, fields.pop(task))
         config.update(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a config of this library: {error}") from error
     return config
+
+
+def add_task_fields(config: ConfigDict, task: str, fields: Mapping[str, Any]) -> None:
+    """Add the sub-tree of a task that is registered in `experiment.tasks.TASKS` from outside this package."""
+    with config.unlocked():
+        config[task] = ConfigDict(dict(fields))
 
 
 def _named(tree: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from halvit_jax.data.evals import parse_evals
 from halvit_jax.data.sources import open_sources
 from halvit_jax.data.sources.base import Entry, Reader, Source
 from halvit_jax.data.transforms import Transform, eval_transform, train_transform
-from halvit_jax.protocols import Loader
+from halvit_jax.protocols import DatasetInfo, Loader
 
 
 class Host(NamedTuple):
@@ -34,11 +34,11 @@ ONLY_HOST = Host()
 
 
 class Loaders(NamedTuple):
-    """The two loaders of a run and the names of its classes."""
+    """The training loader, the evaluation loaders by name, "eval" first, and the facts of the training set."""
 
     train: Loader
-    eval: Loader
-    class_names: list[str]
+    evals: dict[str, Loader]
+    info: DatasetInfo
 
 
 def make_loaders(
@@ -105,7 +105,8 @@ def make_loaders(
     evaluation = EvalLoader(
         eval_source, eval_image, batch_size=batch_size, bad_image_budget=bad_image_budget, host=host
     )
-    return Loaders(train, evaluation, train_source.class_names)
+    info = DatasetInfo(train_source.class_names, train_source.num_examples, name)
+    return Loaders(train, {"eval": evaluation}, info)
 
 
 class TrainLoader:
