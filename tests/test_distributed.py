@@ -153,7 +153,7 @@ def test_a_signal_to_one_of_two_stops_both(then: str, digits_dir: pathlib.Path, 
         return
     again = Processes(tmp_path, digits_dir, count=1, **short)
     assert again.codes() == [0], again.all_said()
-    assert f"going on from the checkpoint of step {stops[0][1]}" in again.said(0)
+    assert f"resuming from the checkpoint of step {stops[0][1]}" in again.said(0)
     assert sorted(losses(tmp_path)) == list(range(1, 25))
     assert result(tmp_path)["step"] == 24
 

@@ -92,7 +92,7 @@ def test_a_good_workdir(files_only: bool, workdir: pathlib.Path, capsys: Capsys)
         "step 4  good",
         f"step 8  good, score {score:.6g}",
         "2 checkpoints, 2 good",
-        "a run would go on from step 8",
+        "a run would resume from step 8",
     ]
 
 
@@ -100,16 +100,16 @@ def test_a_good_workdir(files_only: bool, workdir: pathlib.Path, capsys: Capsys)
 def test_a_flipped_bit_and_a_deleted_file_are_named(files_only: bool, workdir: pathlib.Path, capsys: Capsys) -> None:
     flip(largest_file(workdir, 8))
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    pattern = rf"step 8  damaged: {re.escape(str(largest_file(workdir, 8)))} has the digest \w{{16}}, expected \w{{16}}"
+    pattern = rf"step 8  corrupt: {re.escape(str(largest_file(workdir, 8)))} has the digest \w{{16}}, expected \w{{16}}"
     assert re.fullmatch(pattern, lines[2])
-    assert lines[3:] == ["2 checkpoints, 1 good; damaged: step 8", "a run would go on from step 4"]
+    assert lines[3:] == ["2 checkpoints, 1 good; corrupt: step 8", "a run would resume from step 4"]
     lost = largest_file(workdir, 4)
     lost.unlink()
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    assert lines[1] == f"step 4  damaged: {lost} is missing"
+    assert lines[1] == f"step 4  corrupt: {lost} is missing"
     assert lines[3:] == [
-        "2 checkpoints, 0 good; damaged: step 4, step 8",
-        "no checkpoint is good; begin anew with --restart_if_corrupt, or in another --workdir",
+        "2 checkpoints, 0 good; corrupt: step 4, step 8",
+        "no checkpoint is good; start over with --restart_if_corrupt, or in another --workdir",
     ]
 
 
@@ -121,22 +121,22 @@ def test_a_step_that_was_not_sealed_passes_by_its_arrays_alone(workdir: pathlib.
     line = verified(workdir, capsys, code=0)[2]
     assert line.startswith(f"{unsealed}verify, score ")
     line = verified(workdir, capsys, code=0, files_only=True)[2]
-    assert line.startswith(f"{unsealed}were not looked at, score ")
+    assert line.startswith(f"{unsealed}were not verified, score ")
     for path in (workdir / "checkpoints" / "8" / "default").rglob("*"):
         if path.is_file():  # all, for some are not read
             flip(path)
     lines = verified(workdir, capsys, code=1)
     assert lines[2].startswith(f"{unsealed}do not verify: ")
-    assert lines[-1] == "a run would go on from step 4"
+    assert lines[-1] == "a run would resume from step 4"
 
 
 def test_a_config_that_cannot_be_read_leaves_the_files_to_be_verified(workdir: pathlib.Path, capsys: Capsys) -> None:
     (workdir / "config.json").write_text("{")
     lines = verified(workdir, capsys, code=1)
-    assert lines[1].startswith("config.json  damaged: ")
+    assert lines[1].startswith("config.json  corrupt: ")
     assert lines[1].endswith("; so the arrays were not verified")
     assert lines[2] == "step 4  good"
-    assert lines[4] == "2 checkpoints, 2 good; damaged: config.json"
+    assert lines[4] == "2 checkpoints, 2 good; corrupt: config.json"
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_no_good(workdir: pathlib.Path, capsys: Capsys) -> None:
@@ -150,20 +150,20 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_no_good(workdir: pathlib.P
 
 def test_leftovers_and_the_lock_are_named(workdir: pathlib.Path, capsys: Capsys) -> None:
     unfinished = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
-    aside = workdir / "damaged" / "1"
+    aside = workdir / "corrupt" / "1"
     for folder in (unfinished, aside):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"12345")
     lines = verified(workdir, capsys, code=0)
     assert "leftover  checkpoints/3.orbax-checkpoint-tmp, 5 bytes: an unfinished save; the next run removes it" in lines
-    assert "leftover  damaged/1, 5 bytes: a damaged checkpoint set aside; delete it when you like" in lines
+    assert "leftover  corrupt/1, 5 bytes: a quarantined corrupt checkpoint; safe to delete" in lines
     with lock.acquire(workdir):
         manifest.unseal(workdir / "checkpoints" / "8")
         shutil.rmtree(workdir / "checkpoints" / "8" / "default")
         lines = verified(workdir, capsys, code=0)
         assert lines[0].startswith(f"lock  held by process {os.getpid()} on ")
         assert "step 8  is being written or deleted by the run" in lines
-        assert any(line.endswith("perhaps under way now") for line in lines)
+        assert any(line.endswith("perhaps in progress") for line in lines)
         with pytest.raises(ValueError, match="in use by process"), lock.acquire(workdir):  # it has not been let go
             pass
     with lock.acquire(workdir):  # nor is it kept
@@ -182,7 +182,7 @@ def test_what_is_no_workdir_of_a_run_is_refused(tmp_path: pathlib.Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run"),
+        ([], "give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to dry-run it"),
         (["--workdir=/nowhere"], "--workdir=/nowhere is no folder"),
         (["--workdir=/nowhere", "--no_compile"], "--no_compile goes with --config"),
         (["--config=configs/halvit_digits.py", "--files_only"], "--files_only goes without --config"),
@@ -215,7 +215,7 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
     flip(largest_file(workdir, 8))
     done = run_command(CHECK, f"--workdir={workdir}", "--files_only", code=1)
-    assert "2 checkpoints, 1 good; damaged: step 8" in done.stdout
+    assert "2 checkpoints, 1 good; corrupt: step 8" in done.stdout
     assert done.stderr == ""
 
 
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_model_is_compared_by_path(
     assert any(line.startswith("  opt_state/") for line in differences)
 
 
-def test_damaged_metadata_are_passed_over_or_end_it(
+def test_corrupt_metadata_are_skipped_or_fail_the_check(
     digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
 ) -> None:
     (workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{")
@@ -315,7 +315,7 @@ def test_damaged_metadata_are_passed_over_or_end_it(
     lines = tried(small(digits_dir), workdir, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
     assert "none is good: step 8: its metadata cannot be read" in failed
-    assert failed.endswith("begin anew with --restart_if_corrupt")
+    assert failed.endswith("start over with --restart_if_corrupt")
 
 
 def test_a_workdir_that_cannot_be_used(

@@ -78,7 +78,7 @@ def test_data_found_bad_while_they_are_read_end_the_program_with_a_line(capsys: 
 def test_result_and_description_are_written(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:
     workdir, result = finished
     assert json.loads((workdir / "result.json").read_text()) == result
-    assert json.loads((workdir / "classes.json").read_text()) == [str(i) for i in range(10)]
+    assert json.loads((workdir / "dataset.json").read_text())["class_names"] == [str(i) for i in range(10)]
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 32
 
 

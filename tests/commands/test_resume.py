@@ -94,7 +94,7 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
     process.wait()
     assert not (broken / "result.json").exists()
     done = run_command(MAIN, *arguments, f"--workdir={broken}")
-    assert "going on from the checkpoint of step" in done.stdout
+    assert "resuming from the checkpoint of step" in done.stdout
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert results[0]["eval"] == results[1]["eval"]
@@ -131,7 +131,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
         assert "step 10  good" in run_command("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
         assert (
-            "going on from the checkpoint of step" in run_command(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
+            "resuming from the checkpoint of step" in run_command(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
         )
         results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", disk / "run")]
         assert results[0]["params_sha256"] == results[1]["params_sha256"]

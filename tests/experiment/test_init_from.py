@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits
 import halvit_jax
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, to_torch, weights_file
-from halvit_jax.experiment import build, init_from, tasks, workdir
+from halvit_jax.experiment import build, init_from, tasks
+from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import restore_newest
 from halvit_jax.main import run_experiment
 from halvit_jax.trees import flatten
@@ -47,7 +48,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
     logged: list[str] = []
     state = init_from.fresh_state(
         run.abstract_state(),
-        model=run.task.model,
+        task=run.task,
         init=run.fresh_state,
         config=config,
         workdir=tmp_path,
@@ -67,7 +68,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         np.testing.assert_array_equal(value, averages[path])
         assert value.sharding == flatten(run.abstract_state().params)[path].sharding
     assert int(state.step) == 0
-    listed = json.loads((tmp_path / init_from.FILE).read_text())
+    listed = json.loads((tmp_path / files.INIT_FROM_FILE).read_text())
     assert listed["source"] == str(source)
     assert listed["changed"] == ["params/position/embedding (17, 32) -> (37, 32)"]
     assert len(listed["loaded"]) + len(listed["fresh"]) == len(new)
@@ -86,7 +87,7 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
     assert "arrays as they are" in capsys.readouterr().out
     assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
     assert re.search(r"^ok    init_from   \d+ arrays as they are$", capsys.readouterr().out, re.MULTILINE)
-    config = workdir.read_config(tmp_path)
+    config = files.read_config(tmp_path)
     state = restore_newest(tasks.build_task(config), config, tmp_path)
     old = flatten(halvit_jax.load(finished[0])[1]["params"])
     for path, value in flatten(state.params).items():

@@ -42,20 +42,20 @@ def main() -> None:
     config.data.data_dir = given.data_dir
     run = build.build(config)
     task, optimizer, decay = run.task, run.optimizer, config.loop.ema_decay
-    guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, limit=run.limit)
+    guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, guard=run.guard)
 
     def bare(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), state.step)
 
         def loss_of(params: dict) -> tuple:
-            loss = task.loss(params, state.model_state, task.frozen, batch, key)
+            loss = task.loss(params, state.model_state, task.constants, batch, key)
             return loss.value, (loss.model_state, loss.sums)
 
         (_, (model_state, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
-        return new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - decay)), sums
+        return new.replace(ema=optax.incremental_update(new.trained, state.ema, 1.0 - decay)), sums
 
     bare = jax.jit(bare, donate_argnums=0)
     signals = PreemptionHandler()
@@ -68,11 +68,11 @@ def main() -> None:
             watchdog.heartbeat("waiting for data", step)
             batch = to_devices(signals.attach_request(each), run.mesh)
             watchdog.heartbeat(TRAINING, step)
-            state, outcome = guarded(state, task.frozen, batch)
+            state, outcome = guarded(state, task.constants, batch)
             if step % CHECK_STATE_EVERY == 0:
                 outcome = add_state_flags(state, outcome)
             if before is not None:
-                check(before, step, run.limit)
+                check(before, step, run.guard)
                 int(before.request)
             before = outcome
         return jax.block_until_ready(state)

@@ -91,7 +91,7 @@ def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind:
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
-    assert task.frozen["params"]
+    assert task.constants["params"]
 
 
 @pytest.mark.parametrize(

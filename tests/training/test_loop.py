@@ -17,6 +17,7 @@ from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.protocols import Loss
+from halvit_jax.tasks.metrics import MeanCollector
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint import checkpointer, manifest
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer, SaveError
@@ -49,13 +50,17 @@ class Regression:
     """Linear regression with a running mean; its batches may ask for trouble."""
 
     partition_rules = (("", ()),)
-    frozen: ClassVar[Any] = {}
+    constants: ClassVar[Any] = {}
     primary_metric = "score"
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = {"x": ((3,), "float32"), "y": ((), "float32"), "trouble": ((), "int32"), "mask": ((), "bool")}
+        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         return {"a": jnp.ones(3), "w": jax.random.normal(key, (3,))}, {"mean": jnp.zeros(3)}
 
-    def loss(self, params: Any, model_state: Any, frozen: Any, batch: Any, key: jax.Array) -> Loss:
+    def loss(self, params: Any, model_state: Any, constants: Any, batch: Any, key: jax.Array) -> Loss:
         x = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
         trouble = batch["trouble"][0]
         error = x @ params["w"] + params["a"].sum() - batch["y"]
@@ -66,11 +71,12 @@ class Regression:
         sums = {"loss": value * BATCH, "examples": jnp.sum(batch["mask"])}
         return Loss(value, {"mean": mean}, sums)
 
-    def predict(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
-        return batch["x"] @ params["w"]
-
-    def score(self, outputs: jax.Array, batch: Any) -> dict[str, jax.Array]:
+    def score(self, params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
+        outputs = batch["x"] @ params["w"]
         return {"score": -jnp.sum((outputs - batch["y"]) ** 2), "examples": jnp.sum(batch["mask"])}
+
+    def collector(self) -> MeanCollector:
+        return MeanCollector()
 
     def summary_images(self, batch: Any) -> dict[str, jax.Array]:
         return {"x": jnp.zeros((1, 4, 4, 3))}
@@ -140,7 +146,7 @@ def run(
                 optimizer,
                 start._replace(state=change(start.state)),
                 train,
-                evaluation or Evaluation(),
+                {"eval": evaluation or Evaluation()},
                 mesh=mesh,
                 checkpointer=checkpointer,
                 report=report,
@@ -184,7 +190,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("step", tiered([0, 6, 7, 11], {7}))
-def test_what_is_not_finite_ends_the_run_at_most_two_steps_later(
+def test_a_nan_ends_the_run_at_most_two_steps_later(
     what: str, named: str, step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
     fetched: list[int] = []
@@ -230,8 +236,8 @@ def test_a_state_that_is_not_finite_is_found_in_the_first_step(holder: str, tmp_
     assert _steps(tmp_path) == []
 
 
-def test_a_sudden_gradient_is_left_out_and_the_run_resumes_through_it_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    guard, trouble = GradSpikeGuard(10.0, most=3, window=100), {5: "spike", 7: "gradient"}
+def test_a_gradient_spike_is_skipped_and_the_run_resumes_through_it_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    guard, trouble = GradSpikeGuard(10.0, max_skipped=3, window=100), {5: "spike", 7: "gradient"}
     logged: list[str] = []
     whole = _plain(run(tmp_path / "whole", train=Batches(trouble), guard=guard, logged=logged))
     clean = run(tmp_path / "clean", train=Batches(), guard=guard)
@@ -246,15 +252,15 @@ def test_a_sudden_gradient_is_left_out_and_the_run_resumes_through_it_bit_for_bi
     assert states[2] != states[1]
 
 
-def test_more_than_the_allowed_sudden_gradients_end_the_run(tmp_path: pathlib.Path) -> None:
+def test_more_than_the_allowed_gradient_spikes_end_the_run(tmp_path: pathlib.Path) -> None:
     trouble = dict.fromkeys((5, 6, 7), "gradient")
     with pytest.raises(SpikesError, match=r"skip_updates.max_skipped=2 .* skip_updates.window=9 at step 7"):
-        run(tmp_path, train=Batches(trouble), guard=GradSpikeGuard(10.0, most=2, window=9))
+        run(tmp_path, train=Batches(trouble), guard=GradSpikeGuard(10.0, max_skipped=2, window=9))
     assert _steps(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("step", tiered([0, 1, 5, 7, 10], {7}))
-def test_a_signal_saves_where_the_run_is_and_it_ends_the_same(
+def test_a_sigterm_saves_at_the_current_step_and_the_resumed_run_ends_the_same(
     step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -314,19 +320,21 @@ def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch
         run(tmp_path, train=Batches(), attempts=2)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_moved_away(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
+def test_a_corrupt_checkpoint_is_skipped_and_quarantined(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
     run(tmp_path, train=Batches(), steps=8)
     files = [path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
     logged: list[str] = []
     assert _plain(run(tmp_path, train=Batches(), logged=logged)) == whole
-    assert f"WARNING: the checkpoint of step 8 is damaged: {file}" in logged[0]
-    assert logged[1] == "going on from the checkpoint of step 4"
-    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["8"]
+    assert f"WARNING: the checkpoint of step 8 is corrupt: {file}" in logged[0]
+    assert logged[1] == "resuming from the checkpoint of step 4"
+    assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["8"]
 
 
-def test_where_all_are_damaged_it_begins_anew_only_when_told_to(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
+def test_if_all_checkpoints_are_corrupt_it_starts_over_only_when_told_to(
+    tmp_path: pathlib.Path, whole: dict[str, Any]
+) -> None:
     run(tmp_path, train=Batches(), steps=8)
     for step in (4, 8):
         (tmp_path / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{")

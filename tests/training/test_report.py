@@ -68,7 +68,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
         optimizer,
         start,
         Noise(endless=True),
-        Noise(endless=False),
+        {"eval": Noise(endless=False)},
         mesh=mesh,
         seed=0,
         ema_decay=0.9,
@@ -146,7 +146,7 @@ def test_a_grid_shows_at_most_64_images() -> None:
 
 def _report(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, tty: bool) -> Report:
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    return Report(tmp_path, total_steps=100, batch_size=10)
+    return Report(tmp_path, total_steps=100, batch_size=10, progress=("loss", "top1"), units={"top1": "%"})
 
 
 SCALARS = {"loss": 1.5, "top1": 0.25, "learning_rate": 0.1}

@@ -50,4 +50,4 @@ class PreemptionHandler:
         del frame
         if self.name:
             os._exit(ExitCode.PREEMPTED)
-        self.name = signal.PreemptionHandler(number).name
+        self.name = signal.Signals(number).name

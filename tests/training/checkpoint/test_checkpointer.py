@@ -247,11 +247,11 @@ def test_damage_to_any_file_is_found_and_the_step_before_is_taken(
             checkpointer = Checkpointer(workdir, read_only=True)
             restored = checkpointer.restore(abstract)
             if path.name == manifest.NAME and damage == "delete":  # not sealed: its arrays prove it
-                assert (restored.step, restored.damaged) == (2, {})
+                assert (restored.step, restored.corrupt) == (2, {})
             elif changed:
                 assert restored.step == 1, path
                 assert sha256(to_host(restored.state)) == before
-                assert str(path) in restored.damaged[2]
+                assert str(path) in restored.corrupt[2]
                 with pytest.raises(CorruptCheckpointError, match=re.escape(str(path))):
                     checkpointer.restore(abstract, step=2)
             checkpointer.close()
@@ -276,7 +276,7 @@ def test_an_unsealed_checkpoint_is_verified_by_its_arrays(two_steps: pathlib.Pat
         assert sha256(to_host(restored.state)) == states[restored.step]
         outcomes.append(restored.step)
         if restored.step == 1:
-            assert "2 is damaged" in restored.damaged[2]
+            assert "2 is corrupt" in restored.corrupt[2]
     assert set(outcomes) == {1, 2}  # some files hold nothing that is read
 
 
@@ -325,7 +325,7 @@ def test_where_every_checkpoint_is_damaged_all_are_named(two_steps: pathlib.Path
     for step in (1, 2):
         _flip(_files(workdir, step)[0], random.Random(0))
     checkpointer = Checkpointer(workdir)
-    with pytest.raises(CorruptCheckpointError, match=r"step 2 is damaged: .*; the checkpoint of step 1 is damaged"):
+    with pytest.raises(CorruptCheckpointError, match=r"step 2 is corrupt: .*; the checkpoint of step 1 is corrupt"):
         checkpointer.restore(_abstract(Task(), CUBE))
     checkpointer.quarantine(checkpointer.steps())
     assert checkpointer.steps() == []

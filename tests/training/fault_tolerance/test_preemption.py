@@ -6,18 +6,18 @@ import sys
 import numpy as np
 import pytest
 
+from halvit_jax.protocols import ExitCode
 from halvit_jax.training.fault_tolerance.preemption import (
     REQUEST,
     SAVE_AGAIN,
     STOP,
-    ExitCode,
     PreemptionHandler,
     requested,
 )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_becomes_a_wish_in_every_row_and_the_handlers_come_back(number: signal.PreemptionHandler) -> None:
+def test_a_signal_becomes_a_request_in_every_row_and_the_handlers_come_back(number: signal.Signals) -> None:
     batch, preemption, before = {"mask": np.ones(4, bool)}, PreemptionHandler(), signal.getsignal(number)
     with preemption.install():
         assert int(requested(preemption.attach_request(batch))) == 0
@@ -29,7 +29,7 @@ def test_a_signal_becomes_a_wish_in_every_row_and_the_handlers_come_back(number:
     assert signal.getsignal(number) is before
 
 
-def test_a_batch_that_was_never_stamped_wishes_nothing() -> None:
+def test_a_batch_without_a_request_asks_for_nothing() -> None:
     assert int(requested({"mask": np.ones(4, bool)})) == 0
 
 

@@ -14,7 +14,9 @@ from halvit_jax.training.fault_tolerance.watchdog import COMPILING, Watchdog
 def diagnose_peers(line, *, step, waiting):
     return f"asked about: {line} ({step}, {waiting})"
 
-dog = Watchdog(pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", diagnose_peers=diagnose_peers)
+dog = Watchdog(
+    pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", diagnose_peers=diagnose_peers
+)
 dog.start()
 dog.heartbeat(COMPILING, 3)
 time.sleep(3)  # three times the timeout
