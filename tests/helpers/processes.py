@@ -54,7 +54,7 @@ class Started:
             raise subprocess.TimeoutExpired(self._process.name, seconds)
         return self._process.exitcode
 
-    def send_signal(self, number: signal.PreemptionHandler) -> None:
+    def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self._process.pid
         with contextlib.suppress(ProcessLookupError):
