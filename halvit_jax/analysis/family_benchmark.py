@@ -55,8 +55,8 @@ def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
     """The config of one run: the entry's model, and for all the same optimizer, schedule and augmentation."""
     config = ENTRIES[label]()
     config.seed = seed
-    config.total_steps = config.eval_every = config.checkpoint_every = steps
-    config.log_every, config.ema_decay = 100, 0.0
+    config.total_steps = config.loop.eval_every = config.loop.checkpoint_every = steps
+    config.loop.log_every, config.loop.ema_decay = 100, 0.0
     config.optim.warmup_epochs = steps / STEPS_PER_EPOCH / 5
     return config
 

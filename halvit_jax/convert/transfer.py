@@ -74,7 +74,7 @@ def transfer(
     bare = [_bare(path) for path in wanted]
     for pattern in fresh:
         if not any(re.search(pattern, path) for path in bare):
-            raise ValueError(f"init_fresh holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
+            raise ValueError(f"init_exclude holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
     problems = engine.Problems(f"these weights cannot begin {name}")
     found = Transfer({}, [], [], [])
     for path, shape in wanted.items():

@@ -30,7 +30,7 @@ def fresh_state(
     """
     if not config.init_from:
         return init(abstract)
-    found = read(config.init_from, config.model.name, model, fresh=config.init_fresh)
+    found = read(config.init_from, config.model.name, model, fresh=config.init_exclude)
     if jax.process_index() == 0:
         rest = {"changed": found.changed, "fresh": found.fresh, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}

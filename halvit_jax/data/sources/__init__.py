@@ -1,18 +1,15 @@
 """Where examples come from: one file a kind of source, one row in `SOURCES` for each."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
+from halvit_jax.data.evals import EvalSet, parse_evals
 from halvit_jax.data.sources.base import Source
 from halvit_jax.data.sources.image_folder import open_folder
 from halvit_jax.data.sources.tfds import open_tfds
 from halvit_jax.text import first_few
 
-SOURCES: Mapping[str, Callable[..., Source]] = {"folder": open_folder}
+SOURCES: Mapping[str, Callable[[str, str, str, str], Source]] = {"folder": open_folder}
 """data.name -> (name, data_dir, split, root) -> source. Every other name is a data set of TFDS."""
-
-PRIMARY = "eval"
-EXTRA_EVAL = re.compile(r"(\w+)=(.*):((?:[^:\[\]]|\[[^\]]*\])+)")  # name=data set:split, such as v2=imagenet_v2:test[:9%]
 
 
 def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Source:
@@ -40,8 +37,10 @@ def open_sources(
             different things.
     """
     train = open_source(name, data_dir, train_split, root=root)
+    sets = {"eval": (f"data.eval_split={eval_split!r}", EvalSet(eval_name, eval_split))}
+    sets |= {f"eval_{key}": (f"data.evals {key}=", found) for key, found in parse_evals(evals).items()}
     sources = {}
-    for key, (field, eval_set, split) in _eval_sets(eval_name, eval_split, evals).items():
+    for key, (field, (eval_set, split)) in sets.items():
         try:
             source = open_source(eval_set or name, data_dir, split, root=root)
         except ValueError as error:
@@ -54,17 +53,3 @@ def open_sources(
             )
         sources[key] = source
     return train, sources
-
-
-def _eval_sets(eval_name: str, eval_split: str, evals: Sequence[str]) -> dict[str, tuple[str, str, str]]:
-    """The name of the curves -> (config field, data set, split)."""
-    found = {PRIMARY: (f"data.eval_split={eval_split!r}", eval_name, eval_split)}
-    for given in evals:
-        match = EXTRA_EVAL.fullmatch(given)
-        if not match:
-            raise ValueError(f"data.evals={given!r} is not understood; give name=dataset:split, or name=:split")
-        key = f"{PRIMARY}_{match[1]}"
-        if key in found:
-            raise ValueError(f"data.evals={given!r} has the name of another one; give each its own")
-        found[key] = (f"data.evals={given!r}", match[2], match[3])
-    return found

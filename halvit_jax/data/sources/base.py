@@ -42,9 +42,7 @@ class Source(Protocol):
         return ""
 
 
-def position_shard(
-    size: int, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None
-) -> tf.data.Dataset:
+def position_shard(size: int, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
     """`Source.shard` of a source with random access to its `size` records: entries are positions."""
     positions = tf.range(*shard_bounds(size, index, count))
     if seed is not None:

@@ -280,7 +280,7 @@ class Checkpointer:
             f"it needs {self._needed:,} bytes, {free:,} are free"
         )
         if self._failures >= self._attempts:
-            raise SaveError(f"{message}; given up after {self._failures} of save_attempts={self._attempts}") from error
+            raise SaveError(f"{message}; given up after {self._failures} of save.attempts={self._attempts}") from error
         self._say(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
 
     def _new_manager(self) -> ocp.CheckpointManager:
