@@ -97,7 +97,7 @@ def try_or_default(
 
 
 def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, method: str) -> tf.Tensor:
-    """Resize to just cover size / fraction (rounded down, antialiased), then cut size (height, width) out of the middle.
+    """Resize to just cover size / fraction (rounded down, antialiased), then cut `size` (height, width) out of it.
 
     Of an image longer than MAX_RATIO times its width only the middle is resized.
     """

@@ -20,7 +20,7 @@ GREY = 128
 
 
 class DecodedImage(TypedDict):
-    """`image`: uint8 [height, width, 3]; `decoded`: False where the bytes could not be decoded and grey replaces them."""
+    """`image`: uint8 [height, width, 3]; `decoded`: False where grey replaces bytes that cannot be decoded."""
 
     image: tf.Tensor
     decoded: tf.Tensor

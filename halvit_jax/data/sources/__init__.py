@@ -29,8 +29,8 @@ def open_sources(
 ) -> tuple[Source, dict[str, Source]]:
     """The training source, and the evaluation sources by the name of their curves; `open_source` explains the words.
 
-    The first is "eval"; one of `evals` that reads "v2=imagenet_v2:test" is "eval_v2". Without the name of a data set, as
-    in "half=:test[:50%]", it is a split of `name`.
+    The first is "eval"; the entry "v2=imagenet_v2:test" of `evals` is "eval_v2". An entry without a data set, such as
+    "half=:test[:50%]", is a split of `name`.
 
     Raises:
         ValueError: also where a source has other classes than the training source, because labels would then mean
@@ -38,18 +38,19 @@ def open_sources(
     """
     train = open_source(name, data_dir, train_split, root=root)
     sets = {"eval": (f"data.eval_split={eval_split!r}", EvalSet(eval_name, eval_split))}
-    sets |= {f"eval_{key}": (f"data.evals {key}=", found) for key, found in parse_evals(evals).items()}
+    sets |= {f"eval_{key}": (f"data.evals {key}=", given) for key, given in parse_evals(evals).items()}
     sources = {}
     for key, (field, (eval_set, split)) in sets.items():
         try:
             source = open_source(eval_set or name, data_dir, split, root=root)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from error
-        differing = sorted(set(train.info.class_names) ^ set(source.info.class_names))
-        if differing:
+        classes, found = train.info.class_names, source.info.class_names
+        if classes != found:
+            differing = first_few(sorted(set(classes) ^ set(found)))
             raise ValueError(
                 f"data.train_split={train_split!r} of {root or name} and {field} of {root or eval_set or name} must "
-                f"have the same classes; only one of them has {first_few(differing)}"
+                f"have the same classes; {f'only one of them has {differing}' if differing else 'their order differs'}"
             )
         sources[key] = source
     return train, sources

@@ -13,10 +13,10 @@ from halvit_jax.protocols import DatasetInfo
 
 RECORD_HINT = "put it right, or prepare the data set again"
 
-Record = dict[str, tf.Tensor]
-"""Named features of one example, undecoded. Each has `name`, where it comes from, for messages; images are classified by
-`image` (encoded bytes) and `label` (int32)."""
 Entry = dict[str, tf.Tensor]
+Record = dict[str, tf.Tensor]
+"""Named features of one example, undecoded: `name` (its origin, for messages), `image` (encoded bytes) and others, such
+as `label` (int32)."""
 
 
 class Source(Protocol):
