@@ -21,6 +21,7 @@ from halvit_jax import distributed
 from halvit_jax.analysis.hlo import memory_of
 from halvit_jax.cli import app
 from halvit_jax.experiment import build, init_from, lock, tasks, teacher
+from halvit_jax.experiment import workdir as files
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
@@ -216,7 +217,7 @@ def _teacher(config: ConfigDict, model: Any, devices: Any) -> Finding:
 
 def _workdir(workdir: pathlib.Path) -> Finding:
     if workdir.exists():
-        workdir.create_workdir(workdir)  # which there is, so it is only tried
+        files.create_workdir(workdir)  # which there is, so it is only tried
         return Finding(f"{workdir} can be written to")
     above = _existing(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
