@@ -66,8 +66,8 @@ def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np
     from halvit_jax import data
 
     serving = trained.task.serving(trained.model_variables, folded=False)
-    share, method = trained.config.data.eval_crop, trained.config.data.interpolation
-    transform = data.eval_transform(serving.input_size[0], share=share, method=method)
+    fields = trained.config.data
+    transform = data.eval_transform(serving.input_size, fraction=fields.eval_crop, method=fields.interpolation)
     apply = jax.jit(serving.apply)
     for path in paths:
         try:

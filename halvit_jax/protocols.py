@@ -34,7 +34,7 @@ class DatasetInfo(NamedTuple):
     class_names: list[str]
     num_examples: int
     name: str = ""
-    extra: Mapping[str, Any] = {}  # of a kind of data set, as plain JSON values
+    extra: Mapping[str, Any] = {}  # plain JSON values that only some data sets have, such as category numbers
 
 
 class Loader(Protocol):

@@ -159,7 +159,7 @@ def _dataset(config: ConfigDict, model: Any, data: Any) -> CheckResult:
 
     fields = config.data
     source = open_source(fields.name, fields.data_dir, fields.train_split, root=fields.root)
-    records = source.reader(1)(0).map(source.fetch).as_numpy_iterator()
+    records = source.shard(0, 1).map(source.fetch).as_numpy_iterator()
     line, warning = model.check_records(records, data.info)
     return CheckResult(line, warning=warning)
 

@@ -106,7 +106,7 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "image_size": size[0], "seed": config.seed, "host": host}
+    given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
     return data.make_loaders(**config.data, **given)
 
 
