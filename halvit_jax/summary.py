@@ -149,7 +149,7 @@ def counts_of(model: nn.Module) -> Counts:
     """What a model counts as it is built; nothing is computed."""
     params = _shapes(model)["params"]
     heads = [tree for name, tree in params.items() if name.startswith("head")]
-    with conv.native():
+    with conv.xla_convolutions():
         macs = count_macs(lambda v, x: model.apply(v, x, train=False), _shapes(model), _image(model))
     return Counts(_size(params), _size(heads), macs)
 

@@ -32,7 +32,7 @@ def fresh_state(
         return init(abstract)
     found = read(config.init_from, config.model.name, model, fresh=config.init_fresh)
     if jax.process_index() == 0:
-        rest = {"changed": found.changed, "fresh": found.fresh, "unused": found.unused}
+        rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
         (workdir / FILE).write_text(json.dumps(content, indent=2) + "\n")
     for line in found.lines():

@@ -17,7 +17,7 @@ GOLDEN = ("shvit_s1", "shvit_s1_distilled")
 SMALL: dict[str, Any] = {
     "depths": (1, 2),
     "widths": (16, 20),
-    "partial": (8, 12),
+    "partial_dims": (8, 12),
     "stages": ("i", "s"),
     "stem_strides": (1, 2),
     "num_classes": 3,

@@ -46,7 +46,7 @@ SMALL: dict[type[nn.Module], dict[str, Any]] = {
     SHViT: {
         "depths": (1, 1),
         "widths": (16, 24),
-        "partial": (8, 8),
+        "partial_dims": (8, 8),
         "stages": ("i", "s"),
         "stem_strides": (2, 2),
         "image_size": 32,
@@ -87,7 +87,7 @@ _variables = functools.cache(random_variables)
 @functools.cache
 def _logits(model: nn.Module) -> jax.Array:
     variables = _variables(model.clone(dtype="float32"))
-    with conv.native():
+    with conv.xla_convolutions():
         return jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, _images(model))
 
 
@@ -103,7 +103,7 @@ def _gradients(model: nn.Module) -> dict[str, jax.Array]:
         logits, _ = model.apply({"params": params, **state}, images, train=True, mutable=list(state))
         return jnp.sum(weights * jax.nn.log_softmax(logits))
 
-    with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
+    with conv.xla_convolutions():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
         return flatten(gradient(params))
 
 

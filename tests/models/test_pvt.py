@@ -52,7 +52,7 @@ def _compiled(model: nn.Module, method: str) -> Any:
 
 
 def _apply(model: nn.Module, variables: Any, images: jax.Array, method: str = "__call__") -> Any:
-    with conv.native():  # quicker to compile
+    with conv.xla_convolutions():  # quicker to compile
         return _compiled(model, method)(variables, images)
 
 
@@ -211,7 +211,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
             return jnp.sum(jnp.sin(model.apply({"params": params}, _images(), train=True, rngs=rngs)))
 
         params = _variables(model)["params"]
-        with conv.native():  # quicker to compile
+        with conv.xla_convolutions():  # quicker to compile
             traced = jax.jit(jax.value_and_grad(loss)).trace(params)
         assert str(traced.jaxpr).count("= remat") == remat  # one in each block
         results.append(flatten(traced.lower().compile()(params)))
