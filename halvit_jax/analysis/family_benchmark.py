@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from halvit_jax import main
+from halvit_jax.analysis.counts import counts_of
 from halvit_jax.convert import weights_file
 from halvit_jax.experiment.trained import load_trained, stored_state
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
-from halvit_jax.summary import counts_of
 from halvit_jax.training.sharding import bytes_of
 
 # label -> its model on digits. Those of one shape stand together, the host first.
