@@ -3,7 +3,7 @@
 python -m halvit_jax.summary [--json | --markdown] [NAME...]
 
 "deployed" is the model at inference, with its batch normalisations and sums folded (`models.fold`). "saved" compares it
-with its baseline, the known model that it is derived from, deployed too. --markdown prints the tables of docs/models.md.
+with its baseline, the known model that it is derived from, deployed too. --markdown prints what docs/models.md holds.
 """
 
 import json
@@ -71,7 +71,12 @@ def markdown(rows: Mapping[str, dict[str, Any]]) -> str:
         chosen = [rows[name] for name in family.sizes if name in rows]
         if not chosen:
             continue
-        lines = [f"### {family.model.__name__}", "", _cells(MARKDOWN_HEADINGS), _cells(["---"] * len(MARKDOWN_HEADINGS))]
+        lines = [
+            f"### {family.model.__name__}",
+            "",
+            _cells(MARKDOWN_HEADINGS),
+            _cells(["---"] * len(MARKDOWN_HEADINGS)),
+        ]
         for row in chosen:
             saved = ""
             if row["baseline"]:

@@ -19,7 +19,8 @@ from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.nextvit import NextViT
-from halvit_jax.models.pvt import PVT, PVTv2
+from halvit_jax.models.pvt import PVT
+from halvit_jax.models.pvt_v2 import PVTv2
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT

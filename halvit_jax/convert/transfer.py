@@ -62,25 +62,25 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
 
 
 def transfer(
-    name: str, arrays: Mapping[str, np.ndarray], wanted: engine.Shapes, rules: TransferRules, *, fresh: Sequence[str]
+    name: str, arrays: Mapping[str, np.ndarray], wanted: engine.Shapes, rules: TransferRules, *, exclude: Sequence[str]
 ) -> Transfer:
     """The part of `arrays` that initialises the model `name` of the shapes `wanted`.
 
-    `fresh` are regular expressions of paths (without the collection before the first slash) that are not copied.
+    `exclude` are regular expressions of paths (without the collection before the first slash) that are not copied.
 
     Raises:
-        ValueError: all that no rule allows: missing, unexpected and misshapen arrays by path; an expression of `fresh`
-            that no path has.
+        ValueError: all that no rule allows: missing, unexpected and misshapen arrays by path; an expression of
+            `exclude` that no path has.
     """
     bare = [_bare(path) for path in wanted]
-    for pattern in fresh:
+    for pattern in exclude:
         if not any(re.search(pattern, path) for path in bare):
-            raise ValueError(f"init_fresh holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
+            raise ValueError(f"init_exclude holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
     problems = engine.Problems(f"these weights cannot initialise {name}")
     found = Transfer({}, [], [], [])
     for path, shape in wanted.items():
         kind, array = _kind(path, rules), arrays.get(path)
-        left_out = any(re.search(pattern, _bare(path)) for pattern in fresh)
+        left_out = any(re.search(pattern, _bare(path)) for pattern in exclude)
         if left_out or (kind == "head" and (array is None or array.shape != shape)):
             found.initialized.append(f"{path} {shape}")
             if array is not None:

@@ -53,7 +53,7 @@ class RegNet(nn.Module):
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
+    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         depths, widths = tuple(self.depths), tuple(self.widths)

@@ -60,7 +60,7 @@ class ResNet(nn.Module):
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
+    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         if not len(self.depths) == len(self.stages) == len(STRIDES):

@@ -48,7 +48,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> Non
     if batch_size % shares:
         below = batch_size // shares * shares
         fitting = " or ".join(str(size) for size in (below, below + shares) if size)
-        parts = f" in accumulate={accumulate} parts" if accumulate > 1 else ""
+        parts = f" in loop.accumulate={accumulate} parts" if accumulate > 1 else ""
         raise ValueError(
             f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {devices} devices{parts}; set it to "
             f"{fitting}"

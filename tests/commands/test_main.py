@@ -35,10 +35,10 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
         f"--config.data.data_dir={digits_dir}",
         "--config.model.depth=1",
         "--config.total_steps=30",
-        "--config.eval_every=20",
-        "--config.checkpoint_every=20",
+        "--config.loop.eval_every=20",
+        "--config.loop.checkpoint_every=20",
         "--config.optim.warmup_epochs=0.0",
-        "--config.log_every=10",
+        "--config.loop.log_every=10",
     ]
     first = subprocess.run(
         [sys.executable, "-m", MAIN, *arguments],
@@ -134,23 +134,21 @@ BAD_FIELDS = {
     "batch_size=-32 must be at least 1": {"batch_size": -32},
     "batch_size=30 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 24 or 32": {"batch_size": 30},
     "mesh.data=3 mesh.fsdp=1 mesh.tensor=1 must be positive, multiply to the 8 devices": {"mesh.data": 3},
-    "batch_size=32 does not divide over mesh.data x mesh.fsdp = 8 devices in accumulate=3 parts; set it to 24 or 48": {
-        "accumulate": 3
-    },
+    "mesh.data x mesh.fsdp = 8 devices in loop.accumulate=3 parts; set it to 24 or 48": {"loop.accumulate": 3},
     "model.drop_path=1.0 must lie in [0, 1)": {"model.drop_path": 1.0},
     "model.ffn_ratio=0.0 leaves nothing of model.width=32": {"model.ffn_ratio": 0.0},
     "total_steps=8 and num_epochs=3: set one": {"num_epochs": 3},
-    "eval_every=0 must be at least 1": {"eval_every": 0},
-    "ema_decay=1.5 must lie in": {"ema_decay": 1.5},
+    "loop.eval_every=0 must be at least 1": {"loop.eval_every": 0},
+    "loop.ema_decay=1.5 must lie in": {"loop.ema_decay": 1.5},
     "compute_dtype='float16' is not one of auto, float32, bfloat16": {"compute_dtype": "float16"},
     "data.name='mnist' is not prepared": {"data.name": "mnist"},
     "split 'validation' of data.name='digits' is unknown": {"data.eval_split": "validation"},
     "data.crop='middle' is not one of": {"data.crop": "middle"},
     "model.num_classes=12, but data.name='digits' has 10 classes": {"model.num_classes": 12},
-    "task.loss='hinge' is not one of": {"task.loss": "hinge"},
-    "task.mix_per='row' is not one of batch, image": {"task.mix_per": "row"},
-    "task.erase=1.5 must lie between 0 and 1": {"task.erase": 1.5},
-    "task.mixup=-1.0 must not be negative": {"task.mixup": -1.0},
+    "classification.loss='hinge' is not one of": {"classification.loss": "hinge"},
+    "classification.mixup_mode='row' is not one of batch, elem": {"classification.mixup_mode": "row"},
+    "classification.erase=1.5 must lie between 0 and 1": {"classification.erase": 1.5},
+    "classification.mixup=-1.0 must not be negative": {"classification.mixup": -1.0},
     "optim.name='adam' is not one of adamw, lamb, sgd": {"optim.name": "adam"},
     "optim.schedule='linear' is not one of": {"optim.schedule": "linear"},
     "optim.warmup_epochs=100.0 are 4400 steps of 8": {"optim.warmup_epochs": 100.0},
@@ -227,7 +225,7 @@ def test_evaluating_before_training_is_refused(
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            {"ema_decay": 0.0},
+            {"loop.ema_decay": 0.0},
             ["ema/params/head/bias: float32 (10,) saved, not in this model"],
             marks=pytest.mark.slow,
         ),
@@ -254,8 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
 
 
 def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
-    from halvit_jax.models import MODELS, fields_of
+    from halvit_jax.models import FAMILIES
 
-    families = {family for family, _ in MODELS.values()}
-    fields = {field for family in families for field in fields_of(family)} - {"dtype", "folded"}
+    fields = {field for family in FAMILIES for field in family.field_types} - {"dtype", "folded"}
     assert set(default_config().model) - {"name"} == fields

@@ -159,7 +159,7 @@ def test_the_untied_twin_has_the_shape_of_the_plain_model(name: str, twin: str) 
         ("batch_size", 100, "batch_size=100 does not divide"),
         ("mesh.data", 3, "mesh.data=3"),
         ("total_steps", 0, "set one of them above 0"),
-        ("data.readers", 3, "has 2 hosts; make batch_size=128 and data.readers=3 multiples"),
+        ("data.virtual_shards", 3, "has 2 hosts; make batch_size=128 and data.virtual_shards=3 multiples"),
     ],
 )
 def test_a_config_that_could_not_run_there_is_refused(

@@ -10,7 +10,7 @@ from helpers.tiers import CORE, tiered
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
 from halvit_jax.convert.engine import from_torch_arrays
-from halvit_jax.models import MODELS, create_model, list_models
+from halvit_jax.models import FAMILIES, create_model, family_of, list_models
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.trees import unflatten
 
@@ -82,8 +82,8 @@ def test_the_other_sizes_load_by_the_same_tables(name: str) -> None:
 
 
 def test_every_model_of_a_family_with_a_table_is_tested() -> None:
-    assert all(MODELS[name][0] in convert.TABLES for name in list_models())
-    assert {name for name in list_models() if MODELS[name][0] is ResNet} == {*GOLDEN, *OTHERS}
+    assert all(family.model in convert.TABLES for family in FAMILIES)
+    assert {name for name in list_models() if family_of(name).model is ResNet} == {*GOLDEN, *OTHERS}
 
 
 @pytest.mark.parametrize("name", tiered([*GOLDEN, *OTHERS], CORE))

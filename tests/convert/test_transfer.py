@@ -21,9 +21,9 @@ def arrays_of(name: str, **fields: Any) -> dict[str, np.ndarray]:
     return {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes}
 
 
-def begin(name: str, arrays: dict[str, np.ndarray], *, fresh: tuple[str, ...] = (), **fields: Any) -> Transfer:
+def begin(name: str, arrays: dict[str, np.ndarray], *, exclude: tuple[str, ...] = (), **fields: Any) -> Transfer:
     model = create_model(name, **fields)
-    return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)
+    return transfer(name, arrays, shapes_of(model), transfer_rules(model), exclude=exclude)
 
 
 @pytest.mark.parametrize("name", ["halvit_tiny", "deit_small"])
@@ -37,7 +37,7 @@ def test_a_vit_gets_another_head_and_another_grid(name: str) -> None:
     assert found.arrays.keys() == same | {"params/position/embedding"}
     assert all(np.array_equal(found.arrays[path], arrays[path]) for path in same)
     assert found.lines()[0] == f"{len(same)} arrays as they are"
-    assert found.lines()[2] == "begins fresh: params/head/bias (7,), params/head/kernel (32, 7)"
+    assert found.lines()[2] == "initialized: params/head/bias (7,), params/head/kernel (32, 7)"
 
 
 def test_what_is_the_same_is_taken_whole() -> None:
@@ -46,9 +46,9 @@ def test_what_is_the_same_is_taken_whole() -> None:
     assert found.lines() == [f"{len(arrays)} arrays as they are"]
 
 
-def test_a_classifier_may_begin_fresh_be_missing_or_be_too_much() -> None:
+def test_a_classifier_may_be_initialized_be_missing_or_be_too_much() -> None:
     arrays = arrays_of("resnet18", num_classes=3)
-    asked = begin("resnet18", arrays, fresh=("^head/kernel",), num_classes=3)
+    asked = begin("resnet18", arrays, exclude=("^head/kernel",), num_classes=3)
     assert asked.initialized == ["params/head/kernel (512, 3)"]
     assert "params/head/bias" in asked.arrays
     none = begin("resnet18", arrays, num_classes=0)
@@ -75,8 +75,8 @@ def test_all_that_cannot_be_is_named(change: dict[str, Any], message: str) -> No
 
 
 def test_a_path_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("init_fresh holds '^haed/', which is in no path of resnet18")):
-        begin("resnet18", arrays_of("resnet18"), fresh=("^haed/",))
+    with pytest.raises(ValueError, match=re.escape("init_exclude holds '^haed/', which is in no path of resnet18")):
+        begin("resnet18", arrays_of("resnet18"), exclude=("^haed/",))
 
 
 def test_positions_are_resampled_between_grids_and_tokens_before_them_kept() -> None:

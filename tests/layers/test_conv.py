@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, SqueezeExcite, convolve, max_pool, xla_convolution
+from halvit_jax.layers.batch_norm import BatchNorm
+from halvit_jax.layers.conv import Conv, ConvNorm, SqueezeExcite, convolve, max_pool, xla_convolution
 
 C, F = 6, 12
 

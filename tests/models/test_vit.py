@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.runs import classification
 
 from halvit_jax.config import default_config
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import abstract_state
@@ -104,7 +104,7 @@ def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
 
 
 def test_a_tied_kernel_is_held_once_in_parameters_moments_and_averages() -> None:
-    task = Classification(create_model("halvit_tiny", **SMALL), **default_config().task)
+    task = classification(create_model("halvit_tiny", **SMALL))
     optimizer = make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
     state = flatten(abstract_state(task, optimizer, mesh=make_mesh(), use_ema=True))
     for kernel in ("ffn/tied", "attention/query_output", "attention/key_value"):
@@ -379,8 +379,8 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
         ({"ffn_rank": 0.5}, "model.ffn_rank=0.5 needs model.ffn='dense', not 'tied'"),
         ({"ffn_branches": 0}, "model.ffn_branches=0 must be at least 1"),
         ({"ffn_ratio": 0.0}, "model.ffn_ratio=0.0 leaves nothing of model.width=384"),
-        ({"dtype": "floaty"}, "dtype='floaty' is no type of floating-point numbers"),
-        ({"dtype": "int32"}, "dtype='int32' is no type of floating-point numbers"),
+        ({"dtype": "floaty"}, "dtype='floaty' is not a floating-point type"),
+        ({"dtype": "int32"}, "dtype='int32' is not a floating-point type"),
         ({"groups": 32}, "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, patch_size,"),
     ],
 )

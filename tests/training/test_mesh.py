@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 
 from halvit_jax.analysis.hlo import collectives
-from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.sharding import AXES, BATCH, make_mesh, partition
@@ -35,7 +35,7 @@ BATCH_SIZE = 16
 
 def _task(name: str) -> Classification:
     model = create_model(name, num_classes=8, **MODELS[name])
-    return Classification(model, **default_config().task)
+    return classification(model)
 
 
 def _batch(size: int) -> dict[str, np.ndarray]:

@@ -5,13 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 from helpers.shapes import shallow
 from helpers.tiers import KINDS, tiered
 from jax.sharding import PartitionSpec as P
 
 from halvit_jax.config import default_config
 from halvit_jax.models import list_models
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
@@ -118,7 +118,7 @@ def test_an_array_that_no_rule_names_is_refused() -> None:
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(name: str) -> None:
-    task = Classification(shallow(name), **default_config().task)
+    task = classification(shallow(name))
     state = abstract_state(task, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
     params = flatten(state.params)
     followers = flatten(state)

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 from jax.sharding import Mesh
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Batch, Loss
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_devices
 from halvit_jax.training.state import TrainState, abstract_state, init_state
@@ -164,7 +164,7 @@ def _tiny(
     """The fresh state of a tiny ViT, its step and a batch."""
     size = {"width": 48, "depth": 1, "num_heads": 3, "image_size": 8, "patch_size": 4, "num_classes": 4}
     model = create_model("halvit_tiny", **size, drop_path=drop_path)
-    task = Classification(model, **default_config().task.to_dict() | {"label_smoothing": 0.1, "cutmix": cutmix})
+    task = classification(model, label_smoothing=0.1, cutmix=cutmix)
     shapes, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda shape: 0.1 * rng.standard_normal(shape.shape, np.float32), shapes)

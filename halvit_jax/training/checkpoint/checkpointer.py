@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from halvit_jax.protocols import PyTree
+from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
 from halvit_jax.training.checkpoint.manifest import DamagedError
@@ -272,14 +273,14 @@ class Checkpointer:
     def _failed(self, error: BaseException) -> None:
         step, self._saved = self._saved, None
         self._failures += 1
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         free = shutil.disk_usage(self._folder if self._folder.is_dir() else self._folder.parent).free
         message = (
             f"the checkpoint of step {step} could not be written to {self._folder} ({type(error).__name__}: {reason}); "
             f"it needs {self._needed:,} bytes, {free:,} are free"
         )
         if self._failures >= self._attempts:
-            raise SaveError(f"{message}; given up after {self._failures} of save_attempts={self._attempts}") from error
+            raise SaveError(f"{message}; given up after {self._failures} of save.attempts={self._attempts}") from error
         self._say(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
 
     def _new_manager(self) -> ocp.CheckpointManager:

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
+from halvit_jax.text import first_few
 from halvit_jax.trees import flatten
-
-MOST_NAMED = 5
 
 
 class NotFiniteError(ArithmeticError):
@@ -48,8 +47,7 @@ def check(step: int, finite: Mapping[str, Array]) -> None:
     bad = not_finite(finite)
     if not bad:
         return
-    named = ", ".join(bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else "")
-    raise NotFiniteError(f"not finite at step {step}: {named}")
+    raise NotFiniteError(f"not finite at step {step}: {first_few(bad)}")
 
 
 def not_finite(finite: Mapping[str, Array]) -> list[str]:

@@ -379,6 +379,6 @@ def test_a_failed_save_is_said_tried_again_and_given_up(
     checkpointer.save(4, state)
     assert not checkpointer.wait()
     checkpointer.save(5, state, again=True)
-    with pytest.raises(SaveError, match="given up after 2 of save_attempts=2"):
+    with pytest.raises(SaveError, match=r"given up after 2 of save\.attempts=2"):
         checkpointer.wait()
     checkpointer.close()
