@@ -113,8 +113,8 @@ def test_everything_that_is_wrong_is_said_at_once(state: dict[str, Any]) -> None
         from_torch_arrays("net", RULES, state, WANTED)
     for said in (
         "2 missing: blocks.0.fc.weight, stem.1.running_var",
-        "2 left over: blocks.2.fc.weight, head.bias",
-        "1 misshapen: stem.0.weight (is (7, 5, 1, 3), must be (7, 5, 3, 3))",
+        "2 unexpected: blocks.2.fc.weight, head.bias",
+        "1 shape mismatch: stem.0.weight (is (7, 5, 1, 3), must be (7, 5, 3, 3))",
         "1 of a wrong type: blocks.1.fc.bias (is float64, must be float32 or float16 or bfloat16)",
     ):
         assert said in str(error.value)
@@ -164,8 +164,8 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
         check_tree("net", arrays, WANTED)
     for said in (
         "1 missing: params/stem/norm/bias",
-        "1 left over: params/extra",
-        "1 misshapen: params/stem/norm/scale (is (6,), must be (7,))",
+        "1 unexpected: params/extra",
+        "1 shape mismatch: params/stem/norm/scale (is (6,), must be (7,))",
         "1 of a wrong type: params/block0/ffn/bias (is int32,",
     ):
         assert said in str(error.value)
@@ -174,5 +174,5 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
 def test_a_rule_that_reads_one_way_only_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a.\{i\} and b do not name the same numbers"):
         Rule("a.{i}", "b")
-    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, matrix.*, counter, cache"):
+    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, linear.*, counter, cache"):
         Rule("a", "b", "transposed")

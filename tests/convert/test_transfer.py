@@ -36,14 +36,14 @@ def test_a_vit_gets_another_head_and_another_grid(name: str) -> None:
     same = arrays.keys() - {"params/head/bias", "params/head/kernel", "params/position/embedding"}
     assert found.arrays.keys() == same | {"params/position/embedding"}
     assert all(np.array_equal(found.arrays[path], arrays[path]) for path in same)
-    assert found.lines()[0] == f"{len(same)} arrays as they are"
+    assert found.lines()[0] == f"{len(same)} arrays copied"
     assert found.lines()[2] == "initialized: params/head/bias (7,), params/head/kernel (32, 7)"
 
 
 def test_what_is_the_same_is_taken_whole() -> None:
     arrays = arrays_of("resnet18", num_classes=3)
     found = begin("resnet18", arrays, num_classes=3, image_size=384)
-    assert found.lines() == [f"{len(arrays)} arrays as they are"]
+    assert found.lines() == [f"{len(arrays)} arrays copied"]
 
 
 def test_a_classifier_may_be_initialized_be_missing_or_be_too_much() -> None:
@@ -61,11 +61,14 @@ def test_a_classifier_may_be_initialized_be_missing_or_be_too_much() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 3}, r"cannot begin halvit_tiny; \d+ missing: params/block2/attention/key_value/kernel, "),
-        ({"depth": 1}, r"left over: params/block1/"),
-        ({"width": 64}, r"misshapen: .*params/class_token \(is \(32,\), must be \(64,\)\)"),
-        ({"patch_size": 4}, r"misshapen: params/embed/kernel"),
-        ({"pool": "mean"}, r"misshapen: params/position/embedding \(is \(10, 32\), must be \(9, 32\)\); .*unexpected"),
+        ({"depth": 3}, r"cannot initialise halvit_tiny; \d+ missing: params/block2/attention/key_value/kernel, "),
+        ({"depth": 1}, r"unexpected: params/block1/"),
+        ({"width": 64}, r"shape mismatch: .*params/class_token \(is \(32,\), must be \(64,\)\)"),
+        ({"patch_size": 4}, r"shape mismatch: params/embed/kernel"),
+        (
+            {"pool": "mean"},
+            r"shape mismatch: params/position/embedding \(is \(10, 32\), must be \(9, 32\)\); .*unexpected",
+        ),
         ({"attention": "full"}, r"missing: .*attention/qkv/kernel"),
     ],
 )
@@ -170,6 +173,6 @@ def test_a_state_may_differ_in_sizes_only_where_that_is_allowed(tmp_path: pathli
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][..., 0]  # no longer of four dimensions
     state["norm.bias"] = state["norm.bias"][:5]
     readers.write(tmp_path / "torch.safetensors", state, {})
-    message = r"2 misshapen: norm.bias \(is \(5,\), must be \(32,\)\), patch_embed.proj.weight"
+    message = r"2 shape mismatch: norm.bias \(is \(5,\), must be \(32,\)\), patch_embed.proj.weight"
     with pytest.raises(ValueError, match=message):
         read_for(tmp_path / "torch.safetensors", "halvit_tiny", create_model("halvit_tiny", **TINY))
