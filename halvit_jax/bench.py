@@ -170,7 +170,7 @@ def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
     from halvit_jax.data import benchmark, hide_accelerators
 
     hide_accelerators()
-    return benchmark.measure(batch=batch, rounds=repeats)
+    return benchmark.measure_input(batch=batch, rounds=repeats)
 
 
 def report_input(rows: list[dict[str, Any]], given: Any) -> None:

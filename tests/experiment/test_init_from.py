@@ -104,7 +104,7 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
         ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is no file"),
         (
             {"init_from": "WORKDIR", "model.depth": 3},
-            "these weights cannot begin halvit_tiny; .* missing",
+            "these weights cannot initialise halvit_tiny; .* missing",
         ),
         ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
