@@ -138,9 +138,9 @@ def _safetensors(trained: Trained, out: pathlib.Path) -> Predictor:
         raise ValueError(f"--out={out} must end in .safetensors")
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
-    about = {"info": json.dumps(description(trained))}
-    weights_file.save(out, name, trained.model_variables, about=about, **fields)
-    variables = weights_file.of_any(str(out), readers.read(out), None, {}).variables
+    metadata = {"info": json.dumps(description(trained))}
+    weights_file.save(out, name, trained.model_variables, metadata=metadata, **fields)
+    variables = weights_file.load_any(str(out), readers.read(out), None, {}).variables
     return jax.jit(trained.task.serving(variables, folded=False))
 
 

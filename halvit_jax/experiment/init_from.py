@@ -31,7 +31,7 @@ def fresh_state(
         return init(abstract)
     found = read_for_task(config, task)
     if jax.process_index() == 0:
-        rest = {"changed": found.changed, "fresh": found.fresh, "unused": found.unused}
+        rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
         (workdir / INIT_FROM_FILE).write_text(json.dumps(content, indent=2) + "\n")
     for line in found.lines():
@@ -48,7 +48,7 @@ def read_for_task(config: ConfigDict, task: Task) -> Transfer:
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
     model, rules = getattr(task, "model", None), task.transfer_rules
-    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, fresh=config.init_exclude)
+    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, exclude=config.init_exclude)
 
 
 def read(
@@ -58,7 +58,7 @@ def read(
     *,
     shapes: Mapping[str, tuple[int, ...]],
     rules: TransferRules,
-    fresh: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     field: str = "init_from",
 ) -> Transfer:
     """The arrays of a workdir or a weight file that fit the model `name` with variables of these shapes.
@@ -75,6 +75,6 @@ def read(
             raise ValueError("this task loads weights from a workdir only")
         else:
             arrays = read_for(source, name, model)
-        return transfer(name, arrays, shapes, rules, fresh=fresh)
+        return transfer(name, arrays, shapes, rules, exclude=exclude)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

@@ -65,10 +65,10 @@ def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     source = config.teacher.init_from
     shapes, rules = shapes_of(task.teacher), transfer_rules(task.teacher)
     found = init_from.read(source, name, task.teacher, shapes=shapes, rules=rules, field="teacher.init_from")
-    if found.fresh:
+    if found.initialized:
         raise ValueError(
             f"teacher.init_from={source} has not all that a teacher needs, which must have the student's "
-            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.fresh)}; not used: "
+            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.initialized)}; not used: "
             f"{', '.join(found.unused) or 'nothing'}"
         )
 

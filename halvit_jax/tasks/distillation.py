@@ -96,7 +96,7 @@ class Distillation(Classification):
             train=True,
             mutable=[*model_state, *sown],
             rngs={"drop_path": drop_key},
-            method="heads" if _is_distilled(self.model) else None,
+            method="head_logits" if _is_distilled(self.model) else None,
         )
         teacher_logits, teacher_state = self.teacher.apply(
             constants, images * self._scale + self._shift, train=False, mutable=sown

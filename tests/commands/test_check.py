@@ -224,19 +224,19 @@ def test_a_run_that_would_go_well(
 ) -> None:
     lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
     logged = [tuple(line.split()[:2]) for line in lines[:-1]]
-    names = "config model devices data classes batches optimizer state workdir space lock checkpoint step"
+    names = "config model devices data dataset batches optimizer state workdir space lock checkpoint step"
     assert logged == [("ok", name) for name in names.split()]
     assert lines[-1] == "all is well"
     assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
     assert line_of(lines, "ok", "devices").endswith(
         "8 of the 8 devices (cpu), mesh data=8 fsdp=1 tensor=1, 4 examples of a batch on each"
     )
-    assert "1,433 images to train on, 364 to evaluate on; 44 steps an epoch, 8 in all" in line_of(lines, "ok", "data")
-    assert line_of(lines, "ok", "classes").endswith("10, of 139 to 146 images")
-    assert re.search(r"training 32x8x8x3 in [\d.]+ s, evaluation 32x8x8x3 in", line_of(lines, "ok", "batches"))
-    assert line_of(lines, "ok", "workdir").endswith("is not there; the run will create it")
-    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run begins with step 0")
-    step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it works; [\d,.]+ MiB"
+    assert "1,433 images to train on, 364 in eval; 44 steps an epoch, 8 in all" in line_of(lines, "ok", "data")
+    assert line_of(lines, "ok", "dataset").endswith("10 classes of 139 to 146 images")
+    assert re.search(r"train 32x8x8x3 in [\d.]+ s, eval 32x8x8x3 in", line_of(lines, "ok", "batches"))
+    assert line_of(lines, "ok", "workdir").endswith("does not exist; the run will create it")
+    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts with step 0")
+    step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it runs; [\d,.]+ MiB"
     assert re.search(step, line_of(lines, "ok", "step"))
     assert not (tmp_path / "new").exists()  # nothing was written
 
@@ -261,7 +261,7 @@ FAILS: dict[str, tuple[dict[str, Any], str, str]] = {
         "data.name='mnist' is not prepared in data.data_dir=.*; prepare it with: ",
         "batches needs data",
     ),
-    "classes": ({"model.num_classes": 12}, "model.num_classes=12, but data.name='digits' has 10 classes; set", ""),
+    "dataset": ({"model.num_classes": 12}, "model.num_classes=12, but data.name='digits' has 10 classes; set", ""),
     "optimizer": ({"optim.name": "adam"}, "optim.name='adam' is not one of adamw, lamb, sgd", "state needs optimizer"),
 }
 
@@ -273,7 +273,7 @@ def test_what_is_wrong_is_named_and_hides_nothing_else(name: str, digits_dir: pa
     assert re.search(message, line_of(lines, "FAIL", name))
     assert lines[-1] == f"FAIL: {name}"
     assert skipped in [" ".join(line.split()[1:]) for line in lines if line.startswith("skip")] + [""]
-    for other in FAILS.keys() - {name, "data", "classes"}:
+    for other in FAILS.keys() - {name, "data", "dataset"}:
         line_of(lines, "ok", other)
 
 
@@ -287,8 +287,8 @@ def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsy
 def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir: pathlib.Path, capsys: Capsys) -> None:
     changes = {"data.train_split": "train[:8]", "batch_size": 8, "data.virtual_shards": 1, "recipe_batch_size": 64}
     lines = tried(small(digits_dir, **changes), None, capsys, code=0)
-    warning = line_of(lines, "warn", "classes")
-    assert re.search(r"\d classes of data.train_split='train\[:8\]' have no image: ", warning)
+    warning = line_of(lines, "warn", "dataset")
+    assert re.search(r"\d classes of data.train_split have no image: ", warning)
     assert "batch_size=8, but this recipe was made for 64" in line_of(lines, "warn", "optimizer")
 
 
@@ -327,7 +327,7 @@ def test_a_workdir_that_cannot_be_used(
     assert f"--workdir={file} cannot be written to (File exists); name" in line_of(lines, "FAIL", "workdir")
     lines = tried(small(digits_dir), file / "run", capsys)
     failed = line_of(lines, "FAIL", "workdir")
-    assert f"--workdir={file}/run cannot be created, for {file} is no folder; name another one" in failed
+    assert f"--workdir={file}/run cannot be created, because {file} is no folder; name another one" in failed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with lock.acquire(tmp_path):
         lines = tried(small(digits_dir), tmp_path, capsys)
