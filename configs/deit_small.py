@@ -1,9 +1,9 @@
-"""DeiT-S on ImageNet-1k, 300 epochs: the untied twin of halvit_tiny.
+"""DeiT-S on ImageNet-1k, 300 epochs: the baseline of halvit_tiny.
 
 python -m halvit_jax.main --config=configs/deit_small.py --workdir=runs/deit_small
 
 Hardware: a TPU v5e-8, v4-8 or 8 GPUs of 24 GB and more. Expected time: not measured.
-Published top-1: 79.9 (raw weights). Measured here: not yet.
+Published top-1: 79.9 (non-EMA weights). Measured here: not yet.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +11,6 @@ from ml_collections import ConfigDict
 from halvit_jax.recipes import imagenet
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The ImageNet run of DeiT-S."""
-    return imagenet.deit("deit_small", epochs=int(epochs))
+    return imagenet.deit("deit_small")

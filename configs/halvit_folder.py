@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from halvit_jax.recipes import imagenet
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config() -> ConfigDict:
     """DeiT's recipe, made for some thousands of images instead of a million."""
-    config = imagenet.deit("halvit_tiny", epochs=int(epochs))
+    config = imagenet.deit("halvit_tiny")
     config.batch_size = config.recipe_batch_size = 128
     config.loop.ema_decay = 0.999  # DeiT's averages of 25,000 steps would be longer than such a run
     config.model.num_classes = 10  # as many as there are class folders

@@ -12,6 +12,6 @@ from ml_collections import ConfigDict
 from halvit_jax.recipes import imagenet
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The ImageNet run of HaLViT-M."""
-    return imagenet.deit("halvit_small", epochs=int(epochs))
+    return imagenet.deit("halvit_small")

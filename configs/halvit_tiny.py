@@ -1,4 +1,4 @@
-"""HaLViT-T on ImageNet-1k with the recipe of DeiT, 300 epochs, or another number: --config=configs/halvit_tiny.py:600
+"""HaLViT-T on ImageNet-1k with the recipe of DeiT, 300 epochs, or 600 by adding --config.num_epochs=600
 
 python -m halvit_jax.main --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny
 
@@ -11,6 +11,6 @@ from ml_collections import ConfigDict
 from halvit_jax.recipes import imagenet
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config() -> ConfigDict:
     """The ImageNet run of HaLViT-T."""
-    return imagenet.deit("halvit_tiny", epochs=int(epochs))
+    return imagenet.deit("halvit_tiny")

@@ -18,7 +18,6 @@ from helpers.runs import MAIN, tiny
 import halvit_jax
 from halvit_jax import predict
 from halvit_jax.cli import app
-from halvit_jax.config import default_config
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import work
 from halvit_jax.protocols import DataError
@@ -249,11 +248,3 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
         assert line in error
     assert (workdir / "config.json").read_text() == before
     assert work(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
-
-
-def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
-    from halvit_jax.models import MODELS, fields_of
-
-    families = {family for family, _ in MODELS.values()}
-    fields = {field for family in families for field in fields_of(family)} - {"dtype", "folded"}
-    assert set(default_config().model) - {"name"} == fields
