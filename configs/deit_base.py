@@ -9,8 +9,10 @@ Published top-1: 81.8 (non-EMA weights). Measured here: not yet.
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of DeiT-B."""
+    choose(variant)
     return imagenet.deit("deit_base")

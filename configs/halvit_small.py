@@ -10,8 +10,10 @@ Published top-1: 81.3 (the paper's recipe is not public). Measured here: not yet
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-M."""
+    choose(variant)
     return imagenet.deit("halvit_small")

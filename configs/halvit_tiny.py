@@ -9,8 +9,10 @@ Published top-1: 77.3 after 300 epochs, 78.8 after 600 (the paper's recipe is no
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-T."""
+    choose(variant)
     return imagenet.deit("halvit_tiny")

@@ -13,7 +13,7 @@ def choose(given: str, *groups: Collection[str]) -> tuple[str, ...]:
     allowed = ", ".join(name for group in groups for name in group if name)
     for name in names:
         if not any(name in group for group in groups):
-            raise ValueError(f"variant {name!r} is not one of {allowed}")
+            raise ValueError(f"variant {name!r} is not one of {allowed or 'this file, which has none'}")
     chosen = []
     for group in groups:
         own = [name for name in names if name in group]

@@ -175,6 +175,7 @@ def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
         (["--config.batch_size=many"], "flag --config.batch_size=many"),
         (["--config.model.name=halvit_tny"], "did you mean 'halvit_tiny'"),
         (["--mode=sleep"], "flag --mode=sleep"),
+        (["--config=configs/shvit.py:s9"], "variant 's9' is not one of s1, s2, s3, s4, distilled, 384, 512"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
         (["stray"], "unexpected arguments ['stray']"),
     ],
