@@ -170,7 +170,7 @@ def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
     from halvit_jax.data import benchmark, hide_accelerators
 
     hide_accelerators()
-    return benchmark.measure(batch=batch, rounds=repeats)
+    return benchmark.measure_input(batch=batch, rounds=repeats)
 
 
 def report_input(rows: list[dict[str, Any]], given: Any) -> None:
@@ -190,7 +190,7 @@ def measure_families(given: Any) -> list[dict[str, Any]]:
     with app.bad_input():
         family_benchmark.check(given.families)
     labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
-    return family_benchmark.measure(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
+    return family_benchmark.measure_input(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
 
 
 def report_families(rows: list[dict[str, Any]], given: Any) -> None:

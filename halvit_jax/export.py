@@ -106,7 +106,7 @@ def serve(trained: Trained) -> Served:
 def receipt(trained: Trained, run: Run, out: pathlib.Path) -> list[str]:
     """How what was written compares with the model in JAX on all images of the evaluation, its size and its speed."""
     config = trained.config
-    loader = build_loaders(config, image_size=trained.task.model.image_size).eval
+    loader = build_loaders(config, image_size=trained.task.model.image_size).evals["eval"]
     reference = jax.jit(lambda images: trained.task.predict(*trained.variables, {"image": images}))
     rows, right, agreeing, difference = 0, np.zeros(2, int), 0, 0.0
     image = None

@@ -112,7 +112,7 @@ def test_predict_agrees_with_the_evaluation(
 
     workdir, result = finished
     source = open_source("digits", str(digits_dir), "test")
-    records = list(source.reader(1)(0).map(source.fetch).as_numpy_iterator())
+    records = list(source.shard(0, 1).map(source.fetch).as_numpy_iterator())
     paths = [tmp_path / f"{i}.png" for i in range(len(records))]
     for path, record in zip(paths, records, strict=True):
         path.write_bytes(record["image"])
