@@ -14,7 +14,7 @@ from halvit_jax import data, distributed
 from halvit_jax.cli import app
 from halvit_jax.config import default_config, from_json, to_json, validate
 from halvit_jax.experiment import teacher
-from halvit_jax.models import MODELS, fields_of
+from halvit_jax.models import FAMILIES
 from halvit_jax.models.validation import merge_field_types
 from halvit_jax.recipes import imagenet
 from halvit_jax.tasks.classification import Classification
@@ -149,8 +149,7 @@ def used_keywords(function: Callable[..., Any]) -> set[str]:
 
 
 def test_the_model_has_the_fields_of_all_families_with_their_types() -> None:
-    families = {family for family, _ in MODELS.values()}
-    kinds = merge_field_types({family.__name__: fields_of(family) for family in families})
+    kinds = merge_field_types({family.model.__name__: family.field_types for family in FAMILIES})
     config = default_config().model
     assert set(config) - {"name"} == set(kinds) - {"dtype", "folded"}
     for field in set(config) - {"name"}:
