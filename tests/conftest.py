@@ -77,11 +77,11 @@ def golden() -> pathlib.Path:
 
 
 @pytest.fixture
-def recorded(request: pytest.FixtureRequest) -> Callable[[str, dict[str, Any]], dict[str, Any]]:
-    """What a generated file of tests/golden holds; with --update-golden, the given values, which it then holds."""
+def recorded(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """The content of a generated file of tests/golden; with --update-golden, `found` is written to it first."""
 
-    def read(name: str, found: dict[str, Any]) -> dict[str, Any]:
-        if request.config.getoption("--update-golden"):
+    def read(name: str, found: dict[str, Any] | None = None) -> dict[str, Any]:
+        if found is not None and request.config.getoption("--update-golden"):
             (GOLDEN / name).write_text(_text(found) + "\n")
         return json.loads((GOLDEN / name).read_text())
 

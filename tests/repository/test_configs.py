@@ -25,7 +25,7 @@ from halvit_jax.trees import first_match, flatten, variable_shapes
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
-Recorded = Callable[[str, dict[str, Any]], dict[str, Any]]
+Recorded = Callable[..., dict[str, Any]]
 
 
 def module(name: str) -> types.ModuleType:
@@ -117,7 +117,7 @@ def axes_of(path: str, model: nn.Module) -> tuple[str | tuple[str, ...] | None, 
 
 def test_digits_decay_and_partition_as_recorded(recorded: Recorded) -> None:
     """A small model of every family."""
-    golden = recorded("parameters.json", {})
+    golden = recorded("parameters.json")
     for rules, paths in treatments(["halvit_digits", "digits", "distill_digits"]).items():
         assert paths.items() <= golden[rules].items()
 
