@@ -248,4 +248,4 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
     for line in lines:
         assert line in error
     assert (workdir / "config.json").read_text() == before
-    assert work(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+    assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
