@@ -1,5 +1,6 @@
 """The shared vocabulary: batch, loader, task, collector, serving model, and exit codes."""
 
+import dataclasses
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -114,7 +115,8 @@ class Task(Protocol):
         ...
 
 
-class ServingModel(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable and weakly referable, as jax.jit wants it
+class ServingModel:
     """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
 
     apply: Callable[[PyTree, Array], PyTree]  # (variables, images) -> outputs
