@@ -7,7 +7,8 @@ import os
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -18,7 +19,7 @@ class Case(NamedTuple):
     infer_batches: tuple[int, ...]
     timm: str = ""
     channels_last: bool = False
-    dry: dict[str, Any] = {}  # fields that make it small
+    dry: Mapping[str, Any] = types.MappingProxyType({})  # fields that make it small
 
 
 DRY_VIT = {"depth": 2, "image_size": 32}
@@ -30,7 +31,7 @@ CASES = {  # the most wanted first
     "halvit_small": Case((256, 128), (512, 256), dry=DRY_VIT),
     "resnet50": Case((256, 512), (512, 1024), "resnet50", True, dry=DRY_CONV),
     "halvit_resnet50": Case((256, 512), (512, 1024), dry={"image_size": 64}),
-    "shvit_s1": Case((1024, 2048), (2048, 4096), "shvit_s1", True, dry={}),
+    "shvit_s1": Case((1024, 2048), (2048, 4096), "shvit_s1", True),
     "shvit_s4": Case((512, 1024), (1024, 2048), "shvit_s4", True),
     "swin_tiny": Case((256, 128), (512, 256), "swin_tiny_patch4_window7_224"),
     "mini_deit_small": Case((256, 128), (512, 256), dry=DRY_VIT),

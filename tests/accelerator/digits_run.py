@@ -98,7 +98,7 @@ def main(workdir: pathlib.Path, *, kill: bool) -> None:
     task = make_task("halvit_tiny", **FIELDS, drop_path=0.1, dtype=jnp.bfloat16)
     loader = Digits(train=True, killing=workdir if kill else None)
     lengths = {"batch_size": BATCH, "steps_per_epoch": loader.steps_per_epoch, "total_steps": STEPS}
-    optimizer = optimizer_of(**lengths, warmup_epochs=0.0)
+    optimizer = optimizer_of(**lengths, warmup_epochs=0.0, learning_rate=1e-3, scaling="none")
     mesh = one_device()
     report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
     checkpointer = Checkpointer(workdir, say=report.say)

@@ -1,4 +1,4 @@
-"""What single XLA flags for GPUs do to one model's training step: each in a process of its own, the others at default."""
+"""What single XLA flags for GPUs do to one model's training step: each in a process of its own."""
 
 import os
 import pathlib

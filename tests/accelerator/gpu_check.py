@@ -1,8 +1,8 @@
 """Everything that must be seen on a GPU, in one sitting of a few minutes: `bash launch/gpu_check.sh`.
 
-A hardware trial, not a test: it measures speed beside PyTorch's, and tries references, bitwise repetition and resumption
-on the device. Every part is a process of its own with a budget of seconds; one that fails or overruns is recorded and
-the others go on. `gpu_results.json` in --out is written again after every few results.
+A hardware trial, not a test: it measures speed beside PyTorch's, and tries references, bitwise repetition and
+resumption on the device. Every part is a process of its own with a budget of seconds; one that fails or overruns is
+recorded and the others go on. `gpu_results.json` in --out is written again as results come.
 
     python tests/accelerator/gpu_check.py --out=DIR [--seconds=480] [--sections=bench,torch] [--models=a,b] [--dry]
 """
@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from common import merge
@@ -29,7 +31,7 @@ class Section(NamedTuple):
 
     script: str
     seconds: float
-    environment: dict[str, str] = {}
+    environment: Mapping[str, str] = types.MappingProxyType({})
     beside: bool = False  # starts, and does not keep the next from starting; it must not use the device
 
 
@@ -37,10 +39,10 @@ LAZY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 CPU = {"JAX_PLATFORMS": "cpu"}
 SECTIONS = {  # the most valuable first
     "macs": Section("jax_speed.py", 150, CPU, beside=True),
-    "bench": Section("jax_speed.py", 230, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),
-    "torch": Section("torch_speed.py", 120),
+    "bench": Section("jax_speed.py", 245, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),
+    "torch": Section("torch_speed.py", 115),
     "trials": Section("trials.py", 75, LAZY),
-    "fused": Section("jax_speed.py", 50, LAZY),
+    "fused": Section("jax_speed.py", 45, LAZY),
     "flags": Section("flags.py", 300, LAZY),
     "more": Section("jax_speed.py", 200, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),  # the second batches
 }
