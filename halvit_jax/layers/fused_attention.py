@@ -15,18 +15,28 @@ class Implementation(Protocol):
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *, num_heads: int) -> jax.Array: ...
 
 
-def of_jax(implementation: str) -> Implementation:
-    """`jax.nn.dot_product_attention` by one of its implementations, "xla" or "cudnn"."""
+def padded_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    num_heads: int,
+    multiple: int = 8,
+    implementation: str = "cudnn",
+) -> jax.Array:
+    """`jax.nn.dot_product_attention` on tokens padded to a multiple, padded keys being masked by their number.
 
-    def attend(query: jax.Array, key: jax.Array, value: jax.Array, *, num_heads: int) -> jax.Array:
-        heads = [x.reshape(*x.shape[:2], num_heads, -1) for x in (query, key, value)]  # [b, n, h, k]
-        return jax.nn.dot_product_attention(*heads, implementation=implementation).reshape(query.shape)
+    The padding is for cuDNN's flash attention, which JAX refuses to differentiate for odd numbers of tokens.
+    """
+    n, m = query.shape[1], key.shape[1]
+    padded = [jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0))) for x in (query, key, value)]
+    heads = [x.reshape(*x.shape[:2], num_heads, -1) for x in padded]  # [b, n, h, k]
+    lengths = jnp.full(key.shape[:1], m, jnp.int32) if m % multiple else None
+    out = jax.nn.dot_product_attention(*heads, key_value_seq_lengths=lengths, implementation=implementation)
+    return out.reshape(padded[0].shape)[:, :n]
 
-    return attend
 
-
-# cuDNN's flash attention, forward and backward. It takes widths of a head up to 256 on an H100, up to 128 before it.
-ATTENTION_IMPLS: dict[str, Implementation] = {"cudnn": of_jax("cudnn")}
+ATTENTION_IMPLS: dict[str, Implementation] = {"cudnn": padded_attention}
 FUSED_ON = {"gpu": "cudnn"}  # platform -> what is fused there
 CHOICES = ("auto", "xla", "fused")
 HALF_TYPES = (jnp.bfloat16, jnp.float16)

@@ -35,18 +35,21 @@ class Section(NamedTuple):
     beside: bool = False  # starts, and does not keep the next from starting; it must not use the device
 
 
+QUICK = "--xla_gpu_autotune_level=2"  # programs are tuned, but not checked while they are
 LAZY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+BENCH = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85", "XLA_FLAGS": QUICK}
 CPU = {"JAX_PLATFORMS": "cpu"}
 SECTIONS = {  # the most valuable first
     "macs": Section("jax_speed.py", 150, CPU, beside=True),
-    "bench": Section("jax_speed.py", 245, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),
-    "torch": Section("torch_speed.py", 115),
-    "trials": Section("trials.py", 75, LAZY),
-    "fused": Section("jax_speed.py", 45, LAZY),
+    "bench": Section("jax_speed.py", 200, BENCH),
+    "trials": Section("trials.py", 85, LAZY | {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}),
+    "fused": Section("jax_speed.py", 40, LAZY | {"XLA_FLAGS": QUICK}),
+    "torch": Section("torch_speed.py", 140),
+    "torch_more": Section("torch_speed.py", 140),
     "flags": Section("flags.py", 300, LAZY),
-    "more": Section("jax_speed.py", 200, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.85"}),  # the second batches
+    "more": Section("jax_speed.py", 200, BENCH),  # the second batches
 }
-DEFAULT = ("macs", "bench", "torch", "trials", "fused", "flags")
+DEFAULT = ("macs", "trials", "bench", "fused", "torch")
 
 
 def main() -> None:
@@ -146,7 +149,7 @@ def complete(results: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> str:
     """The speeds side by side, and how every section ended."""
     lines = [f"{'model':<24}{'what':<8}{'batch':>6}{'images/s':>11}{'MFU':>7}{'GiB':>7}   torch eager / compiled"]
-    torch = results.get("torch", {}).get("models", {})
+    torch = results.get("torch", {}).get("models", {}) or results.get("torch_more", {}).get("models", {})
     for section in ("bench", "more"):
         for name, kinds in results.get(section, {}).get("models", {}).items():
             for kind, batches in kinds.items():

@@ -1,6 +1,7 @@
 """Speed and memory of our models, of attention's implementations, and of the machine itself."""
 
 import concurrent.futures
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -9,7 +10,7 @@ import pathlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ import numpy as np
 from common import CASES, DRY_BATCH, Recorder, arguments, chosen_models, seconds_of
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "optax", "orbax-checkpoint", "numpy")
-PROFILED = ("deit_small", "halvit_tiny", "resnet50", "shvit_s1", "swin_tiny")
+PROFILED = ("deit_small", "deit_small/xla", "resnet50", "shvit_s1", "swin_tiny")
 THREADS = 8  # that compile at once
 FINISH = jax.block_until_ready
 
@@ -64,6 +65,35 @@ def machine(record: Recorder, dry: bool) -> None:
         record("machine", name, value=value)
 
 
+VARIANTS = {"xla": {"attention_impl": "xla"}}  # of a model; another variant is a patch, see `patched`
+WAVES = (  # (model or model/variant, what): compiled together, then timed while nothing is compiled
+    (
+        *(("deit_small", "train"), ("halvit_tiny", "train"), ("deit_small/xla", "train")),
+        *(("deit_small", "infer"), ("halvit_tiny", "infer"), ("deit_small/gelu_tanh", "train")),
+    ),
+    (("deit_base", "train"), ("halvit_small", "train"), ("shvit_s1", "train"), ("shvit_s4", "train")),
+    (("swin_tiny", "train"), ("mini_deit_small", "train"), ("nextvit_small", "train"), ("resnet50", "train")),
+    (("halvit_resnet50", "train"), ("resnet50", "infer"), ("halvit_resnet50", "infer"), ("shvit_s1", "infer")),
+    (("shvit_s4", "infer"), ("swin_tiny", "infer"), ("deit_base", "infer"), ("halvit_small", "infer")),
+    (("shvit_s2", "train"), ("shvit_s3", "train"), ("shvit_s2", "infer"), ("shvit_s3", "infer")),
+    (("mini_deit_small", "infer"), ("nextvit_small", "infer")),
+)
+
+
+@contextlib.contextmanager
+def patched(variant: str) -> Iterator[None]:
+    """`gelu_tanh`: GELU through one tanh in place of the exact one, to see what erf costs."""
+    from halvit_jax.layers import ffn
+
+    exact = ffn.gelu
+    if variant == "gelu_tanh":
+        ffn.gelu = functools.partial(jax.nn.gelu, approximate=True)
+    try:
+        yield
+    finally:
+        ffn.gelu = exact
+
+
 class Models:
     """Models of this run, traced one after the other, compiled beside each other, then timed alone."""
 
@@ -76,25 +106,26 @@ class Models:
         self._mesh = one_device()
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
 
-    def run(self, jobs: list[Job], *, patience: float) -> None:
-        """Compile and time all; time begins when everything is compiled, at the latest `patience` seconds from now."""
-        started_at, lowered = time.time(), []
+    def run(self, jobs: list[Job]) -> None:
+        """Compile all, then time all: nothing is compiled while something is timed."""
+        lowered = []
         for job in jobs:
-            if time.time() > self._until - 30 and not self._dry:
-                break
-            with self._record.errors("models", job.label, job.kind, str(job.batch)):
+            if time.time() > self._until - 40 and not self._dry:
+                self._record("models", job.label, job.kind, str(job.batch), "skipped", value="no time left")
+                continue
+            with (
+                self._record.errors("models", job.label, job.kind, str(job.batch)),
+                patched(job.label.partition("/")[2]),
+            ):
                 started = time.perf_counter()
                 task, states, program = self._lower(job)
                 traced = time.perf_counter() - started
                 lowered.append((job, task, states, traced, self._pool.submit(self._compile, program)))
-        concurrent.futures.wait([each[-1] for each in lowered], timeout=max(0.0, started_at + patience - time.time()))
-        late = [each for each in lowered if not each[-1].done()]
-        for job, task, states, traced, future in [*(each for each in lowered if each not in late), *late]:
-            if time.time() > self._until - 5:
-                break
+        concurrent.futures.wait([each[-1] for each in lowered], timeout=self._until - time.time() - 10)
+        for job, task, states, traced, future in lowered:
             at = ("models", job.label, job.kind, str(job.batch))
             with self._record.errors(*at):
-                compiled, compile_s = future.result(timeout=max(0.1, self._until - time.time() - 5))
+                compiled, compile_s = future.result(timeout=0.1)
                 row = {"trace_s": round(traced, 1), "compile_s": round(compile_s, 1)}
                 self._record(*at, value=row | self._timed(job, task, states, compiled))
 
@@ -148,7 +179,10 @@ class Models:
         if job.kind == "train":
             outcome = run()
             row["loss"] = float(outcome.sums["loss"] / outcome.sums["examples"])
-            if job.label in self._profiled and job.batch in (DRY_BATCH, CASES[job.label].train_batches[0]):
+            if job.label in self._profiled and job.batch in (
+                DRY_BATCH,
+                CASES[job.label.partition("/")[0]].train_batches[0],
+            ):
                 with self._record.errors("profile", job.label):
                     folder = f"{self._work}/{job.label.replace('/', '_')}"
                     self._record("profile", job.label, value=profile(run, folder, steps=3, dry=self._dry))
@@ -202,18 +236,20 @@ def bench(record: Recorder, given: Any, *, second: bool) -> None:
     if not second or given.dry:
         with record.errors("machine"):
             machine(record, given.dry)
-    jobs = []
-    for name in chosen_models(given):
-        case = CASES[name]
-        fields = dict(case.dry) if given.dry else {}
-        number = int(second)
-        train, infer = (DRY_BATCH,) * 2 if given.dry else (case.train_batches[number], case.infer_batches[number])
-        jobs += [Job(name, "train", train, fields), Job(name, "infer", infer, fields)]
-        if name in ("deit_small", "halvit_tiny") and not second:
-            jobs.append(Job(f"{name}/xla", "train", train, fields | {"attention_impl": "xla"}))
+    number = int(second)
     models = Models(record, until=given.until, dry=given.dry, work=given.work)
-    left = given.until - time.time()
-    models.run(jobs, patience=600 if given.dry else 0.6 * left)
+    for wave in WAVES:
+        jobs = []
+        for label, kind in wave:
+            name, _, variant = label.partition("/")
+            if name not in chosen_models(given):
+                continue
+            case = CASES[name]
+            fields = dict(case.dry) if given.dry else {}
+            batches = case.train_batches if kind == "train" else case.infer_batches
+            fields |= VARIANTS.get(variant, {})
+            jobs.append(Job(label, kind, DRY_BATCH if given.dry else batches[number], fields))
+        models.run(jobs)
     record("seconds", value=round(time.time() - start, 1))
 
 
@@ -222,7 +258,7 @@ def step(record: Recorder, given: Any) -> None:
     (name,) = chosen_models(given)
     case = CASES[name]
     job = Job(name, "train", DRY_BATCH if given.dry else case.train_batches[0], dict(case.dry) if given.dry else {})
-    Models(record, until=given.until, dry=given.dry, work=given.work, profiled=()).run([job], patience=600)
+    Models(record, until=given.until, dry=given.dry, work=given.work, profiled=()).run([job])
 
 
 def macs(record: Recorder, given: Any) -> None:
@@ -305,26 +341,22 @@ def plain(query: jax.Array, key: jax.Array, value: jax.Array, *, bias: Any, num_
 
 
 def of_jax(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, bias: Any, num_heads: int, implementation: str, pad: int = 1
+    query: jax.Array, key: jax.Array, value: jax.Array, *, bias: Any, num_heads: int, implementation: str, multiple: int
 ) -> jax.Array:
-    """`jax.nn.dot_product_attention`, the tokens padded to a multiple of `pad`, which nobody sees thanks to a bias."""
-    b, n, d = query.shape
-    more = -n % pad
-    if more:
-        query, key, value = (jnp.pad(x, ((0, 0), (0, more), (0, 0))) for x in (query, key, value))
-        bias = jnp.zeros((num_heads, n, n), query.dtype) if bias is None else bias
-        bias = jnp.pad(bias, ((0, 0), (0, more), (0, 0)))
-        bias = jnp.pad(bias, ((0, 0), (0, 0), (0, more)), constant_values=-1e4)
-    heads = [x.reshape(b, n + more, num_heads, -1) for x in (query, key, value)]
-    out = jax.nn.dot_product_attention(*heads, bias=None if bias is None else bias[None], implementation=implementation)
-    return out.reshape(b, n + more, d)[:, :n]
+    """The package's own padded attention, which takes no bias."""
+    from halvit_jax.layers.fused_attention import padded_attention
+
+    if bias is not None:
+        raise ValueError("it takes no bias")
+    return padded_attention(query, key, value, num_heads=num_heads, multiple=multiple, implementation=implementation)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "plain": plain,
-    "cudnn": functools.partial(of_jax, implementation="cudnn"),
-    "cudnn_padded_to_8": functools.partial(of_jax, implementation="cudnn", pad=8),
-    "jax_nn_xla": functools.partial(of_jax, implementation="xla"),
+    "cudnn_padded_to_2": functools.partial(of_jax, implementation="cudnn", multiple=2),
+    "cudnn_padded_to_8": functools.partial(of_jax, implementation="cudnn", multiple=8),
+    "cudnn_padded_to_64": functools.partial(of_jax, implementation="cudnn", multiple=64),
+    "jax_nn_xla": functools.partial(of_jax, implementation="xla", multiple=1),
 }
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from halvit_jax.layers.attention import ATTENTION, attention_weights, average
-from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, CHOICES, FUSED_ON, choose, of_jax
+from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, CHOICES, FUSED_ON, choose, padded_attention
 from halvit_jax.models import create_model
 
 BF16, F32 = jnp.bfloat16, jnp.float32
@@ -64,7 +64,7 @@ def test_fused_attention_is_the_plain_one_forwards_and_backwards(n: int, m: int)
         return average(attention_weights(query, key, num_heads=3), value)
 
     def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return of_jax("xla")(query, key, value, num_heads=3)
+        return padded_attention(query, key, value, num_heads=3, implementation="xla")
 
     expected, pull = jax.vjp(plain, query, key, value)
     found, pull_fused = jax.vjp(fused, query, key, value)
