@@ -78,7 +78,7 @@ def test_attention_is_fused_where_nobody_asks_for_its_map(kind: str, monkeypatch
 
     def recorded(*args: jax.Array, num_heads: int) -> jax.Array:
         calls.append(num_heads)
-        return of_jax("xla")(*args, num_heads=num_heads)
+        return padded_attention(*args, num_heads=num_heads, implementation="xla")
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setitem(ATTENTION_IMPLS, "cudnn", recorded)
