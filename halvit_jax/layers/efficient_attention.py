@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.attention import AttentionMaps, average
+from halvit_jax.layers.attention import AttentionMaps, attend
 from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
 
 
 class LocalAttention(nn.Module):
@@ -43,6 +42,7 @@ class PooledAttention(nn.Module):
     hallucinate: str
     dtype: Dtype
     folded: bool
+    attention_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -55,9 +55,8 @@ class PooledAttention(nn.Module):
         dense = functools.partial(nn.Dense, kernel_init=normal_02, dtype=self.dtype)
         part = maps.real_width(width)
         query, key = dense(part, name="query")(x), dense(part, name="key")(few)
-        weights = maps(query, key)
-        keep(self, "weights", weights)
-        return dense(width, name="output")(average(weights, dense(width, name="value")(few)))
+        value = dense(width, name="value")(few)
+        return dense(width, name="output")(attend(self, maps, query, key, value))
 
 
 def halve_map(x: jax.Array) -> jax.Array:

@@ -76,6 +76,7 @@ class MiniDeit(vit.VisionTransformer):
                 attention_bias=self.attention_bias,
                 real_heads=self.real_heads,
                 hallucinate=self.hallucinate,
+                attention_impl=self.attention_impl,
                 dtype=self.dtype,
                 grid=self._grid,
                 rates=tuple(rates[i * self.share : (i + 1) * self.share]),
@@ -97,6 +98,7 @@ class SharedBlock(nn.Module):
     attention_bias: bool
     real_heads: float
     hallucinate: str  # one of HALLUCINATE
+    attention_impl: str  # one of CHOICES
     dtype: Dtype
     grid: tuple[int, int]
     rates: tuple[float, ...]  # stochastic depth of each run
@@ -110,6 +112,7 @@ class SharedBlock(nn.Module):
             bias=self.attention_bias,
             real_heads=self.real_heads,
             hallucinate=self.hallucinate,
+            attention_impl=self.attention_impl,
             dtype=self.dtype,
             name="attention",
         )

@@ -24,8 +24,9 @@ from halvit_jax.layers.conv import BatchNorm, ConvNorm
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.efficient_attention import LocalAttention, PooledAttention, halve_map
 from halvit_jax.layers.ffn import Compact, Mlp
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.models.validation import check_compact, check_divides
+from halvit_jax.models.validation import check_choice, check_compact, check_divides
 from halvit_jax.models.vit import HC
 
 BASE = {"depths": (3, 4, 20, 3)}
@@ -73,6 +74,7 @@ class NextViT(nn.Module):
         head_width: channels of an attention head, and of a group of the 3x3 convolutions in the blocks.
         real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where it can be, see `attend`.
         ffn_rank: rank of the second matrix of all blocks' FFNs as a share of the width; below 1 it is two matrices, in
             training each the sum of `ffn_branches`; see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
@@ -92,6 +94,7 @@ class NextViT(nn.Module):
     head_width: int = 32
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     drop_path: float = 0.0
@@ -111,6 +114,7 @@ class NextViT(nn.Module):
                     f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
                     f"{ATTENDING * self.head_width}, for model.periods[{i}]={period} asks for transformer blocks"
                 )
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
@@ -157,6 +161,7 @@ class NextViT(nn.Module):
             "reduction": self.reductions[stage],
             "real_heads": self.real_heads,
             "hallucinate": self.hallucinate,
+            "attention_impl": self.attention_impl,
         }
         blocks = []
         for i, (attends, rate) in enumerate(zip(self.attends(stage), rates, strict=True)):
@@ -236,6 +241,7 @@ class TransformerBlock(nn.Module):
     reduction: int
     real_heads: float
     hallucinate: str
+    attention_impl: str
     compact: Compact
     dtype: Dtype
     halve: bool
@@ -247,7 +253,13 @@ class TransformerBlock(nn.Module):
         x = enter(x, self.width, halve=self.halve, train=train, **common)
         heads = self.width // self.head_width
         attention = PooledAttention(
-            heads, self.reduction, self.real_heads, self.hallucinate, **common, name="attention"
+            heads,
+            self.reduction,
+            self.real_heads,
+            self.hallucinate,
+            **common,
+            attention_impl=self.attention_impl,
+            name="attention",
         )
         share = ATTENDING / (ATTENDING + 1)
         y = lone_norm(**common, name="attention_norm")(x, train=train)

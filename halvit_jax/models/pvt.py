@@ -21,10 +21,11 @@ from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import Compact, CompactDense, Mlp, gelu
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.sow import keep
 from halvit_jax.layers.spatial_reduction import SpatialReductionAttention
-from halvit_jax.models.validation import check_compact, check_divides
+from halvit_jax.models.validation import check_choice, check_compact, check_divides
 from halvit_jax.models.vit import HC
 
 EPSILON = 1e-6  # of the LayerNorms in blocks and at the end of stages
@@ -86,6 +87,7 @@ class Pyramid(nn.Module):
         reductions: side of the square of tokens that becomes one key, in each stage.
         real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where it can be, see `attend`.
         ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, in training each
             the sum of `ffn_branches`; see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
@@ -104,6 +106,7 @@ class Pyramid(nn.Module):
     reductions: Sequence[int] = (8, 4, 2, 1)
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     drop_path: float = 0.0
@@ -124,6 +127,7 @@ class Pyramid(nn.Module):
             check_divides("head_width", self.head_width, "widths", width)
             if width * ratio < 1:
                 raise ValueError(f"model.ffn_ratios={tuple(self.ffn_ratios)} leaves nothing of a width of {width}")
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
         if not 0.0 <= self.drop_path < 1.0:
             raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
@@ -163,6 +167,7 @@ class Pyramid(nn.Module):
             "reduction": self.reductions[i],
             "real_heads": self.real_heads,
             "hallucinate": self.hallucinate,
+            "attention_impl": self.attention_impl,
             "compact": Compact(self.ffn_rank, self.ffn_branches, self.folded),
             "dtype": self.dtype,
         }
@@ -286,6 +291,7 @@ class Block(nn.Module):
     reduction: int
     real_heads: float
     hallucinate: str  # one of HALLUCINATE
+    attention_impl: str  # one of CHOICES
     compact: Compact
     drop_path: float
     dtype: Dtype
@@ -302,6 +308,7 @@ class Block(nn.Module):
             self.pool_size,
             self.real_heads,
             self.hallucinate,
+            self.attention_impl,
             **(FAN_OUT if self.convolutional else {}),
             dtype=self.dtype,
             name="attention",

@@ -16,6 +16,7 @@ from halvit_jax.layers.attention import ATTENTION
 from halvit_jax.layers.drop import DropPath, linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
 from halvit_jax.layers.ffn import FFN, Compact
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.sow import keep
 from halvit_jax.models.validation import check_choice, check_compact, check_divides
@@ -35,6 +36,7 @@ class Block(nn.Module):
     attention_bias: bool
     real_heads: float
     hallucinate: str  # one of HALLUCINATE
+    attention_impl: str  # one of CHOICES
     compact: Compact
     drop_path: float
     dtype: Dtype
@@ -47,6 +49,7 @@ class Block(nn.Module):
             bias=self.attention_bias,
             real_heads=self.real_heads,
             hallucinate=self.hallucinate,
+            attention_impl=self.attention_impl,
             dtype=self.dtype,
             name="attention",
         )
@@ -76,6 +79,7 @@ class VisionTransformer(nn.Module):
         real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, see `AttentionMaps`.
         hallucinate: what of the real heads they are made from, "logits" or "maps".
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where it can be, see `attend`.
         ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, see
             `CompactDense`. Needs `ffn` "dense".
         ffn_branches: the products in the sum that each of the two is in training.
@@ -101,6 +105,7 @@ class VisionTransformer(nn.Module):
     attention_bias: bool = True
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     pool: str = "token"
@@ -114,6 +119,7 @@ class VisionTransformer(nn.Module):
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
         check_choice("ffn", self.ffn, FFN)
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_choice("pool", self.pool, POOLS)
         check_choice("position", self.position, POSITIONS)
         if self.distilled and self.pool != "token":
@@ -190,6 +196,7 @@ class VisionTransformer(nn.Module):
                 attention_bias=self.attention_bias,
                 real_heads=self.real_heads,
                 hallucinate=self.hallucinate,
+                attention_impl=self.attention_impl,
                 compact=Compact(self.ffn_rank, self.ffn_branches, self.folded),
                 drop_path=rate,
                 dtype=self.dtype,
