@@ -334,10 +334,10 @@ def forward_backward(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def plain(query: jax.Array, key: jax.Array, value: jax.Array, *, bias: Any, num_heads: int) -> jax.Array:
     """Attention as the models compute it where nothing is fused."""
-    from halvit_jax.layers.attention import attention_weights, average
+    from halvit_jax.layers.attention import attention_weights, weighted_values
 
     add = None if bias is None else (lambda logits, query: logits + bias)
-    return average(attention_weights(query, key, num_heads=num_heads, before=add), value)
+    return weighted_values(attention_weights(query, key, num_heads=num_heads, logits_fn=add), value)
 
 
 def of_jax(

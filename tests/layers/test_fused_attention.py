@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.attention import ATTENTION, attention_weights, average
+from halvit_jax.layers.attention import ATTENTION, attention_weights, weighted_values
 from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, CHOICES, FUSED_ON, choose, padded_attention
 from halvit_jax.models import create_model
 
@@ -61,7 +61,7 @@ def test_fused_attention_is_the_plain_one_forwards_and_backwards(n: int, m: int)
     key, value = (jnp.asarray(rng.standard_normal((2, m, 24)), F32) for _ in range(2))
 
     def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return average(attention_weights(query, key, num_heads=3), value)
+        return weighted_values(attention_weights(query, key, num_heads=3), value)
 
     def fused(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return padded_attention(query, key, value, num_heads=3, implementation="xla")
@@ -90,8 +90,8 @@ def test_attention_is_fused_where_nobody_asks_for_its_map(kind: str, monkeypatch
     assert calls == [2]
     plain, kept = attention.apply(params, x, mutable=["intermediates"])
     assert kept["intermediates"]["weights"][0].shape == (2, 2, 5, 5)
-    attention.apply(params, x, before=lambda logits, query: logits)
-    attention.apply(params, x, after=lambda weights: weights)
+    attention.apply(params, x, logits_fn=lambda logits, query: logits)
+    attention.apply(params, x, weights_fn=lambda weights: weights)
     ATTENTION[kind](16, 2, dtype=BF16, attention_impl="xla").apply(params, x)
     assert calls == [2]
     np.testing.assert_allclose(fused.astype(F32), plain.astype(F32), atol=0.05)
