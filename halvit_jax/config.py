@@ -83,7 +83,7 @@ def _model() -> dict[str, Any]:
         "widths": optional(tuple),  # RegNet, SHViT, PVT, Next-ViT: channels of each stage
         "stages": optional(tuple),  # kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
         "head_width": optional(int),  # Swin, PVT, Next-ViT: width of an attention head; divides width, or all widths
-        "reductions": optional(tuple),  # PVT: side of the square of tokens that makes one key; Next-ViT: root of a row
+        "reductions": optional(tuple),  # PVT: r, one key for r x r tokens; Next-ViT: for r*r tokens in a row
         "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions
         # ResNet and RegNet
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
