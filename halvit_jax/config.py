@@ -69,6 +69,7 @@ def _model() -> dict[str, Any]:
         "pool": optional(str),  # token or mean
         "position": optional(str),  # learned, sincos or none
         "distilled": optional(bool),  # also SHViT: a second classifier, trained on the teacher's predictions
+        "attention_impl": optional(str),  # also PVT, Next-ViT: auto, xla or fused (without the maps in memory)
         # Hallucinated attention and compact FFNs: ViT, PVT, Next-ViT
         "real_heads": optional(float),  # fraction of the heads that compute their own maps
         "hallucinate": optional(str),  # what the other heads' maps are made from: logits or maps
