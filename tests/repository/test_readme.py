@@ -1,4 +1,4 @@
-"""README, CONTRIBUTING, CHANGELOG and docs/: commands, configs, flags, links, paths, numbers and words are true."""
+"""Commands, configs, fields and flags that README, CONTRIBUTING and docs/ name are run, or are valid and listed."""
 
 import importlib.util
 import json
@@ -13,14 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from absl import flags
+from helpers.pages import PARTS, ROOT, blocks, spans
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import config as config_lib
 
-ROOT = pathlib.Path(__file__).parents[2]
-DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
-SUMMARY = "<!-- python -m halvit_jax.summary --markdown -->\n", "<!-- end -->"
 STARTS = ("python -m ", "bash ", "sbatch ", "tensorboard ", "pip ", "source ")
 
 MAIN, CHECK = "python -m halvit_jax.main", "python -m halvit_jax.check"
@@ -119,21 +116,6 @@ NEEDS = {
 }
 
 
-def text_of(page: pathlib.Path) -> str:
-    """The text of a page, with the files that it includes."""
-    return re.sub(r'^--8<-- "(.+)"$', lambda match: (ROOT / match[1]).read_text(), page.read_text(), flags=re.MULTILINE)
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def spans(text: str) -> list[str]:
-    """Code inside of sentences and tables, on one line each."""
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    return [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", prose)]
-
-
 def commands(text: str) -> list[str]:
     """Every command of a page: a line of a block of shell, or a piece of code that starts like a command."""
     lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
@@ -143,7 +125,6 @@ def commands(text: str) -> list[str]:
     ]
 
 
-PARTS = {page: text_of(page) for page in PAGES}
 COMMANDS = {command: page.name for page, text in PARTS.items() for command in commands(text)}
 OURS = [command for command in COMMANDS if "halvit_jax." in command or " --config=" in command]
 
@@ -225,104 +206,6 @@ def _paths(tree: dict, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
             yield from _paths(value, (*prefix, name))
         else:
             yield (*prefix, name)
-
-
-def anchors(text: str) -> set[str]:
-    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower())).strip("-") for title in titles}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page: pathlib.Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if target.startswith("https://"):
-            continue
-        path, _, anchor = target.partition("#")
-        linked = (page.parent / path).resolve() if path else page
-        assert linked.is_file(), f"{page.name}: {target}"
-        assert not anchor or anchor in anchors(text_of(linked)), f"{page.name}: {target}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_paths_that_are_named_exist(page: pathlib.Path) -> None:
-    for code in spans(PARTS[page]):
-        if re.fullmatch(r"(halvit_jax|tests|launch|docs)/[a-z0-9_/]+(\.\w+)?/?", code):
-            assert (ROOT / code).exists(), f"{page.name}: {code}"
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_tests_that_are_named_exist(page: pathlib.Path) -> None:
-    """A file of tests exists, and behind -k stand words that it contains."""
-    for code in spans(PARTS[page]):
-        paths = [ROOT / word for word in code.split() if re.fullmatch(r"tests/[\w/]+\.py", word)]
-        assert all(path.is_file() for path in paths), f"{page.name}: {code}"
-        if "pytest" in code and " -k " in code:
-            wanted = re.search(r" -k (\w+|\"[^\"]+\")", code)[1].strip('"').split(" or ")
-            source = "".join(path.read_text() for path in paths)
-            assert not paths or all(word in source for word in wanted), f"{page.name}: {code}"
-
-
-def test_the_site_has_every_page() -> None:
-    listed = re.findall(r": (\w+\.md)$", (DOCS / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
-
-
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_numbers_stand_beside_the_command_that_made_them(page: pathlib.Path) -> None:
-    """A table with a column of numbers, which is one aligned to the right, has a command in its section."""
-    for section in re.split(r"^#+ ", PARTS[page], flags=re.MULTILINE):
-        if re.search(r"^\|.*---:", section, re.MULTILINE):
-            assert "python -m halvit_jax." in section or "python tests/" in section, f"{page.name}: {section[:60]}"
-
-
-def test_sizes_in_the_readme_are_those_of_the_table_of_models() -> None:
-    table = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) ", (DOCS / "models.md").read_text(), re.MULTILINE))
-    named = re.findall(r"`(\w+)` ([\d.]+)M", (ROOT / "README.md").read_text())
-    assert len(named) >= 20
-    for name, millions in named:
-        assert f"{int(table[name].replace(',', '')) / 1e6:.1f}" == millions, name
-
-
-def _summary(*names: str) -> str:
-    command = [sys.executable, "-m", "halvit_jax.summary", "--markdown", *names]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-
-
-def test_some_models_count_what_the_table_of_models_says() -> None:
-    start, end = SUMMARY
-    block = (DOCS / "models.md").read_text().split(start)[1].split(end)[0].strip()
-    for line in _summary("halvit_tiny", "shvit_s1").strip().splitlines():
-        assert line in block.splitlines()
-
-
-@pytest.mark.slow
-def test_the_table_of_models_is_what_summary_prints() -> None:
-    start, end = SUMMARY
-    assert (DOCS / "models.md").read_text().split(start)[1].split(end)[0].strip() == _summary().strip()
-
-
-def test_the_map_of_contributing_leads_to_the_line() -> None:
-    rows = re.findall(r"^\| .+\? \| `(.+)` \| `(.+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
-    assert len(rows) == 6
-    for path, word in rows:
-        assert word in (ROOT / path).read_text(), f"{path}: {word}"
-
-
-def test_words_are_those_of_the_field() -> None:
-    forbidden = re.compile(r"\b(doors?|wish(es|ed)?|taught|twins?|rooms?)\b", re.IGNORECASE)
-    paths = [*PAGES, ROOT / "tests/faults/RECORD.md", *(ROOT / "halvit_jax").rglob("*.py")]
-    paths += [*(ROOT / "configs").glob("*.py"), *(ROOT / "launch").glob("*.sh")]
-    found = [
-        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
-        for path in paths
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if forbidden.search(line)
-    ]
-    assert found == []
 
 
 @pytest.mark.slow
