@@ -71,11 +71,12 @@ def test_numbers_stand_beside_the_command_that_made_them(page: pathlib.Path) -> 
 
 
 def test_sizes_in_the_readme_are_those_of_the_table_of_models() -> None:
-    table = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) ", (DOCS / "models.md").read_text(), re.MULTILINE))
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| ([\d,]*)", (DOCS / "models.md").read_text(), re.MULTILINE)
+    table = {name: [f"{int(count.replace(',', '')) / 1e6:.1f}" for count in counts if count] for name, *counts in rows}
     named = re.findall(r"`(\w+)` ([\d.]+)M", (ROOT / "README.md").read_text())
     assert len(named) >= 20
     for name, millions in named:
-        assert f"{int(table[name].replace(',', '')) / 1e6:.1f}" == millions, name
+        assert millions in table[name], name  # as trained, or deployed
 
 
 def _summary(*names: str) -> str:
