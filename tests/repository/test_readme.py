@@ -91,10 +91,10 @@ NEEDS = {
     f"{MAIN} --config=configs/halvit_small.py --workdir=runs/halvit_small --config.mesh.fsdp=4": (
         f"{IMAGENET}, 4 devices"
     ),
-    f"{MAIN} --config=configs/deit_small.py --workdir=runs/deit_small_hc --config.model.name=deit_small_hc": IMAGENET,
-    f"{MAIN} --config=configs/deit_small.py --workdir=runs/maps --config.model.name=deit_small_hc "
-    "--config.model.hallucinate=maps --config.model.ffn_rank=1.0": IMAGENET,
-    f"{MAIN} --config=configs/shvit_s1.py:distilled --workdir=runs/shvit_s1_distilled "
+    f"{MAIN} --config=configs/hmhsa_cffn.py --workdir=runs/hmhsa_cffn": IMAGENET,
+    f"{MAIN} --config=configs/hmhsa_cffn.py --workdir=runs/maps --config.model.hallucinate=maps "
+    "--config.model.ffn_rank=1.0": IMAGENET,
+    f"{MAIN} --config=configs/shvit.py:s1,distilled --workdir=runs/shvit_s1_distilled "
     "--config.teacher.init_from=regnety_160.safetensors": f"{IMAGENET}, a teacher's weights",
     f"{MAIN} --config=configs/halvit_tiny.py --workdir=runs/flowers --config.data.name=oxford_flowers102 "
     "--config.data.eval_split=test --config.model.num_classes=102 --config.batch_size=256": "prepared flowers, hours",
@@ -181,7 +181,7 @@ def test_every_config_that_is_named_exists_with_its_variant() -> None:
     named = {
         match for text in PARTS.values() for match in re.findall(r"configs/([a-z]\w*)\.py(?::(\w+(?:,\w+)*))?", text)
     }
-    assert ("halvit_tiny", "600") in named
+    assert ("shvit", "s2,distilled") in named
     for name, variant in sorted(named):
         assert get_config(name, variant or None).is_locked, f"configs/{name}.py:{variant}"
 
