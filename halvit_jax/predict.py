@@ -65,11 +65,12 @@ def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np
     from halvit_jax import data
 
     config, task = trained.config, trained.task
-    size, share, method = task.model.image_size, config.data.eval_crop, config.data.interpolation
+    fields, size = config.data, task.model.image_size
+    transform = data.eval_transform((size, size), fraction=fields.eval_crop, method=fields.interpolation)
     apply = jax.jit(lambda image: jax.nn.softmax(task.predict(*trained.variables, {"image": image})[0]))
     for path in paths:
         try:
-            image = data.read_image(path, data.eval_transform(size, share=share, method=method))
+            image = data.read_image(path, transform)
         except ValueError as error:
             yield {"image": path, "error": str(error)}, None
             continue

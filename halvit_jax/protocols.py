@@ -18,6 +18,16 @@ class DataError(ValueError):
     """The data are not what they should be; the message says which file and what to do."""
 
 
+class DatasetInfo(NamedTuple):
+    """What a task has to know of a data set."""
+
+    class_names: list[str]
+    num_examples: int
+    name: str = ""
+    extra: Mapping[str, Any] = {}
+    """What only some data sets have, such as the category numbers of an annotation file."""
+
+
 class Loader(Protocol):
     """Where batches come from. A host sees its own rows of each global batch."""
 

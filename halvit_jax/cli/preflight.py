@@ -157,12 +157,13 @@ def _data(config: ConfigDict, size: int) -> Finding:
     loaders = build.build_loaders(config, image_size=size)
     epoch = loaders.train.steps_per_epoch
     total = build.length(config, epoch)
-    counts = f"{loaders.train.num_examples:,} images to train on, {loaders.eval.num_examples:,} to evaluate on"
+    evaluation = " + ".join(f"{loader.num_examples:,}" for loader in loaders.evals.values())
+    counts = f"{loaders.train.num_examples:,} images to train on, {evaluation} to evaluate on"
     return Finding(f"{counts}; {epoch:,} steps an epoch, {total:,} in all ({total / epoch:.1f} epochs)", loaders)
 
 
 def _classes(config: ConfigDict, data: Any) -> Finding:
-    names = data.class_names
+    names = data.info.class_names
     build.check_classes(config, names)
     if data.train.num_examples > COUNTED:
         return Finding(f"{len(names)}; not counted in more than {COUNTED:,} images")
@@ -170,7 +171,7 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
 
     fields = config.data
     source = open_source(fields.name, fields.data_dir, fields.train_split, root=fields.root)
-    labels = [int(record["label"]) for record in source.reader(1)(0).map(source.fetch).as_numpy_iterator()]
+    labels = [int(record["label"]) for record in source.shard(0, 1).map(source.fetch).as_numpy_iterator()]
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
     split = fields.train_split
@@ -180,7 +181,7 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
 
 def _batches(data: Any) -> Finding:
     lines, replaced = [], 0
-    for name, loader in (("training", data.train), ("evaluation", data.eval)):
+    for name, loader in {"training": data.train, "evaluation": data.evals["eval"]}.items():
         started = time.perf_counter()
         batch = next(loader.batches(0))
         seconds = time.perf_counter() - started

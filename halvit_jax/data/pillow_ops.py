@@ -147,14 +147,14 @@ def translate_y(image: tf.Tensor, pixels: tf.Tensor, *, fill: Color, interpolati
     return _warp(image, None, v, fill=fill, interpolation=interpolation)
 
 
-def translate_x_rel(image: tf.Tensor, share: tf.Tensor, **warp: Any) -> tf.Tensor:
-    """Translate by a share of the image's width."""
-    return translate_x(image, tf.cast(share, tf.float64) * tf.cast(_sides(image)[1], tf.float64), **warp)
+def translate_x_rel(image: tf.Tensor, fraction: tf.Tensor, **warp: Any) -> tf.Tensor:
+    """Translate by a fraction of the image's width."""
+    return translate_x(image, tf.cast(fraction, tf.float64) * tf.cast(_sides(image)[1], tf.float64), **warp)
 
 
-def translate_y_rel(image: tf.Tensor, share: tf.Tensor, **warp: Any) -> tf.Tensor:
-    """Translate by a share of the image's height."""
-    return translate_y(image, tf.cast(share, tf.float64) * tf.cast(_sides(image)[0], tf.float64), **warp)
+def translate_y_rel(image: tf.Tensor, fraction: tf.Tensor, **warp: Any) -> tf.Tensor:
+    """Translate by a fraction of the image's height."""
+    return translate_y(image, tf.cast(fraction, tf.float64) * tf.cast(_sides(image)[0], tf.float64), **warp)
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:

@@ -62,7 +62,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
     limit = make_limit(**config.skip_updates)
 
     loaders = build_loaders(config, image_size=task.model.image_size)
-    check_classes(config, loaders.class_names)
+    check_classes(config, loaders.info.class_names)
     total_steps = length(config, loaders.train.steps_per_epoch)
     optimizer = make_optimizer(
         **config.optim,
@@ -78,8 +78,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         optimizer=optimizer,
         mesh=mesh,
         train_loader=loaders.train,
-        eval_loader=loaders.eval,
-        class_names=loaders.class_names,
+        eval_loader=loaders.evals["eval"],
+        class_names=loaders.info.class_names,
         total_steps=total_steps,
         limit=limit,
         seed=config.seed,
@@ -98,7 +98,7 @@ def build_loaders(config: ConfigDict, *, image_size: int) -> "Loaders":
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "image_size": image_size, "seed": config.seed, "host": host}
+    given = {"batch_size": config.batch_size, "size": (image_size, image_size), "seed": config.seed, "host": host}
     return data.make_loaders(**config.data, **given)
 
 

@@ -113,7 +113,7 @@ def test_predict_agrees_with_the_evaluation(
 
     workdir, result = finished
     source = open_source("digits", str(digits_dir), "test")
-    records = list(source.reader(1)(0).map(source.fetch).as_numpy_iterator())
+    records = list(source.shard(0, 1).map(source.fetch).as_numpy_iterator())
     paths = [tmp_path / f"{i}.png" for i in range(len(records))]
     for path, record in zip(paths, records, strict=True):
         path.write_bytes(record["image"])
@@ -252,8 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
 
 
 def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
-    from halvit_jax.models import MODELS, fields_of
+    from halvit_jax.models import FAMILIES
 
-    families = {family for family, _ in MODELS.values()}
-    fields = {field for family in families for field in fields_of(family)} - {"dtype", "folded"}
+    fields = {field for family in FAMILIES for field in family.field_types} - {"dtype", "folded"}
     assert set(default_config().model) - {"name"} == fields
