@@ -75,6 +75,7 @@ NEEDS = {
     "pip install pre-commit && pre-commit install": NETWORK,
     'pip install "jax[tpu]"': NETWORK,
     'pip install "jax[cuda12]"': NETWORK,
+    "pip install -e '.[onnx,torch]'": NETWORK,
     "pip install -e '.[onnx]'": NETWORK,
     "pip install -e '.[plot]'": NETWORK,
     "pip install -e '.[torch]'": NETWORK,
