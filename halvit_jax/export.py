@@ -33,7 +33,7 @@ from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders, input_size
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.trained import Trained, load_trained
-from halvit_jax.models import fields_of
+from halvit_jax.models import family_of
 from halvit_jax.protocols import Array, PyTree, ServingModel
 from halvit_jax.trees import flatten
 
@@ -80,7 +80,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
 def portable(trained: Trained) -> Trained:
     """The same model without what runs on one platform only, such as fused attention."""
     model = getattr(trained.task, "model", None)
-    if model is None or "attention_impl" not in fields_of(type(model)):
+    if model is None or "attention_impl" not in family_of(model).field_types:
         return trained
     config = trained.config.copy_and_resolve_references()
     config.model.attention_impl = "xla"
