@@ -185,12 +185,14 @@ def report_input(rows: list[dict[str, Any]], given: Any) -> None:
 
 def measure_families(given: Any) -> list[dict[str, Any]]:
     """One row for each family, and a picture of all in the workdir."""
+    from halvit_jax import main
     from halvit_jax.analysis import family_benchmark
 
     with app.bad_input():
-        family_benchmark.check(given.families)
+        family_benchmark.validate_labels(given.families)
     labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
-    return family_benchmark.measure_input(labels, workdir, seeds=given.seeds, steps=given.steps, repeats=given.repeats)
+    lengths = {"seeds": given.seeds, "steps": given.steps, "repeats": given.repeats}
+    return family_benchmark.measure(labels, workdir, train=main.work, **lengths)
 
 
 def report_families(rows: list[dict[str, Any]], given: Any) -> None:
@@ -200,7 +202,7 @@ def report_families(rows: list[dict[str, Any]], given: Any) -> None:
     print(family_benchmark.table(rows))
     picture = pathlib.Path(given.workdir) / "family_benchmark.png"
     with app.bad_input():
-        family_benchmark.draw(rows, picture)
+        family_benchmark.plot(rows, picture)
     print(f"accuracy against parameters: {picture}")
 
 

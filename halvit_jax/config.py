@@ -85,7 +85,7 @@ def _model() -> dict[str, Any]:
         "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
         "widths": optional(tuple),  # RegNet, SHViT, PVT, Next-ViT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
-        "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
+        "partial_dims": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
         "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
         "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
         "periods": optional(tuple),  # Next-ViT: every how many blocks one attends, from a stage's last on; 0: none

@@ -136,8 +136,8 @@ def _safetensors(trained: Trained, served: Served, out: pathlib.Path) -> Run:
         raise ValueError(f"--out={out} must end in .safetensors")
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
-    weights_file.save(out, name, trained.model_variables, about={"info": json.dumps(served.info)}, **fields)
-    variables = weights_file.of_any(str(out), readers.read(out), None, {}).variables
+    weights_file.save(out, name, trained.model_variables, metadata={"info": json.dumps(served.info)}, **fields)
+    variables = weights_file.load_any(str(out), readers.read(out), None, {}).variables
     params = variables.pop("params")
     call = jax.jit(lambda images: trained.task.predict(params, variables, {"image": images}))
     return lambda images: np.asarray(call(images))

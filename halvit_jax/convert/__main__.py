@@ -37,7 +37,7 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
         ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
     """
     weights = readers.read(source)
-    name, fields, variables = weights_file.of_any(source, weights, name, fields)
+    name, fields, variables = weights_file.load_any(source, weights, name, fields)
     if to == "jax":
         weights_file.save(target, name, variables, **fields)
         written = flatten(variables)

@@ -16,7 +16,7 @@ def rules(model: NextViT) -> tuple[Rule, ...]:
         table += _conv_norm(f"stem.{i}", f"stem/conv{i}")
     number = 0
     for stage in range(len(model.depths)):
-        for i, attends in enumerate(model.attends(stage)):
+        for i, attends in enumerate(model.is_transformer_block(stage)):
             block = _transformer_block if attends else _conv_block
             table += block(f"features.{number}", f"stage{stage + 1}/block{i}", model.ffn_branches)
             number += 1

@@ -32,7 +32,7 @@ def fresh_state(
         return init(abstract)
     found = read(config.init_from, config.model.name, model, fresh=config.init_exclude)
     if jax.process_index() == 0:
-        rest = {"changed": found.changed, "fresh": found.fresh, "unused": found.unused}
+        rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
         (workdir / FILE).write_text(json.dumps(content, indent=2) + "\n")
     for line in found.lines():
@@ -53,6 +53,6 @@ def read(source: str, name: str, model: Any, *, fresh: Sequence[str], field: str
             arrays = flatten(load_trained(source).model_variables)
         else:
             arrays = read_for(source, name, model)
-        return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)
+        return transfer(name, arrays, shapes_of(model), transfer_rules(model), exclude=fresh)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

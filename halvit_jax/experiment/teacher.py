@@ -58,10 +58,10 @@ def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
     task, name = _named_task(config, mesh)
     source = config.teacher.init_from
     found = init_from.read(source, name, task.teacher, fresh=(), field="teacher.init_from")
-    if found.fresh:
+    if found.initialized:
         raise ValueError(
             f"teacher.init_from={source} has not all that a teacher needs, which must have the student's "
-            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.fresh)}; not used: "
+            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.initialized)}; not used: "
             f"{', '.join(found.unused) or 'nothing'}"
         )
 

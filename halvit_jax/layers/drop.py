@@ -1,5 +1,8 @@
 """Stochastic depth: whole residual branches dropped per example (Huang et al., 2016)."""
 
+import itertools
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -26,3 +29,9 @@ class DropPath(nn.Module):
 def linear_rates(rate: float, depth: int) -> list[float]:
     """The rates of `depth` blocks, rising linearly from 0 to `rate`."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def stage_rates(rate: float, depths: Sequence[int]) -> list[tuple[float, ...]]:
+    """The same through all blocks of several stages: for each stage, the rates of its blocks."""
+    rates = iter(linear_rates(rate, sum(depths)))
+    return [tuple(itertools.islice(rates, depth)) for depth in depths]

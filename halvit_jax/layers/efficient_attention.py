@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.attention import AttentionMaps, average
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm
+from halvit_jax.layers.attention import AttentionMaps, weighted_values
+from halvit_jax.layers.batch_norm import BatchNorm
+from halvit_jax.layers.conv import Conv, ConvNorm
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
+from halvit_jax.layers.sow import sow
 
 
 class LocalAttention(nn.Module):
@@ -32,7 +33,7 @@ class LocalAttention(nn.Module):
 class PooledAttention(nn.Module):
     """Efficient multi-head self-attention, with keys and values from fewer tokens: [b, n, d] -> [b, n, d].
 
-        few = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (few Wk)^T / sqrt(k)) few Wv Wo
+        pooled = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (pooled Wk)^T / sqrt(k)) pooled Wv Wo
 
     Pooled are the tokens in the order of a map's rows, `reduction` squared in a row, not the squares of a map.
     """
@@ -46,18 +47,18 @@ class PooledAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width, few = x.shape[-1], x
+        width, pooled = x.shape[-1], x
         if self.reduction > 1:
-            folded = "in place" if self.folded else ""
-            few = pool_tokens(x, self.reduction**2)
-            few = BatchNorm(dtype=self.dtype, folded=folded, name="pooled_norm")(few, train=train)
+            folded = "affine" if self.folded else ""
+            pooled = pool_tokens(x, self.reduction**2)
+            pooled = BatchNorm(dtype=self.dtype, folded=folded, name="pooled_norm")(pooled, train=train)
         maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
         dense = functools.partial(nn.Dense, kernel_init=normal_02, dtype=self.dtype)
         part = maps.real_width(width)
-        query, key = dense(part, name="query")(x), dense(part, name="key")(few)
+        query, key = dense(part, name="query")(x), dense(part, name="key")(pooled)
         weights = maps(query, key)
-        keep(self, "weights", weights)
-        return dense(width, name="output")(average(weights, dense(width, name="value")(few)))
+        sow(self, "weights", weights)
+        return dense(width, name="output")(weighted_values(weights, dense(width, name="value")(pooled)))
 
 
 def halve_map(x: jax.Array) -> jax.Array:

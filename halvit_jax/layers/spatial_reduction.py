@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from halvit_jax.layers.attention import AttentionMaps, average
+from halvit_jax.layers.attention import AttentionMaps, weighted_values
 from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02, torch_uniform
-from halvit_jax.layers.sow import keep
+from halvit_jax.layers.sow import sow
 
 REDUCED_EPSILON = 1e-5  # of the LayerNorm of a reduced map, PyTorch's default in models whose other norms have 1e-6
 
@@ -53,8 +53,8 @@ class SpatialReductionAttention(nn.Module):
         key_value = nn.Dense(part + self.width, **dense, name="key_value")(self._reduced(x))
         key, value = jnp.split(key_value, (part,), axis=-1)
         weights = maps(query, key)  # [b, h, n, m]
-        keep(self, "weights", weights)
-        return nn.Dense(self.width, **dense, name="output")(average(weights, value))
+        sow(self, "weights", weights)
+        return nn.Dense(self.width, **dense, name="output")(weighted_values(weights, value))
 
     def _reduced(self, x: jax.Array) -> jax.Array:
         """What is attended to: [b, n, d] -> [b, m, d]."""

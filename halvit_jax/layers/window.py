@@ -75,7 +75,7 @@ class Windows:
         return Windows(parts.shape, self.size).split(jnp.asarray(parts)[None, :, :, None])[..., 0]
 
 
-class RelativeBias(nn.Module):
+class RelativePositionBias(nn.Module):
     """A learned number for each head and each offset of two tokens of a window: () -> [h, n, n] (query, key)."""
 
     size: int  # s

@@ -17,6 +17,12 @@ def check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
         raise ValueError(f"model.{field}={value} does not divide model.{whole_field}={whole}; change one of them")
 
 
+def check_rate(field: str, value: float) -> None:
+    """Raise a ValueError unless `value` is a probability below 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"model.{field}={value} must lie in [0, 1)")
+
+
 def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_branches: int) -> None:
     """Raise a ValueError unless these four fields of hallucinated attention and compact FFNs can be built."""
     for field, value in {"real_heads": real_heads, "ffn_rank": ffn_rank}.items():

@@ -24,7 +24,7 @@ def shvit() -> ConfigDict:
     config.loop.eval_every = config.loop.checkpoint_every = 200
     config.model.depths = (1, 2, 2)
     config.model.widths = (32, 64, 96)
-    config.model.partial = (16, 16, 24)
+    config.model.partial_dims = (16, 16, 24)
     config.model.stem_strides = (1, 1)
     config.optim.warmup_epochs = 5.0
     return config

@@ -96,7 +96,7 @@ class Distillation(Classification):
             train=True,
             mutable=[*model_state, *asked],
             rngs={"drop_path": drop_key},
-            method="heads" if _is_distilled(self.model) else None,
+            method="head_logits" if _is_distilled(self.model) else None,
         )
         taught, kept = self.teacher.apply(frozen, images * self._scale + self._shift, train=False, mutable=asked)
         heads = heads if _is_distilled(self.model) else {"class": heads}

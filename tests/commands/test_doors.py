@@ -10,7 +10,7 @@ import pytest
 from helpers.processes import run_door
 
 from halvit_jax import bench
-from halvit_jax.models import MODELS, create_model, list_models
+from halvit_jax.models import create_model, family_of, list_models
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -40,8 +40,8 @@ def test_summary_as_a_table() -> None:
 
 def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("deit_tiny", "halvit_tiny"):  # of one block, which compiles quickly
-        family, size = MODELS[name]
-        monkeypatch.setitem(MODELS, name, (family, size | {"depth": 1, "image_size": 64}))
+        sizes = family_of(name).sizes
+        monkeypatch.setitem(sizes, name, sizes[name] | {"depth": 1, "image_size": 64})
     order: list[str] = []
     for what in ("infer", "train"):
         original = getattr(bench.Subject, what)
@@ -68,9 +68,9 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_bench_measures_what_folding_brings(monkeypatch: pytest.MonkeyPatch) -> None:
-    family, size = MODELS["resnet18"]
+    sizes = family_of("resnet18").sizes
     small = {"depths": (1, 1, 1, 1), "image_size": 32, "num_classes": 5}
-    monkeypatch.setitem(MODELS, "resnet18", (family, size | small))
+    monkeypatch.setitem(sizes, "resnet18", sizes["resnet18"] | small)
     (row,) = bench.measure(["resnet18"], batch=2, dtype="float32", repeats=1)
     assert row["infer_folded_images_per_s"] > row["train_images_per_s"]
 

@@ -252,8 +252,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
 
 
 def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
-    from halvit_jax.models import MODELS, fields_of
+    from halvit_jax.models import FAMILIES
 
-    families = {family for family, _ in MODELS.values()}
-    fields = {field for family in families for field in fields_of(family)} - {"dtype", "folded"}
+    fields = {field for family in FAMILIES for field in family.field_types} - {"dtype", "folded"}
     assert set(default_config().model) - {"name"} == fields

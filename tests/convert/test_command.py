@@ -68,7 +68,7 @@ def test_the_door_there_and_back(resnet18: pathlib.Path, tmp_path: pathlib.Path)
 def test_the_door_answers_bad_input_with_a_line(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert "error: give a file to read and one to write" in run(resnet18, code=2).stderr
     bad = run(resnet18, tmp_path / "x.safetensors", "--model=resnet18", code=2).stderr
-    assert bad.startswith("error: these weights do not fit resnet18; 2 misshapen: fc.")
+    assert bad.startswith("error: these weights do not fit resnet18; 2 shape mismatch: fc.")
     assert len(bad.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +95,7 @@ def test_the_models_of_file_and_flags_must_agree(resnet18: pathlib.Path, tmp_pat
         convert(str(resnet18), target, name=None, to="jax", fields={})
     with pytest.raises(ValueError, match=r"vit.safetensors is of deit_tiny, not of deit_small"):
         convert(str(source), target, name="deit_small", to="torch", fields={})
-    with pytest.raises(ValueError, match=r"do not fit deit_tiny; 2 misshapen: params/head"):
+    with pytest.raises(ValueError, match=r"do not fit deit_tiny; 2 shape mismatch: params/head"):
         convert(str(source), target, name="deit_tiny", to="torch", fields={"num_classes": 7})
     with pytest.raises(ValueError, match="did you mean 'resnet18'"):
         convert(str(resnet18), target, name="resnet_18", to="jax", fields={})
@@ -146,7 +146,7 @@ def test_native_files_that_cannot_be_are_refused(resnet18: pathlib.Path, tmp_pat
         ("deit_tiny", '{"width": "wide"}', "the model 'deit_tiny' with the fields .* cannot be built: "),
         ("deit_tiny", '{"parent": 1}', "deit_tiny has no such field"),
         ("", "{}", "model.name='' is unknown"),
-        ("deit_tiny", "{}", "these variables do not fit deit_tiny; 1 left over: params/x; .* missing: "),
+        ("deit_tiny", "{}", "these variables do not fit deit_tiny; 1 unexpected: params/x; .* missing: "),
     ],
 )
 def test_a_native_file_that_lies_is_refused(name: str, fields: str, why: str, tmp_path: pathlib.Path) -> None:

@@ -69,11 +69,11 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
     assert int(state.step) == 0
     listed = json.loads((tmp_path / init_from.FILE).read_text())
     assert listed["source"] == str(source)
-    assert listed["changed"] == ["params/position/embedding (17, 32) -> (37, 32)"]
-    assert len(listed["loaded"]) + len(listed["fresh"]) == len(new)
-    assert "params/head/bias (10,)" in listed["fresh"]
-    assert said[0] == f"init_from={source}: {len(listed['loaded']) - 1} arrays as they are"
-    assert said[1] == f"init_from={source}: changed: {listed['changed'][0]}"
+    assert listed["adapted"] == ["params/position/embedding (17, 32) -> (37, 32)"]
+    assert len(listed["loaded"]) + len(listed["initialized"]) == len(new)
+    assert "params/head/bias (10,)" in listed["initialized"]
+    assert said[0] == f"init_from={source}: {len(listed['loaded']) - 1} arrays copied"
+    assert said[1] == f"init_from={source}: adapted: {listed['adapted'][0]}"
 
 
 @pytest.mark.slow
@@ -83,9 +83,9 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
     short = {"total_steps": 2, "loop.eval_every": 2, "loop.checkpoint_every": 2, "init_from": str(finished[0])}
     frozen = {"optim.frozen": ("^block", "^embed", "^position"), "optim.learning_rate": 0.1}
     work(tiny(digits_dir, **short | frozen), tmp_path)
-    assert "arrays as they are" in capsys.readouterr().out
+    assert "arrays copied" in capsys.readouterr().out
     assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
-    assert re.search(r"^ok    init_from   \d+ arrays as they are$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^ok    init_from   \d+ arrays copied$", capsys.readouterr().out, re.MULTILINE)
     config = workdir.read_config(tmp_path)
     state = restore_newest(tasks.build_task(config), config, tmp_path)
     old = flatten(halvit_jax.load(finished[0])[1]["params"])
@@ -104,7 +104,7 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
         ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is no file"),
         (
             {"init_from": "WORKDIR", "model.depth": 3},
-            "these weights cannot begin halvit_tiny; .* missing",
+            "these weights cannot initialise halvit_tiny; .* missing",
         ),
         ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),

@@ -44,7 +44,7 @@ def random_file(path: pathlib.Path, name: str, about: dict[str, str], **fields: 
     rng = np.random.default_rng(0)
     shapes = shapes_of(halvit_jax.create_model(name, **fields))
     arrays = {key: rng.uniform(0.1, 1.0, shape).astype(np.float32) for key, shape in shapes.items()}
-    weights_file.save(path, name, unflatten(arrays), about=about, **fields)
+    weights_file.save(path, name, unflatten(arrays), metadata=about, **fields)
     return path
 
 

@@ -8,7 +8,8 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, SqueezeExcite, convolve, max_pool, native_convolution
+from halvit_jax.layers.batch_norm import BatchNorm
+from halvit_jax.layers.conv import Conv, ConvNorm, SqueezeExcite, convolve, max_pool, xla_convolution
 
 C, F = 6, 12
 
@@ -60,7 +61,7 @@ def test_the_formulation_for_cpus_is_xlas_convolution(
 ) -> None:
     x, kernel = _random(2, *size, C), _random(k, k, C // groups, features, seed=1)
     ours = _value_and_gradients(lambda x, w: convolve(x, w, stride=stride, padding=padding, groups=groups), x, kernel)
-    reference = _value_and_gradients(lambda x, w: native_convolution(x, w, stride, padding, groups), x, kernel)
+    reference = _value_and_gradients(lambda x, w: xla_convolution(x, w, stride, padding, groups), x, kernel)
     _assert_same(ours, reference)
 
 
@@ -93,10 +94,10 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 
     assert "conv_general_dilated" not in program()
     assert "reduce_window" not in program()
-    with conv.native():
+    with conv.xla_convolutions():
         assert program().count("conv_general_dilated[") == 1
     assert "conv_general_dilated" not in program()
-    monkeypatch.delitem(conv.FORMULATIONS, "cpu")
+    monkeypatch.delitem(conv.CONV_IMPLS, "cpu")
     assert program().count("conv_general_dilated[") == 1
     assert "reduce_window" in program()
 
@@ -105,11 +106,11 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 def test_depthwise_maps_are_the_convolution_of_each_channel_with_the_channels_first(k: int) -> None:
     x, kernel = _random(2, C, 9, 7), _random(k, k, 1, C, seed=1)
     ours = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
-    with conv.native():
+    with conv.xla_convolutions():
         native = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
 
     def channels_last(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return native_convolution(x.transpose(0, 2, 3, 1), kernel, 1, k // 2, C).transpose(0, 3, 1, 2)
+        return xla_convolution(x.transpose(0, 2, 3, 1), kernel, 1, k // 2, C).transpose(0, 3, 1, 2)
 
     reference = _value_and_gradients(channels_last, x, kernel)
     _assert_same(ours, reference)
@@ -124,7 +125,7 @@ def test_the_one_switch_is_that_of_depthwise_maps_too() -> None:
         return str(jax.make_jaxpr(lambda x, w: conv.depthwise_maps(x, w))(_random(1, C, 5, 4), _random(3, 3, 1, C)))
 
     assert "conv_general_dilated" not in program()
-    with conv.native():
+    with conv.xla_convolutions():
         assert program().count("conv_general_dilated[") == 1
 
 
@@ -244,10 +245,10 @@ def test_conv_norm_is_a_convolution_then_its_norm() -> None:
 
 
 def test_the_formulations_come_back_after_an_error() -> None:
-    kept = dict(conv.FORMULATIONS)
-    with pytest.raises(KeyError), conv.native():
+    kept = dict(conv.CONV_IMPLS)
+    with pytest.raises(KeyError), conv.xla_convolutions():
         raise KeyError
-    assert kept == conv.FORMULATIONS
+    assert kept == conv.CONV_IMPLS
 
 
 def test_squeeze_excite_weighs_channels_by_their_means() -> None:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position, sincos_2d
+from halvit_jax.layers.embed import POSITIONS, PatchEmbed, PositionEmbedding, sincos_2d
 
 GRID, D = (3, 5), 16
 
@@ -47,7 +47,7 @@ def test_patch_embedding_starts_like_pytorch_uniform_within_one_over_the_root_of
 @pytest.mark.parametrize("extra", [0, 1])
 def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: int) -> None:
     x = _images(2, extra + 15, D)
-    layer = Position("learned", GRID)
+    layer = PositionEmbedding("learned", GRID)
     variables = layer.init(jax.random.key(0), x)
     table = variables["params"]["embedding"]
     assert table.shape == (extra + 15, D)
@@ -57,7 +57,7 @@ def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: in
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_fixed_positions_have_no_parameter_and_leave_extra_tokens_alone(extra: int) -> None:
-    x, layer = _images(2, extra + 15, D), Position("sincos", GRID)
+    x, layer = _images(2, extra + 15, D), PositionEmbedding("sincos", GRID)
     assert layer.init(jax.random.key(0), x) == {}
     result = layer.apply({}, x)
     np.testing.assert_array_equal(result[:, :extra], x[:, :extra])
@@ -65,14 +65,14 @@ def test_fixed_positions_have_no_parameter_and_leave_extra_tokens_alone(extra: i
 
 
 def test_no_positions_change_nothing() -> None:
-    x, layer = _images(2, 15, D), Position("none", GRID)
+    x, layer = _images(2, 15, D), PositionEmbedding("none", GRID)
     assert layer.init(jax.random.key(0), x) == {}
     np.testing.assert_array_equal(layer.apply({}, x), x)
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_positions_keep_the_type_of_the_tokens(kind: str) -> None:
-    x, layer = _images(2, 15, D).astype(jnp.bfloat16), Position(kind, GRID)
+    x, layer = _images(2, 15, D).astype(jnp.bfloat16), PositionEmbedding(kind, GRID)
     variables = layer.init(jax.random.key(0), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} <= {jnp.dtype(jnp.float32)}
     assert layer.apply(variables, x).dtype == jnp.bfloat16

@@ -8,7 +8,7 @@ import pytest
 
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.spatial_reduction import SpatialReductionAttention, pool_to
-from halvit_jax.layers.window import RelativeBias, Windows, offsets
+from halvit_jax.layers.window import RelativePositionBias, Windows, offsets
 
 B, D = 2, 3
 CUTS = [((6, 9), 3, 0), ((6, 9), 3, 1), ((8, 8), 4, 2), ((5, 7), 4, 2), ((5, 7), 3, 0)]  # grid, size, shift
@@ -64,7 +64,7 @@ def test_pairs_that_are_no_neighbours_in_the_map_are_masked(grid: tuple[int, int
 
 def test_the_bias_of_a_pair_depends_on_its_offset_alone() -> None:
     size, heads = 3, 2
-    layer = RelativeBias(size, heads)
+    layer = RelativePositionBias(size, heads)
     shapes = jax.eval_shape(layer.init, jax.random.key(0))
     assert jax.tree.map(lambda leaf: leaf.shape, shapes) == {"params": {"table": (25, heads)}}
     table = np.random.default_rng(0).standard_normal((25, heads)).astype(np.float32)

@@ -3,8 +3,8 @@
 import pytest
 from helpers.tiers import CORE, tiered
 
-from halvit_jax.models import list_models
-from halvit_jax.summary import HOSTS, host_of, summarise
+from halvit_jax.analysis.counts import summarize
+from halvit_jax.models import FAMILIES, baseline_of, list_models
 
 # model -> total, without head, GMACs at its own image size, as it is trained. Those of halvit_resnet50 were counted
 # without a classifier (2 M of 4.1 G), those of SHViT with the norms folded, as published; of pvt_v2_b0 fvcore counts
@@ -91,7 +91,7 @@ DEPLOYED = {
     "pvt_medium_hc": (37_658_716, 37_145_716, 5.495),
     "pvt_large_hc": (52_402_780, 51_889_780, 8.075),
 }
-# Of the host's parameters and multiply-accumulates, in percent.
+# Of the baseline's parameters and multiply-accumulates, in percent.
 SAVED = {
     "deit_tiny_hc": ("deit_tiny", 16.8, 17.0),
     "deit_small_hc": ("deit_small", 20.1, 20.5),
@@ -111,7 +111,7 @@ def test_no_model_is_missing() -> None:
 
 @pytest.mark.parametrize("name", tiered(DEPLOYED, DEFAULT))
 def test_counts_as_deployed(name: str) -> None:
-    row = summarise(name)
+    row = summarize(name)
     params, without_head, gmacs = DEPLOYED[name]
     assert row["params_deployed"] == params
     assert row["params_deployed_without_head"] == without_head
@@ -119,25 +119,32 @@ def test_counts_as_deployed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", tiered(SAVED, DEFAULT))
-def test_what_is_saved_of_the_host(name: str) -> None:
-    row = summarise(name)
-    assert (row["host"], row["params_saved"], row["gmacs_saved"]) == SAVED[name]
+def test_savings_against_the_baseline(name: str) -> None:
+    row = summarize(name)
+    assert (row["baseline"], row["params_saved"], row["gmacs_saved"]) == SAVED[name]
 
 
-def test_every_host_is_a_model_and_a_host_has_none() -> None:
-    assert set(HOSTS) < set(list_models())
-    assert {host_of(name) for name in list_models() if name in HOSTS} == set(HOSTS.values())
-    assert [host for host in map(host_of, list_models()) if host and host_of(host)] == []
-    assert host_of("deit_base_hc") == "deit_base"
-    assert host_of("no_such_model_hc") is None
-    row = summarise("deit_tiny")
-    assert (row["host"], row["params_saved"], row["gmacs_saved"]) == (None, None, None)
+def test_every_baseline_is_a_model_without_a_baseline() -> None:
+    baselines = {name: baseline for family in FAMILIES for name, baseline in family.baselines.items()}
+    assert baselines.keys() < set(list_models())
+    assert [baseline for baseline in baselines.values() if baseline_of(baseline)] == []
+    assert (baseline_of("deit_base_hc"), baseline_of("halvit_tiny_h")) == ("deit_base", "deit_small")
+
+
+def test_only_models_have_published_results() -> None:
+    for family in FAMILIES:
+        assert family.published.keys() <= family.sizes.keys()
+
+
+def test_a_model_without_a_baseline_saves_nothing() -> None:
+    row = summarize("deit_tiny")
+    assert (row["baseline"], row["params_saved"], row["gmacs_saved"]) == (None, None, None)
     assert (row["params_deployed"], row["gmacs_deployed"]) == (row["params"], row["gmacs"])
 
 
 @pytest.mark.parametrize("name", tiered(COUNTS, DEFAULT))
 def test_counts(name: str) -> None:
-    row = summarise(name)
+    row = summarize(name)
     params, without_head, gmacs = COUNTS[name]
     assert row["params"] == params
     assert row["params_without_head"] == without_head

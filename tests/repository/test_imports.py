@@ -41,7 +41,7 @@ PACKAGES: dict[str, set[str] | None] = {
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
     | {f"{OURS}.{name}" for name in ("convert", "distributed")},
     "analysis": {"jax", "flax.linen", "numpy", "ml_collections", "matplotlib"}
-    | {f"{OURS}.{name}" for name in ("models", "experiment", "config", "recipes", "layers", "training", "tasks")}
+    | {f"{OURS}.{name}" for name in ("models", "experiment", "config", "recipes", "layers", "training", "convert")}
     | {f"{OURS}.{name}" for name in ("trees", "text", "protocols")},
     "cli": ANYTHING,
     **dict.fromkeys(("__init__", "main", "predict", "export", "bench", "summary", "check", "plan"), ANYTHING),

@@ -84,7 +84,7 @@ def _mean(rows: Any) -> float:
 @pytest.mark.parametrize("teacher", tiered(["deit_tiny", "regnety_002"], {"deit_tiny"}))
 def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
     task = _task(teacher=_teacher(teacher), alpha=0.3)
-    heads, taught = _answers(task, method="heads")
+    heads, taught = _answers(task, method="head_logits")
     truth = cross_entropy(heads["class"], jax.nn.one_hot(_batch()["label"], CLASSES))
     teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
     loss = _loss(task)
@@ -125,7 +125,7 @@ def test_relations_are_averaged_over_pairs_of_layers_and_weighted() -> None:
 def test_both_see_the_same_images_mixed_and_erased_each_normalised_its_own_way() -> None:
     task = _task(mixup=0.8, cutmix=1.0, erase=1.0)
     images, targets = jax.jit(task._training_inputs)(_batch(), jax.random.split(KEY)[1])
-    heads, taught = _answers(task, images, method="heads")
+    heads, taught = _answers(task, images, method="head_logits")
     truth = cross_entropy(heads["class"], targets)
     teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
     assert float(_loss(task).value) == pytest.approx(_mean(0.5 * truth + 0.5 * teaching), rel=1e-4)
@@ -169,7 +169,7 @@ def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
 def test_only_training_differs_from_classification() -> None:
     task = _task()
     logits = jax.jit(task.predict)(_params(task), {}, {"image": _batch()["image"]})
-    heads, _ = _answers(task, method="heads")
+    heads, _ = _answers(task, method="head_logits")
     np.testing.assert_allclose(logits, (heads["class"] + heads["distill"]) / 2, rtol=1e-4, atol=1e-5)
 
 
