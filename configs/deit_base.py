@@ -1,4 +1,4 @@
-"""DeiT-B on ImageNet-1k, 300 epochs: the untied twin of halvit_small.
+"""DeiT-B on ImageNet-1k, 300 epochs: the baseline of halvit_small.
 
 python -m halvit_jax.main --config=configs/deit_base.py --workdir=runs/deit_base
 

@@ -3,8 +3,8 @@
 python -m halvit_jax.main --config=configs/distill_digits.py --workdir=runs/distill_digits
 
 The teacher is runs/vit_digits, or another workdir or weight file: `--config.teacher.init_from=SOURCE`. As in DeiT, a
-second token and classifier learn the teacher's labels. With `configs/distill_digits.py:soft` the student is as without
-a teacher, and learns the teacher's probabilities and, as in MiniViT, the relations between its tokens in every block.
+second token and classifier learn the teacher's labels. With `configs/distill_digits.py:soft` the student has one
+classifier and learns the teacher's probabilities and, as in MiniViT, the relations between its tokens in every block.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
 python -m halvit_jax.main --config=configs/finetune_digits.py --workdir=runs/finetune_digits
 
-It begins with runs/halvit_digits; `--config.init_from=SOURCE` names another workdir or a weight file. The positions are
+It starts from runs/halvit_digits; `--config.init_from=SOURCE` names another workdir or a weight file. The positions are
 resampled from 4x4 to 6x6.
 """
 

@@ -1,4 +1,4 @@
-"""The plain twin of halvit_digits: the same shape and recipe with untied kernels.
+"""The baseline of halvit_digits: the same shape and recipe with untied kernels.
 
 python -m halvit_jax.main --config=configs/vit_digits.py --workdir=runs/vit_digits
 """
