@@ -1,4 +1,4 @@
-"""A HaLViT on digits, half of the weights, taught by its plain twin of vit_digits: two minutes.
+"""A HaLViT on digits, half of the weights, distilled from its untied baseline of vit_digits: two minutes.
 
 python -m halvit_jax.main --config=configs/distill_digits.py --workdir=runs/distill_digits
 
@@ -10,8 +10,12 @@ a teacher, and learns the teacher's probabilities and, as in MiniViT, the relati
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import digits
+from halvit_jax.recipes.variants import choose
+
+VARIANTS = (("hard", "soft"),)
 
 
-def get_config(kind: str = "hard") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The digits run of the tied model, with a teacher."""
+    (kind,) = choose(variant, *VARIANTS)
     return digits.distilled("halvit_tiny", kind)

@@ -13,8 +13,12 @@ Published top-1: 82.9 (DeiT-B at 384). Measured here: not yet.
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
+
+VARIANTS = (("deit_base", "deit_tiny", "deit_small", "halvit_tiny", "halvit_small"),)
 
 
-def get_config(model: str = "deit_base") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The run of a model at 384 pixels."""
+    (model,) = choose(variant, *VARIANTS)
     return imagenet.deit_384(model)

@@ -9,10 +9,12 @@ resampled from 4x4 to 6x6.
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import digits
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """An eighth of the quickstart's steps, at a third of its learning rate."""
+    choose(variant)
     config = digits.vit("halvit_tiny")
     config.init_from = "runs/halvit_digits"
     config.model.image_size = 12

@@ -112,4 +112,6 @@ def _parse(arguments: list[str]) -> list[str]:
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:
-            raise ValueError(f"{str(error).splitlines()[0]}; --help lists the flags") from error
+            lines = str(error).strip().splitlines()  # a config file's own error is the last line of its traceback
+            reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
+            raise ValueError(f"{reason}; --help lists the flags") from error

@@ -18,7 +18,6 @@ from helpers.runs import MAIN, tiny
 import halvit_jax
 from halvit_jax import predict
 from halvit_jax.cli import app
-from halvit_jax.config import default_config
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import work
 from halvit_jax.protocols import DataError
@@ -176,6 +175,7 @@ def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
         (["--config.batch_size=many"], "flag --config.batch_size=many"),
         (["--config.model.name=halvit_tny"], "did you mean 'halvit_tiny'"),
         (["--mode=sleep"], "flag --mode=sleep"),
+        (["--config=configs/shvit.py:s9"], "variant 's9' is not one of s1, s2, s3, s4, distilled, 384, 512"),
         (["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
         (["stray"], "unexpected arguments ['stray']"),
     ],
@@ -249,10 +249,3 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
         assert line in error
     assert (workdir / "config.json").read_text() == before
     assert work(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
-
-
-def test_every_field_of_the_models_is_a_field_of_the_config() -> None:
-    from halvit_jax.models import FAMILIES
-
-    fields = {field for family in FAMILIES for field in family.field_types} - {"dtype", "folded"}
-    assert set(default_config().model) - {"name"} == fields

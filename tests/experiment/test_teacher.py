@@ -331,8 +331,3 @@ def test_the_soft_recipe_on_digits_takes_its_steps(
     result = work(config, tmp_path)
     assert result["step"] == 2
     assert np.isfinite(result["eval"]["loss"])
-
-
-def test_another_kind_of_recipe_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"kind 'firm' is not one of hard, soft; give it behind the file: x.py:soft"):
-        digits.distilled("halvit_tiny", "firm")
