@@ -68,6 +68,7 @@ def _model() -> dict[str, Any]:
         "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
         "real_heads": optional(float),  # ViT, PVT, Next-ViT: share of the heads that make their own maps
         "hallucinate": optional(str),  # ViT, PVT, Next-ViT: what of them makes the others' maps: logits or maps
+        "attention_impl": optional(str),  # ViT, PVT, Next-ViT: auto, xla or fused (the maps never lie in memory)
         "ffn_rank": optional(float),  # ViT, PVT, Next-ViT: rank / width of an FFN's second matrix; below 1 it is two
         "ffn_branches": optional(int),  # ViT, PVT, Next-ViT: products in the sum that each of the two is in training
         "pool": optional(str),  # ViT: token or mean

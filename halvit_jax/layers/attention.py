@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.conv import ConvNorm, depthwise_maps
+from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, choose
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.sow import sow
 from halvit_jax.layers.tied import TiedDense
@@ -37,6 +38,7 @@ class SelfAttention(nn.Module):
     bias: bool = True
     real_heads: float = 1.0  # fraction of the heads; the maps of the others are hallucinated, see `AttentionMaps`
     hallucinate: str = "logits"  # one of HALLUCINATE
+    attention_impl: str = "auto"  # one of CHOICES, see `attend`
     dtype: Dtype = None
 
     @nn.compact
@@ -47,9 +49,7 @@ class SelfAttention(nn.Module):
         qkv = nn.Dense(2 * part + self.width, **dense, name="qkv")(x)
         query, key, value = jnp.split(qkv, (part, 2 * part), axis=-1)
         sow(self, "query_key_value", query, key, value)
-        weights = maps(query, key, logits_fn=logits_fn)
-        sow(self, "weights", weights)
-        out = weighted_values(weights_fn(weights) if weights_fn else weights, value)
+        out = attend(self, maps, query, key, value, logits_fn=logits_fn, weights_fn=weights_fn)
         return nn.Dense(self.width, **dense, name="output")(out)
 
 
@@ -61,6 +61,7 @@ class TiedAttention(nn.Module):
     bias: bool = False
     real_heads: float = 1.0  # as in SelfAttention; saves products but no matrix: of both, the other use needs all
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     dtype: Dtype = None
 
     @nn.compact
@@ -74,9 +75,8 @@ class TiedAttention(nn.Module):
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
         sow(self, "query_key_value", query, key, value)
-        weights = maps(query, key, logits_fn=logits_fn)
-        sow(self, "weights", weights)
-        out = query_output.project_back(weighted_values(weights_fn(weights) if weights_fn else weights, value))
+        out = attend(self, maps, query, key, value, logits_fn=logits_fn, weights_fn=weights_fn)
+        out = query_output.project_back(out)
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
@@ -209,6 +209,45 @@ class TalkingHeads(nn.Module):
         if not self.bias:
             return mixed
         return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[:, None, None]
+
+
+def attend(
+    module: nn.Module,
+    maps: AttentionMaps,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    logits_fn: LogitsFn = None,
+    weights_fn: WeightsFn = None,
+) -> jax.Array:
+    """The values averaged with the weights that `maps` makes: [b, n, d], keys and values [b, m, d] -> [b, n, d].
+
+    Where nothing reads the weights, they need not exist: `module.attention_impl`, one of CHOICES, selects how the
+    average is computed ("auto": fused where this platform can, given the type and the width of the heads).
+
+    Raises:
+        ValueError: "fused" is required and not possible.
+    """
+    needs_map = ""
+    if maps.real < maps.num_heads:
+        needs_map = "maps are hallucinated (model.real_heads)"
+    elif logits_fn or weights_fn:
+        needs_map = "positions, a mask or the mixing of heads change it"
+    chosen = "xla"
+    if not (module.is_initializing() or module.is_mutable_collection("intermediates")):
+        chosen = choose(
+            module.attention_impl,
+            platform=jax.default_backend(),
+            dtype=query.dtype,
+            head_width=value.shape[-1] // maps.num_heads,
+            needs_map=needs_map,
+        )
+    if chosen != "xla":
+        return ATTENTION_IMPLS[chosen](query, key, value, num_heads=maps.num_heads)
+    weights = maps(query, key, logits_fn=logits_fn)
+    sow(module, "weights", weights)
+    return weighted_values(weights_fn(weights) if weights_fn else weights, value)
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, logits_fn: LogitsFn = None) -> jax.Array:

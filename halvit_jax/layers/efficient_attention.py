@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.attention import AttentionMaps, weighted_values
+from halvit_jax.layers.attention import AttentionMaps, attend
 from halvit_jax.layers.batch_norm import BatchNorm
 from halvit_jax.layers.conv import Conv, ConvNorm
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import sow
 
 
 class LocalAttention(nn.Module):
@@ -46,6 +45,7 @@ class PooledAttention(nn.Module):
     hallucinate: str
     dtype: Dtype
     folded: bool
+    attention_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -58,9 +58,8 @@ class PooledAttention(nn.Module):
         dense = functools.partial(nn.Dense, kernel_init=normal_02, dtype=self.dtype)
         part = maps.real_width(width)
         query, key = dense(part, name="query")(x), dense(part, name="key")(pooled)
-        weights = maps(query, key)
-        sow(self, "weights", weights)
-        return dense(width, name="output")(weighted_values(weights, dense(width, name="value")(pooled)))
+        value = dense(width, name="value")(pooled)
+        return dense(width, name="output")(attend(self, maps, query, key, value))
 
 
 def halve_map(x: jax.Array) -> jax.Array:

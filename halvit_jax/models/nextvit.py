@@ -27,11 +27,12 @@ from halvit_jax.layers.conv import ConvNorm
 from halvit_jax.layers.drop import DropPath, stage_rates
 from halvit_jax.layers.efficient_attention import LocalAttention, PooledAttention, halve_map
 from halvit_jax.layers.ffn import Compact, Mlp, fold
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
 
 # A transformer block attends with three quarters of the channels that it puts out, and convolves the last quarter.
@@ -58,6 +59,7 @@ class NextViT(nn.Module):
         head_width: channels of an attention head, and of a group of the 3x3 convolutions in the blocks.
         real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
         ffn_rank: rank of the second matrix of all blocks' FFNs as a fraction of the width; below 1 it is two matrices,
             in training each the sum of `ffn_branches`; see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
@@ -77,6 +79,7 @@ class NextViT(nn.Module):
     head_width: int = 32
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     drop_path: float = 0.0
@@ -96,6 +99,7 @@ class NextViT(nn.Module):
                     f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
                     f"{ATTENDING * self.head_width}, for model.periods[{i}]={period} asks for transformer blocks"
                 )
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
         check_rate("drop_path", self.drop_path)
         super().__post_init__()
@@ -141,6 +145,7 @@ class NextViT(nn.Module):
             "reduction": self.reductions[stage],
             "real_heads": self.real_heads,
             "hallucinate": self.hallucinate,
+            "attention_impl": self.attention_impl,
         }
         blocks = []
         for i, (attends, rate) in enumerate(zip(self.is_transformer_block(stage), rates, strict=True)):
@@ -220,6 +225,7 @@ class TransformerBlock(nn.Module):
     reduction: int
     real_heads: float
     hallucinate: str
+    attention_impl: str
     compact: Compact
     dtype: Dtype
     halve: bool
@@ -231,7 +237,13 @@ class TransformerBlock(nn.Module):
         x = patch_embed(x, self.width, halve=self.halve, train=train, **common)
         heads = self.width // self.head_width
         attention = PooledAttention(
-            heads, self.reduction, self.real_heads, self.hallucinate, **common, name="attention"
+            heads,
+            self.reduction,
+            self.real_heads,
+            self.hallucinate,
+            **common,
+            attention_impl=self.attention_impl,
+            name="attention",
         )
         fraction = ATTENDING / (ATTENDING + 1)
         y = unfused_norm(**common, name="attention_norm")(x, train=train)

@@ -25,12 +25,13 @@ from halvit_jax.layers.block import PreNormBlock
 from halvit_jax.layers.drop import stage_rates
 from halvit_jax.layers.embed import PatchEmbed, resampled
 from halvit_jax.layers.ffn import Compact, Mlp, fold
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.layers.spatial_reduction import SpatialReductionAttention
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, SPLIT, VECTORS
-from halvit_jax.models.validation import check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
 
 EPSILON = 1e-6  # of the LayerNorms in blocks and at the end of stages
@@ -54,6 +55,7 @@ class Pyramid(nn.Module):
         reductions: side of the square of tokens that becomes one key, in each stage.
         real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
         ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, in training
             each the sum of `ffn_branches`; see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
@@ -72,6 +74,7 @@ class Pyramid(nn.Module):
     reductions: Sequence[int] = (8, 4, 2, 1)
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     drop_path: float = 0.0
@@ -92,6 +95,7 @@ class Pyramid(nn.Module):
             check_divides("head_width", self.head_width, "widths", width)
             if width * ratio < 1:
                 raise ValueError(f"model.ffn_ratios={tuple(self.ffn_ratios)} leaves nothing of a width of {width}")
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
         check_rate("drop_path", self.drop_path)
         super().__post_init__()
@@ -132,6 +136,7 @@ class Pyramid(nn.Module):
             "reduction": self.reductions[i],
             "real_heads": self.real_heads,
             "hallucinate": self.hallucinate,
+            "attention_impl": self.attention_impl,
         }
         compact = Compact(self.ffn_rank, self.ffn_branches, self.folded)
         return functools.partial(

@@ -24,6 +24,7 @@ from halvit_jax.layers.block import PreNormBlock
 from halvit_jax.layers.drop import linear_rates
 from halvit_jax.layers.embed import POSITIONS, PatchEmbed, PositionEmbedding
 from halvit_jax.layers.ffn import FFN, Compact, fold
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
@@ -52,6 +53,7 @@ class VisionTransformer(nn.Module):
         real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, see `AttentionMaps`.
         hallucinate: what of the real heads they are made from, "logits" or "maps".
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
         ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, see
             `CompactDense`. Needs `ffn` "dense".
         ffn_branches: the products in the sum that each of the two is in training.
@@ -77,6 +79,7 @@ class VisionTransformer(nn.Module):
     attention_bias: bool = True
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     pool: str = "token"
@@ -90,6 +93,7 @@ class VisionTransformer(nn.Module):
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
         check_choice("ffn", self.ffn, FFN)
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_choice("pool", self.pool, POOLS)
         check_choice("position", self.position, POSITIONS)
         if self.distilled and self.pool != "token":
@@ -170,6 +174,7 @@ class VisionTransformer(nn.Module):
             bias=self.attention_bias,
             real_heads=self.real_heads,
             hallucinate=self.hallucinate,
+            attention_impl=self.attention_impl,
             dtype=self.dtype,
         )
 
