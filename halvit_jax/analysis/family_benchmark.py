@@ -120,7 +120,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xlabel("parameters of the deployed model, thousands")
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)
-    axes.margins(0.15)  # room for the names
+    axes.margins(0.15)  # space for the names
     picture.savefig(path, dpi=120)
 
 
@@ -137,7 +137,7 @@ def _trained(
 
 
 def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What the model of a run weighs, and a function that inference_fns one image."""
+    """The size of a run's model, and a function that classifies one image."""
     trained = load_trained(folder)
     state = abstract_checkpoint_state(trained.task, trained.config)
     model, variables = fold(trained.task.model, trained.model_variables)

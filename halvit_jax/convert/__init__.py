@@ -4,7 +4,7 @@ variables = from_torch("deit_tiny", state)        # state: {official PyTorch nam
 state = to_torch("deit_tiny", variables)          # the same names, values and types
 state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_small_patch16_224 loads
 
-`files` reads and writes the files, `native` keeps a model's variables in one, `transfer` fits weights to another
+`readers` reads and writes files, `weights_file` keeps a model's variables in one, `transfer` adapts weights to another
 classifier or resolution; `python -m halvit_jax.convert` converts from a shell.
 """
 

@@ -162,7 +162,7 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
 
 
 def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> None:
-    """Whether these are the arrays of the model.
+    """Check that these are the arrays of the model.
 
     Raises:
         ValueError: every missing, unexpected and misshapen array and every unfit type, by path.

@@ -46,7 +46,7 @@ def _transformer_block(source: str, target: str, branches: int) -> list[Rule]:
 
 
 def _both(source: str, target: str, branches: int) -> list[Rule]:
-    """What blocks of both kinds have."""
+    """The part of the table that both kinds of block have."""
     table = [
         *_conv_norm(f"{source}.patch_embed", f"{target}/embed"),
         *conv(f"{source}.mhca.group_conv3x3", f"{target}/local/heads/conv"),

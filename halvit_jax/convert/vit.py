@@ -89,7 +89,7 @@ def _untie_ffn(arrays: dict[str, np.ndarray], path: str) -> None:
 
 
 def _positions(model: VisionTransformer) -> np.ndarray:
-    """What the model adds to its tokens, [n, d]: it is added to zeros."""
+    """The positions that the model adds to its tokens, [n, d]: they are added to zeros."""
     side = model.image_size // model.patch_size
     tokens = side**2 + (model.pool == "token") + model.distilled
     added = PositionEmbedding(model.position, (side, side)).apply({}, np.zeros((1, tokens, model.width), np.float32))

@@ -18,10 +18,10 @@ FORMAT = "halvit_jax"  # marks the files that are ours
 
 
 class StoredModel(NamedTuple):
-    """What a native file holds."""
+    """The content of a weight file: a model's name, fields and variables."""
 
     name: str
-    fields: dict[str, Any]  # what `create_model` was given beside the name
+    fields: dict[str, Any]  # the overrides given to `create_model`
     variables: dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> StoredModel:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: not a native file, or one whose arrays are not its model's.
+        ValueError: not such a file, or one whose arrays are not its model's.
     """
     native = from_weights(readers.read(path))
     if native is None:
@@ -81,7 +81,7 @@ def load_any(path: str, weights: readers.Weights, name: str | None, fields: Mapp
 
 
 def from_weights(weights: readers.Weights) -> StoredModel | None:
-    """The variables in the content of a file; None where it is not a native one.
+    """The variables in the content of a file; None where it is not such a file.
 
     Raises:
         ValueError: its description cannot be read, or its arrays are not its model's.

@@ -14,7 +14,7 @@ CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
 MAX_RATIO = 8  # of the sides: a longer image resized by its short side could be larger than there is memory
 PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
-HEAD = 26  # bytes in which these three say how large they are
+HEAD = 26  # bytes in which the size of these three stands
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -51,7 +51,7 @@ def decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
 
     def cut() -> tf.Tensor:
         image = decode(encoded)
-        top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than it says
+        top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than its header
         return image[top : top + box[2], left : left + box[3]]
 
     crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)

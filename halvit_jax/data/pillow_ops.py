@@ -1,7 +1,7 @@
-"""Changes to one image by a given amount, as Pillow makes them, to the rounding.
+"""Pillow's operations on one image, equal to the rounding.
 
-An image is a uint8 tensor [h, w, 3]. `OPS` and `WARPS` hold all by name; a warp also takes the colour of what it
-uncovers and the interpolation.
+An image is a uint8 tensor [h, w, 3]. `OPS` and `WARPS` hold all by name; a warp also takes the interpolation and the
+colour of pixels from outside of the image.
 """
 
 import functools

@@ -69,9 +69,9 @@ class BatchNorm(nn.Module):
 
 @contextlib.contextmanager
 def norms_in_evaluation(active: bool) -> Iterator[None]:
-    """Where `active`, batch normalisations called within it use their averages and leave them, also in training.
+    """Within it, if `active`, batch normalisations use their averages and do not update them, also in training.
 
-    Detectors train so on a pretrained backbone: with few images a batch, its statistics are better than theirs.
+    For detectors: with few images a batch, the statistics of a pretrained backbone are better than the batch's.
     """
 
     def evaluate(
@@ -86,7 +86,7 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
 
 
 def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
-    """The variables of a model whose batch normalisations are folded: what evaluation computes, in fewer steps.
+    """The variables of a model whose batch normalisations are folded: the outputs of evaluation, in fewer steps.
 
     A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
     before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), or a matrix

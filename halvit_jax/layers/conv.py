@@ -193,7 +193,7 @@ def _first_max(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _views(x: jax.Array, axis: int, size: int, stride: int, padding: int, fill: float) -> list[jax.Array]:
-    """What all windows along `axis` hold in their first place, in their second, ..."""
+    """The first entries of all windows along `axis`, their second entries, ..."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (padding, padding)
     x = jnp.pad(x, widths, constant_values=fill)

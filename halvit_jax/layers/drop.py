@@ -1,4 +1,8 @@
-"""Stochastic depth: whole residual branches dropped per example (Huang et al., 2016)."""
+"""Stochastic depth: whole residual branches dropped per example.
+
+Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016,
+https://arxiv.org/abs/1603.09382.
+"""
 
 import itertools
 from collections.abc import Sequence

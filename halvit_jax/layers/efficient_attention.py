@@ -1,4 +1,6 @@
-"""What Next-ViT attends with (Li et al., 2022, arXiv 2207.05501, section 3), and its means over places of a map.
+"""The attention layers of Next-ViT, MHCA and E-MHSA, and its pooling.
+
+Li et al., "Next-ViT", 2022, https://arxiv.org/abs/2207.05501, section 3.
 
 Shapes: `b` batch, `u v` height and width of a map, `d` channels, `n` tokens, `m` pooled tokens, `k` width of a head.
 """

@@ -31,7 +31,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Compact:
-    """How the second matrix of a feed-forward layer is written: see `CompactDense`."""
+    """The factors of a feed-forward layer's second matrix: see `CompactDense`."""
 
     rank: float = 1.0  # r / d, to the nearest whole r; 1: one dense matrix
     branches: int = 2  # in training each factor is a sum of that many products

@@ -24,7 +24,7 @@ BUCKETS = (2 * LAST + 1) ** 2
 
 
 class ContextualRelativePosition(nn.Module):
-    """What iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
+    """The term that iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
 
     The last u v tokens are those of a grid, row by row. Where others stand before them (a class token), all pairs with
     one of those share a bucket more, as in the paper.

@@ -55,7 +55,7 @@ class SpatialReductionAttention(nn.Module):
         return nn.Dense(self.width, **dense, name="output")(attend(self, maps, query, key, value))
 
     def _reduced(self, x: jax.Array) -> jax.Array:
-        """What is attended to: [b, n, d] -> [b, m, d]."""
+        """The tokens that keys and values are made from: [b, n, d] -> [b, m, d]."""
         if self.reduction == 1 and not self.pool_size:
             return x
         x = x.reshape(x.shape[0], *self.grid, self.width)  # [b, u, v, d]

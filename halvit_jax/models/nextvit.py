@@ -245,15 +245,15 @@ class TransformerBlock(nn.Module):
             attention_impl=self.attention_impl,
             name="attention",
         )
-        share = ATTENDING / (ATTENDING + 1)
+        fraction = ATTENDING / (ATTENDING + 1)
         y = unfused_norm(**common, name="attention_norm")(x, train=train)
         y = attention(y.reshape(y.shape[0], -1, self.width), train=train).reshape(x.shape)  # [b, n, d], [b, u, v, d]
-        x = x + DropPath(self.drop_path * share, name="attention_drop")(y, train=train)
+        x = x + DropPath(self.drop_path * fraction, name="attention_drop")(y, train=train)
 
         narrow = ConvNorm(self.width // ATTENDING, kernel_init=normal_02, **common, name="narrow")
         y = narrow(x, train=train)
         local = LocalAttention(self.head_width, **common, name="local")(y, train=train)
-        y = y + DropPath(self.drop_path * (1 - share), name="local_drop")(local, train=train)
+        y = y + DropPath(self.drop_path * (1 - fraction), name="local_drop")(local, train=train)
 
         x = jnp.concatenate([x, y], axis=-1)
         y = mlp(x, TRANSFORMER_RATIO, self.compact, train=train, dtype=self.dtype)

@@ -61,16 +61,16 @@ def assert_frequencies(values: np.ndarray, probabilities: Sequence[float]) -> No
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("m", [*range(11), 8.63, 9.41])
 def test_levels_are_timms(m: float, sign: float, increasing: bool) -> None:
-    share = m / 10
-    factor = max(0.1, 1 + sign * share * 0.9) if increasing else share * 1.8 + 0.1
+    fraction = m / 10
+    factor = max(0.1, 1 + sign * fraction * 0.9) if increasing else fraction * 1.8 + 0.1
     expected = {
-        "rotate": sign * share * 30,
-        "posterize": 4 - int(share * 4) if increasing else int(share * 4),
-        "solarize": 256 - min(256, int(share * 256)) if increasing else min(256, int(share * 256)),
-        "solarize_add": min(128, int(share * 110)),
+        "rotate": sign * fraction * 30,
+        "posterize": 4 - int(fraction * 4) if increasing else int(fraction * 4),
+        "solarize": 256 - min(256, int(fraction * 256)) if increasing else min(256, int(fraction * 256)),
+        "solarize_add": min(128, int(fraction * 110)),
         **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), factor),
-        **dict.fromkeys(("shear_x", "shear_y"), sign * share * 0.3),
-        **dict.fromkeys(("translate_x_rel", "translate_y_rel"), sign * share * 0.45),
+        **dict.fromkeys(("shear_x", "shear_y"), sign * fraction * 0.3),
+        **dict.fromkeys(("translate_x_rel", "translate_y_rel"), sign * fraction * 0.45),
     }
     table = augment.RAND_AUGMENT if increasing else augment.RAND_AUGMENT_PLAIN
     assert [name for name in table if table[name] is None] == ["auto_contrast", "equalize", "invert"]

@@ -219,8 +219,8 @@ def test_exceeding_bad_image_budget_ends_the_epoch(spoilt: pathlib.Path) -> None
     made = loaders(spoilt, bad_image_budget=2 / TRAIN)
     with pytest.raises(DataError) as found:
         train_batches(made)
-    said = "3 images of this epoch cannot be decoded, 2 are allowed: " + ", ".join(names) % (("train",) * 3)
-    assert str(found.value) == f"{said}; remove them, or raise data.bad_image_budget"
+    message = "3 images of this epoch cannot be decoded, 2 are allowed: " + ", ".join(names) % (("train",) * 3)
+    assert str(found.value) == f"{message}; remove them, or raise data.bad_image_budget"
     with pytest.raises(
         DataError, match=rf"[23] images of this epoch cannot be decoded, 1 are allowed: {spoilt}/val/cat"
     ):
@@ -275,7 +275,7 @@ print(json.dumps(found))
 def test_a_decompression_bomb_takes_no_memory_and_a_process_may_exit_while_images_are_replaced(
     root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Measured in a process of its own, which ends with the loaders still reading ahead."""
+    """Measured in a separate process, which exits while the loaders read ahead."""
     roots = [str(root)]
     for name in ("PNG bomb", "JPEG bomb"):
         roots.append(str(tmp_path_factory.mktemp("bomb") / "images"))

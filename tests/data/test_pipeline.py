@@ -16,6 +16,8 @@ from halvit_jax.data.transforms import Example, eval_transform
 from halvit_jax.protocols import DatasetInfo
 
 BATCH = 48
+GOLDEN_TRAIN = ["e14cc280523235c2", "03961e866f396eaf", "e94e05f1bea18970"]
+GOLDEN_EVAL = "b2c5bf73fdb56f56"
 
 
 def _loaders(digits_dir: pathlib.Path, **changes: Any) -> Loaders:
@@ -50,6 +52,14 @@ def reference(digits_dir: pathlib.Path) -> list[str]:
 def test_batches_are_a_function_of_the_seed(digits_dir: pathlib.Path, reference: list[str]) -> None:
     assert _hashes(_loaders(digits_dir).train.batches(), len(reference)) == reference
     assert not set(_hashes(_loaders(digits_dir, seed=1).train.batches(), 10)) & set(reference)
+
+
+def test_batches_are_those_of_the_golden_digests(digits_dir: pathlib.Path) -> None:
+    """Nothing is rounded here, so the bytes are the same on any machine."""
+    loaders = _loaders(digits_dir, eval_crop=1.0)
+    train = _hashes(loaders.train.batches(28), 3)  # over the end of the first epoch
+    assert [digest[:16] for digest in train] == GOLDEN_TRAIN
+    assert hashlib.sha256("".join(_hashes(loaders.evals["eval"].batches(), 8)).encode()).hexdigest()[:16] == GOLDEN_EVAL
 
 
 @pytest.mark.parametrize("start", tiered([1, 28, 29, 30, 45], {1, 29}))

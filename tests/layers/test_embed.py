@@ -102,3 +102,23 @@ def test_the_sine_cosine_table_tells_places_apart_by_their_distance_only() -> No
 def test_the_sine_cosine_table_exists_at_the_smallest_width() -> None:
     expected = [[np.sin(column), np.cos(column), np.sin(row), np.cos(row)] for row in range(2) for column in range(2)]
     np.testing.assert_allclose(sincos_2d((2, 2), 4), expected, atol=1e-6)
+
+
+def test_learned_positions_are_resampled_to_another_grid_and_those_of_tokens_kept() -> None:
+    table = np.random.default_rng(0).standard_normal((1 + 16, D)).astype(np.float32)
+    layer, x = PositionEmbedding("learned", (4, 4)), jnp.zeros((2, 1 + 12, D))
+    added = np.asarray(layer.apply({"params": {"embedding": table}}, x, (2, 6)))
+    np.testing.assert_array_equal(added[:, 0], table[[0, 0]])
+    expected = jax.image.resize(table[1:].reshape(4, 4, D), (2, 6, D), "bicubic").reshape(12, D)
+    np.testing.assert_allclose(added[0, 1:], expected, atol=1e-6)
+    np.testing.assert_array_equal(layer.apply({"params": {"embedding": table}}, jnp.zeros((1, 17, D)))[0], table)
+
+
+def test_sine_cosine_positions_are_those_of_the_given_grid() -> None:
+    added = PositionEmbedding("sincos", (4, 4)).apply({}, jnp.zeros((1, 1 + 12, 8)), (2, 6))
+    np.testing.assert_allclose(added[0, 1:], sincos_2d((2, 6), 8), atol=1e-6)
+
+
+def test_what_cannot_be_cut_into_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="9x8 pixels or tokens cannot be cut into patches of 4x4"):
+        PatchEmbed(D, 4).init(jax.random.key(0), jnp.zeros((1, 9, 8, 3)))

@@ -1,4 +1,4 @@
-"""Where examples come from: one file a kind of source, one row in `SOURCES` for each."""
+"""Sources of examples: one file and one row in `SOURCES` for each kind."""
 
 from collections.abc import Callable, Mapping, Sequence
 

@@ -92,23 +92,6 @@ def test_every_image_is_read_once_with_its_label(root: pathlib.Path) -> None:
         assert NAMES[record["label"]] == path.parent.name
 
 
-def test_shards_are_consecutive_and_hold_every_image_once(root: pathlib.Path) -> None:
-    source = open_source("folder", "", "val", root=str(root))
-    for parts in (1, 7, 50):
-        places = [[int(entry["position"]) for entry in source.shard(part, parts)] for part in range(parts)]
-        assert list(itertools.chain(*places)) == list(range(50))
-        assert min(map(len, places)) == 50 // parts
-
-
-def test_the_seed_shuffles_a_shard(root: pathlib.Path) -> None:
-    source = open_source("folder", "", "train", root=str(root))
-    seeds = [tf.constant(seed, tf.int64) for seed in (1, 1, 2)]
-    orders = [tuple(int(e["position"]) for e in source.shard(1, 4, seed)) for seed in seeds]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2]) == list(range(60, 120))
-    assert abs(np.corrcoef(orders[0], range(60))[0, 1]) < 0.5
-
-
 def test_batches_are_a_function_of_seed_and_epoch(root: pathlib.Path, reference: list[str]) -> None:
     loader = _loaders(root).train
     assert loader.steps_per_epoch == 15

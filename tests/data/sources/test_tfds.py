@@ -21,17 +21,8 @@ from halvit_jax.data.transforms import train_transform
 from halvit_jax.protocols import DataError
 
 FORMATS = ("tfrecord", "array_record")
-TRANSFORM = train_transform(
-    (8, 8),
-    crop="whole",
-    min_area=1.0,
-    flip=True,
-    shift=1,
-    policy="",
-    color_jitter=0.0,
-    method="bilinear",
-    antialias=False,
-)
+FLIP_AND_SHIFT = {"crop": "whole", "min_area": 1.0, "flip": True, "shift": 1, "policy": "", "color_jitter": 0.0}
+TRANSFORM = train_transform((8, 8), **FLIP_AND_SHIFT, method="bilinear", antialias=False)
 
 
 class Sounds(tfds.core.GeneratorBasedBuilder):
@@ -286,12 +277,9 @@ def test_a_half_prepared_set_is_an_error(tmp_path: pathlib.Path, monkeypatch: py
         open_source("digits", str(tmp_path), "train")
 
 
-def test_an_unknown_set_is_an_error(tmp_path: pathlib.Path) -> None:
+def test_an_unknown_set_or_split_is_an_error(digits_dir: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"data.name='no_such_set' is no data set"):
-        open_source("no_such_set", str(tmp_path), "train")
-
-
-def test_an_unknown_split_is_an_error_that_lists_the_known_ones(digits_dir: pathlib.Path) -> None:
+        open_source("no_such_set", str(digits_dir), "train")
     with pytest.raises(ValueError, match=r"split 'validation' of data.name='digits' is unknown; it has .*test"):
         open_source("digits", str(digits_dir), "validation")
 
