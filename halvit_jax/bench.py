@@ -70,9 +70,13 @@ class ModelBenchmark:
         self.compile_s = time.perf_counter() - started
         self.peak_bytes = _peak_bytes(self._step)
         variables = {"params": self._state.params, **self._state.model_state}
-        self.infer = self._inference(task.serving(variables, folded=False))
+        self._infer = self._inference(task.serving(variables, folded=False))
         has_norms = bool(self._state.model_state)
         self.infer_folded = self._inference(task.serving(variables)) if has_norms else None
+
+    def infer(self) -> None:
+        """Run one batch of inference to the end."""
+        self._infer()
 
     def train(self) -> None:
         """Run one training step to the end."""

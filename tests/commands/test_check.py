@@ -1,4 +1,4 @@
-"""The door that looks at a run before and after it: every line it has for what is wrong."""
+"""The command that verifies a workdir and dry-runs a config: every line of it."""
 
 import json
 import os

@@ -21,6 +21,7 @@ from halvit_jax.cli import app
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import run_experiment
 from halvit_jax.protocols import DataError
+from halvit_jax.training.profiling import ProfileRange
 
 PREDICT = "halvit_jax.predict"
 
@@ -249,3 +250,17 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
         assert line in error
     assert (workdir / "config.json").read_text() == before
     assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+
+
+def test_profile_traces_steps_into_the_workdir(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = tiny(digits_dir, **{"total_steps": 3, "model.depth": 1})
+    run_experiment(config, tmp_path, profile=ProfileRange(1, 2))
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_profile_beyond_the_run_is_refused(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_experiment(tiny(digits_dir), tmp_path / "run", profile=ProfileRange(5, 8))
+    assert "--profile=5:8 must end below 8 steps" in capsys.readouterr().err

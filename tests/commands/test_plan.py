@@ -203,7 +203,7 @@ def test_the_table_ends_with_the_largest_batch(
     assert capsys.readouterr().out.splitlines()[-1] == "largest batch that was compiled and fits: 256"
 
 
-# The door.
+# The command.
 
 
 def _main(

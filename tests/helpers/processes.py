@@ -1,4 +1,4 @@
-"""Processes of the doors that start at once: they are forked from one that has imported everything already.
+"""Processes of the commands that start at once: they are forked from one that has imported everything already.
 
 Importing TensorFlow, JAX and Orbax takes longer than what most tests want to see of a process. The one that is forked
 from has touched no device and started no thread of theirs, so a fork of it is as good as a fresh start.

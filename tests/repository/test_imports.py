@@ -54,7 +54,7 @@ def _packages_on_disk() -> dict[str, list[pathlib.Path]]:
     packages: dict[str, list[pathlib.Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         package = "main" if path.name == "__main__.py" else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        packages.setdefault(package, []).append(path)  # a folder's `__main__` is a door
+        packages.setdefault(package, []).append(path)  # a folder's `__main__` is a command
     return packages
 
 

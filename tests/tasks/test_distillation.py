@@ -84,13 +84,13 @@ def _mean(rows: Any) -> float:
 @pytest.mark.parametrize("teacher", tiered(["deit_tiny", "regnety_002"], {"deit_tiny"}))
 def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
     task = _task(teacher=_teacher(teacher), alpha=0.3)
-    heads, taught = _answers(task, method="head_logits")
-    truth = cross_entropy(heads["class"], jax.nn.one_hot(_batch()["label"], CLASSES))
-    teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
+    heads, teacher_logits = _answers(task, method="head_logits")
+    label = cross_entropy(heads["class"], jax.nn.one_hot(_batch()["label"], CLASSES))
+    distill = cross_entropy(heads["distill"], jax.nn.one_hot(teacher_logits.argmax(-1), CLASSES))
     loss = _loss(task)
-    assert float(loss.value) == pytest.approx(_mean(0.7 * truth + 0.3 * teaching), rel=1e-4)
-    assert float(loss.sums["loss_label"]) == pytest.approx(5 * _mean(truth), rel=1e-4)
-    assert float(loss.sums["loss_distill"]) == pytest.approx(5 * _mean(teaching), rel=1e-4)
+    assert float(loss.value) == pytest.approx(_mean(0.7 * label + 0.3 * distill), rel=1e-4)
+    assert float(loss.sums["loss_label"]) == pytest.approx(5 * _mean(label), rel=1e-4)
+    assert float(loss.sums["loss_distill"]) == pytest.approx(5 * _mean(distill), rel=1e-4)
     assert float(loss.sums["examples"]) == 5
     right = np.asarray((heads["class"] + heads["distill"]).argmax(-1) == _batch()["label"])
     assert float(loss.sums["top1"]) == right[np.asarray(_batch()["mask"])].sum()
@@ -98,9 +98,9 @@ def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
 
 def test_soft_labels_go_to_the_one_head_there_is() -> None:
     task = _task("halvit_tiny", **SOFT, tau=2.0)
-    logits, taught = _answers(task)
-    truth = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
-    expected = 0.5 * truth + 0.5 * soft_distillation(logits, taught, 2.0)
+    logits, teacher_logits = _answers(task)
+    label = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
+    expected = 0.5 * label + 0.5 * soft_distillation(logits, teacher_logits, 2.0)
     assert float(_loss(task).value) == pytest.approx(_mean(expected), rel=1e-4)
 
 
@@ -125,11 +125,11 @@ def test_relations_are_averaged_over_pairs_of_layers_and_weighted() -> None:
 def test_both_see_the_same_images_mixed_and_erased_each_normalised_its_own_way() -> None:
     task = _task(mixup=0.8, cutmix=1.0, erase=1.0)
     images, targets = jax.jit(task._training_inputs)(_batch(), jax.random.split(KEY)[1])
-    heads, taught = _answers(task, images, method="head_logits")
-    truth = cross_entropy(heads["class"], targets)
-    teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
-    assert float(_loss(task).value) == pytest.approx(_mean(0.5 * truth + 0.5 * teaching), rel=1e-4)
-    assert float(_loss(_task()).value) != pytest.approx(_mean(0.5 * truth + 0.5 * teaching), rel=1e-2)
+    heads, teacher_logits = _answers(task, images, method="head_logits")
+    label = cross_entropy(heads["class"], targets)
+    distill = cross_entropy(heads["distill"], jax.nn.one_hot(teacher_logits.argmax(-1), CLASSES))
+    assert float(_loss(task).value) == pytest.approx(_mean(0.5 * label + 0.5 * distill), rel=1e-4)
+    assert float(_loss(_task()).value) != pytest.approx(_mean(0.5 * label + 0.5 * distill), rel=1e-2)
 
 
 def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None:
@@ -184,7 +184,7 @@ def test_only_training_differs_from_classification() -> None:
             "deit_tiny",
             {},
             SOFT | {"alpha": 0.0},
-            "nothing is learned of the teacher; set distillation.alpha",
+            "the teacher has no effect; set distillation.alpha",
         ),
         ("deit_tiny_distilled", {}, {"alpha": 1.0}, "distillation.alpha=1.0 leaves the class head untrained"),
         (
@@ -193,7 +193,7 @@ def test_only_training_differs_from_classification() -> None:
             {"alpha": 0.0, "qkv_weight": 1.0},
             "distillation.alpha=0.0 leaves the distillation head untrained",
         ),
-        ("deit_tiny", {}, {}, "distillation.kind='hard' needs a student with a head for the teacher's label"),
+        ("deit_tiny", {}, {}, "distillation.kind='hard' needs a student with a second head for the teacher's label"),
         (
             "deit_tiny_distilled",
             {"num_classes": 9},
@@ -223,7 +223,7 @@ def test_only_training_differs_from_classification() -> None:
             "deit_tiny",
             {"name": "regnety_002"},
             SOFT | PAIRS,
-            "the teacher keeps no query_key_value of its layers; set distillation.qkv_weight",
+            "the teacher sows no query_key_value of its layers; set distillation.qkv_weight",
         ),
         (
             "deit_tiny",
@@ -233,7 +233,7 @@ def test_only_training_differs_from_classification() -> None:
         ),
     ],
 )
-def test_what_cannot_be_taught_is_refused_by_name(
+def test_a_distillation_that_cannot_work_is_refused_by_field(
     name: str, teacher: dict[str, Any], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
