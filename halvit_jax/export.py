@@ -33,7 +33,7 @@ from absl import flags
 from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders
 from halvit_jax.experiment.trained import Trained, load_trained
-from halvit_jax.models import fields_of, fold
+from halvit_jax.models import family_of, fold
 
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 images [b, s, s, 3] -> logits [b, classes]
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -87,7 +87,7 @@ def serve(trained: Trained) -> Served:
     """What is exported, whatever the format: normalisation of the images and the model, folded."""
     config, task = trained.config, trained.task
     model, variables = fold(task.model, trained.model_variables)
-    if "attention_impl" in fields_of(type(model)):
+    if "attention_impl" in family_of(model).field_types:
         model = model.clone(attention_impl="xla")  # what is fused runs on one platform alone
 
     def call(images: jax.Array) -> jax.Array:
