@@ -3,7 +3,7 @@
 python -m halvit_jax.main --config=configs/halvit_folder.py --workdir=runs/halvit_folder \
     --config.data.root=DIR --config.model.num_classes=10
 
-Classes are the sub-folders, numbered by name; classes.json in the workdir keeps their names. JPEG, PNG, BMP and GIF are
+Classes are the sub-folders, numbered by name; dataset.json in the workdir keeps their names. JPEG, PNG, BMP and GIF are
 read. For small images lower model.image_size and model.patch_size, e.g. to 32 and 4.
 
 Hardware: one GPU of 8 GB and more; with small images a CPU. Expected time and accuracy: those of your images.

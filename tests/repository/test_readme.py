@@ -113,6 +113,7 @@ NEEDS = {
     "sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh --config=configs/halvit_tiny.py --workdir=DIR": (
         f"{IMAGENET}, SLURM"
     ),
+    "bash launch/gpu_check.sh --out=gpu": "a GPU, PyTorch and timm",
     "bash launch/local_cluster.sh 4 -- --config=configs/halvit_digits.py --workdir=DIR": "4 processes, minutes",
 }
 
