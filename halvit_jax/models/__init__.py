@@ -67,21 +67,6 @@ def family_of(model: str | nn.Module) -> Family:
     raise ValueError(f"model.name={model!r} is unknown; did you mean {near!r}? All: {', '.join(names)}")
 
 
-def config_fields() -> dict[str, Any]:
-    """{field: type} of all families' models, as a config may set them.
-
-    Raises:
-        ValueError: two families give one name two types.
-    """
-    found: dict[str, tuple[Any, str]] = {}
-    for family in FAMILIES:
-        for field, kind in family.field_types.items():
-            known, other = found.setdefault(field, (kind, family.model.__name__))
-            if known != kind:
-                raise ValueError(f"model.{field} is {kind} of {family.model.__name__} and {known} of {other}")
-    return {field: kind for field, (kind, _) in found.items()}
-
-
 def baseline_of(name: str) -> str | None:
     """The model that `name` is derived from and compared with, if there is one."""
     return family_of(name).baselines.get(name)
