@@ -44,7 +44,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Print the table of the named models, or of all."""
     given = flags.FLAGS
-    with app.bad_input():
+    with app.report_user_errors():
         if given.json and given.markdown:
             raise ValueError("--json and --markdown: give one of them")
         rows = {name: summarize(name) for name in argv[1:] or list_models()}

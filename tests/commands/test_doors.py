@@ -7,7 +7,7 @@ import subprocess
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers.processes import run_door
+from helpers.processes import run_command
 
 from halvit_jax import bench
 from halvit_jax.models import create_model, family_of, list_models
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def run(door: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     """One process."""
-    return run_door(f"halvit_jax.{door}", *arguments, code=code)
+    return run_command(f"halvit_jax.{door}", *arguments, code=code)
 
 
 @pytest.mark.slow  # it counts the multiplications of all
@@ -44,13 +44,13 @@ def test_bench_measures_inference_and_training(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sizes, name, sizes[name] | {"depth": 1, "image_size": 64})
     order: list[str] = []
     for what in ("infer", "train"):
-        original = getattr(bench.Subject, what)
+        original = getattr(bench.ModelBenchmark, what)
 
-        def spy(self: bench.Subject, original: object = original, what: str = what) -> None:
+        def spy(self: bench.ModelBenchmark, original: object = original, what: str = what) -> None:
             order.append(f"{self.name} {what}")
             original(self)  # type: ignore[operator]
 
-        monkeypatch.setattr(bench.Subject, what, spy)
+        monkeypatch.setattr(bench.ModelBenchmark, what, spy)
     rows = bench.measure(["deit_tiny", "halvit_tiny"], batch=2, dtype="float32", repeats=1)
     one_round = ["deit_tiny infer", "deit_tiny train", "halvit_tiny infer", "halvit_tiny train"]
     assert order == 2 * one_round  # the models take turns

@@ -65,7 +65,7 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def run_door(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+def run_command(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     """`python -m halvit_jax.main ...` for the module "halvit_jax.main"; its exit code is as expected."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = pathlib.Path(folder, "stdout"), pathlib.Path(folder, "stderr")

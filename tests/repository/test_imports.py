@@ -23,7 +23,8 @@ PACKAGES: dict[str, set[str] | None] = {
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC | {"halvit_jax.layers"},
-    "tasks": NUMERIC | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
+    "tasks": NUMERIC
+    | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols", "halvit_jax.text"},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
     | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},

@@ -14,7 +14,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loss
 from halvit_jax.tasks.distillation import Distillation, Teacher
-from halvit_jax.tasks.losses import cross_entropy, soft_teaching
+from halvit_jax.tasks.losses import cross_entropy, soft_distillation
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 from halvit_jax.trees import flatten
 
@@ -62,7 +62,7 @@ def _params(task: Distillation) -> Any:
 
 def _loss(task: Distillation, key: jax.Array = KEY) -> Loss:
     step = jax.jit(lambda params, frozen, batch: task.loss(params, {}, frozen, batch, key))
-    return step(_params(task), task.frozen, _batch())
+    return step(_params(task), task.constants, _batch())
 
 
 def _answers(task: Distillation, images: Any = None, **keywords: Any) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def _answers(task: Distillation, images: Any = None, **keywords: Any) -> tuple[A
     mutable = keywords.get("mutable", False)
     student = jax.jit(lambda p, x: task.model.apply({"params": p}, x, train=False, **keywords))
     teacher = jax.jit(lambda v, x: task.teacher.apply(v, x, train=False, mutable=mutable))
-    return student(_params(task), images), teacher(task.frozen, (pixels - np.float32(MEAN)) / np.float32(STD))
+    return student(_params(task), images), teacher(task.constants, (pixels - np.float32(MEAN)) / np.float32(STD))
 
 
 def _mean(rows: Any) -> float:
@@ -89,8 +89,8 @@ def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
     teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
     loss = _loss(task)
     assert float(loss.value) == pytest.approx(_mean(0.7 * truth + 0.3 * teaching), rel=1e-4)
-    assert float(loss.sums["loss_truth"]) == pytest.approx(5 * _mean(truth), rel=1e-4)
-    assert float(loss.sums["loss_teaching"]) == pytest.approx(5 * _mean(teaching), rel=1e-4)
+    assert float(loss.sums["loss_label"]) == pytest.approx(5 * _mean(truth), rel=1e-4)
+    assert float(loss.sums["loss_distill"]) == pytest.approx(5 * _mean(teaching), rel=1e-4)
     assert float(loss.sums["examples"]) == 5
     right = np.asarray((heads["class"] + heads["distill"]).argmax(-1) == _batch()["label"])
     assert float(loss.sums["top1"]) == right[np.asarray(_batch()["mask"])].sum()
@@ -100,7 +100,7 @@ def test_soft_labels_go_to_the_one_head_there_is() -> None:
     task = _task("halvit_tiny", **SOFT, tau=2.0)
     logits, taught = _answers(task)
     truth = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
-    expected = 0.5 * truth + 0.5 * soft_teaching(logits, taught, 2.0)
+    expected = 0.5 * truth + 0.5 * soft_distillation(logits, taught, 2.0)
     assert float(_loss(task).value) == pytest.approx(_mean(expected), rel=1e-4)
 
 
@@ -137,18 +137,18 @@ def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None
     values = [float(_loss(_task(teacher=teacher)).value) for teacher in (calm, wild)]
     assert values[0] == values[1]
     task = _task(teacher=wild)
-    before = jax.tree.map(np.copy, task.frozen)
-    run = jax.value_and_grad(lambda params: task.loss(params, {}, task.frozen, _batch(), KEY).value)
+    before = jax.tree.map(np.copy, task.constants)
+    run = jax.value_and_grad(lambda params: task.loss(params, {}, task.constants, _batch(), KEY).value)
     _, grads = jax.jit(run)(_params(task))
     assert flatten(grads).keys() == flatten(_params(task)).keys()
-    jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
+    jax.tree.map(np.testing.assert_array_equal, task.constants, before)
 
 
 def test_a_student_with_statistics_has_them_back_and_nothing_more() -> None:
     model = create_model("regnety_002", **REGNET)
     task = _task(model=model, **SOFT)
     params, state = jax.eval_shape(lambda: task.init(KEY))
-    loss = jax.eval_shape(lambda p, s: task.loss(p, s, task.frozen, _batch(), KEY), params, state)
+    loss = jax.eval_shape(lambda p, s: task.loss(p, s, task.constants, _batch(), KEY), params, state)
     assert loss.model_state == state
     assert state
 
@@ -159,7 +159,7 @@ def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
     for remat in (False, True):
         model = create_model("halvit_tiny", **VIT, remat=remat)
         task = _task(model=model, **SOFT, **PAIRS | {"teacher_layers": (1, 0)})
-        run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.frozen, _batch(), KEY).value))
+        run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.constants, _batch(), KEY).value))
         values.append(run(_params(task)))
     assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-5)
     for path, gradient in flatten(values[0][1]).items():
