@@ -131,7 +131,7 @@ def test_what_cannot_be_begun_with_is_answered_with_a_line(
 
 
 def test_a_workdir_knows_its_model(finished: Finished) -> None:
-    with pytest.raises(ValueError, match="is the workdir of a run, which knows its model"):
+    with pytest.raises(ValueError, match="is the workdir of a run"):
         halvit_jax.load(finished[0], "halvit_tiny")
 
 
