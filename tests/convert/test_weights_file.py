@@ -55,7 +55,7 @@ def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "why"),
     [
-        ("deit_tiny", "", "fields of the model 'deit_tiny' cannot be: ''"),
+        ("deit_tiny", "", "fields of the model 'deit_tiny' are invalid: ''"),
         ("deit_tiny", "[1]", "cannot be"),
         ("deit_tiny", "[" * 100_000, "cannot be"),
         ("deit_tiny", '{"depth": 1000000000}', "cannot be"),

@@ -104,14 +104,14 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is no file"),
+        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is not a file"),
         (
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot initialise halvit_tiny; .* missing",
         ),
         ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
-        ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude holds 'haed', which is in no path"),
+        ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude: 'haed' matches no path"),
     ],
 )
 def test_what_cannot_be_begun_with_is_answered_with_a_line(
