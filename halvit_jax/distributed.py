@@ -1,6 +1,7 @@
 """Process group of a run: start-up, and a report of the missing or slow processes after an error.
 
-The runtime is JAX's own (`jax.distributed`). Ranks run from 0 to the number of processes - 1; rank 0 is the coordinator.
+The runtime is JAX's own (`jax.distributed`). Ranks run from 0 to the number of processes - 1; rank 0 is the
+coordinator.
 """
 
 import contextlib
