@@ -216,7 +216,7 @@ def test_a_file_may_say_how_its_images_are_normalised(
 
 WRONG = {
     "task.name='distillation' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
-    "is for task.name='distillation', not 'classification'": {"task.name": "classification"},
+    "needs task.name='distillation', not 'classification'": {"task.name": "classification"},
     "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
     "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
     "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
