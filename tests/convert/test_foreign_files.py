@@ -122,7 +122,7 @@ def test_a_bomb_and_a_double_in_npz_are_refused(tmp_path: pathlib.Path) -> None:
 def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros(2))
     with pytest.raises(
-        ValueError, match=r"x.npy is of no kind that is read here: .safetensors, .npz, and with PyTorch"
+        ValueError, match=r"x.npy has an unsupported suffix, not .safetensors, .npz, and with PyTorch"
     ):
         readers.read(tmp_path / "x.npy")
     for name in ("missing.safetensors", "."):
