@@ -199,7 +199,7 @@ def test_remat_recomputes_each_block() -> None:
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 3]
 
 
-def test_attention_maps_can_be_had() -> None:
+def test_attention_maps_are_captured() -> None:
     model = NextViT(**SMALL)
     shapes = jax.eval_shape(
         lambda v: capture(model, v, _images(model), ("attention", "blocks")), variable_shapes(model)
@@ -233,6 +233,6 @@ def test_every_parameter_has_a_rule_of_its_shape(fields: dict[str, Any], folded:
         ({"drop_path": 1.0}, r"model.drop_path=1.0 must lie in \[0, 1\)"),
     ],
 )
-def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("nextvit_small", **fields)

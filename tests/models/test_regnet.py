@@ -113,6 +113,6 @@ def test_folding_the_norms_changes_no_output() -> None:
         ({"drop_path": 1.0}, r"model.drop_path=1.0 must lie in \[0, 1\)"),
     ],
 )
-def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RegNet(**fields)

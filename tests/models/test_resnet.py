@@ -191,7 +191,7 @@ def test_both_formulations_are_one_network(monkeypatch: pytest.MonkeyPatch) -> N
         ({"stages": ("basic",) * 4, "groups": 32}, r"model.groups=32 and model.base_width=64 must be 1 and 64"),
     ],
 )
-def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResNet(**fields)
 

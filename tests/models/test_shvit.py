@@ -183,7 +183,7 @@ def test_remat_recomputes_each_block() -> None:
     assert [len(re.findall(r"= (?:remat|checkpoint)\d?\[", program)) for program in programs] == [0, 3 + 3]
 
 
-def test_attention_maps_can_be_had() -> None:
+def test_attention_maps_are_captured() -> None:
     model = SHViT(**SMALL)
     found = jax.jit(lambda v: capture(model, v, _images(model), ("attention", "blocks")))(random_variables(model))
     assert list(found["attention"]) == ["stage2/block0", "stage2/block1"]
@@ -223,6 +223,6 @@ def test_there_is_a_distilled_model_of_each_size() -> None:
         ({"drop_path": 0.1}, "model.drop_path=0.1: shvit_s1 has no such field"),
     ],
 )
-def test_fields_that_cannot_be_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model("shvit_s1", **fields)

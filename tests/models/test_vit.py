@@ -165,7 +165,7 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
     assert pooled.shape == (2, D)
 
 
-def test_the_answer_of_each_classifier_can_be_had() -> None:
+def test_the_logits_of_each_classifier_are_available() -> None:
     model = create_model("deit_tiny_distilled", **SMALL)
     params, images = _params(model), _images()
     heads = _apply(model, params, images, method="head_logits")
