@@ -191,7 +191,7 @@ def test_a_teacher_of_another_resolution_has_its_positions_resampled(
 ) -> None:
     setup = teacher.build_distillation(distill_config(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
     assert setup.task.teacher.image_size == 12
-    assert "changed: params/position/embedding (17, 32) -> (37, 32)" in setup.lines()[-1]
+    assert "adapted: params/position/embedding (17, 32) -> (37, 32)" in setup.lines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ WRONG = {
     "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
     "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
     "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
-    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many": {
+    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must have the same number": {
         "distillation.qkv_weight": 1.0,
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (0,),

@@ -201,7 +201,8 @@ def test_empty_classes_are_named_with_their_other_files(own: pathlib.Path) -> No
 
 def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
     """The config of own images on two narrow blocks and images of 16 pixels."""
-    config = runpy.run_path(str(CONFIG))["get_config"]("2")
+    config = runpy.run_path(str(CONFIG))["get_config"]()
+    config.num_epochs = 2
     config.update_from_flattened_dict(
         {
             "data.root": str(root),
@@ -222,7 +223,7 @@ def test_the_folder_config_trains_given_only_its_root(root: pathlib.Path, tmp_pa
     result = run_experiment(_small(root), tmp_path / "run")
     assert result["step"] == 2  # two epochs of 240 images in batches of 128
     assert np.isfinite(result["eval"]["loss"])
-    assert json.loads((tmp_path / "run/classes.json").read_text()) == NAMES
+    assert json.loads((tmp_path / "run/dataset.json").read_text())["class_names"] == NAMES
     assert json.loads((tmp_path / "run/config.json").read_text())["data"]["root"] == str(root)
 
 
