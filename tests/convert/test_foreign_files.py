@@ -59,7 +59,9 @@ def test_a_pickle_is_never_run(
 def test_objects_in_npz_are_refused(tmp_path: pathlib.Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / "x.npz"
     np.savez(path, a=np.array([Bomb(marker)], dtype=object))
-    with pytest.raises(ValueError, match=r"x.npz is not a valid npz file: a.npy holds objects, a pickle, .*safetensors"):
+    with pytest.raises(
+        ValueError, match=r"x.npz is not a valid npz file: a.npy holds objects, a pickle, .*safetensors"
+    ):
         readers.read(path)
     assert not marker.exists()
 
@@ -121,9 +123,7 @@ def test_a_bomb_and_a_double_in_npz_are_refused(tmp_path: pathlib.Path) -> None:
 
 def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
     np.save(tmp_path / "x.npy", np.zeros(2))
-    with pytest.raises(
-        ValueError, match=r"x.npy has an unsupported suffix, not .safetensors, .npz, and with PyTorch"
-    ):
+    with pytest.raises(ValueError, match=r"x.npy has an unsupported suffix, not .safetensors, .npz, and with PyTorch"):
         readers.read(tmp_path / "x.npy")
     for name in ("missing.safetensors", "."):
         with pytest.raises(ValueError, match="is not a file"):
