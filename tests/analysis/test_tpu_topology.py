@@ -19,7 +19,7 @@ def test_a_topology_is_a_kind_and_a_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("v5e-16", "must be KIND:LAYOUT"),
         ("v5e:4x", "must be KIND:LAYOUT"),
@@ -31,10 +31,10 @@ def test_a_topology_is_a_kind_and_a_layout() -> None:
         ("v6e:3x4", "every length must be 1 or even"),
     ],
 )
-def test_a_wrong_topology_is_refused(text: str, said: str) -> None:
+def test_a_wrong_topology_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"--topology=") as error:
         tpu_topology.parse_topology(text)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def test_files_of_pytorch_are_read_as_plain_weights(tmp_path: pathlib.Path, monk
         ({"model": {"a": Tensor(np.ones(1))}, "state_dict": {}}, "has a state under each of model, state_dict"),
     ],
 )
-def test_what_pytorch_refuses_is_said_in_a_line(
+def test_what_pytorch_refuses_is_reported_in_one_line(
     content: Any, why: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "x.pt"
