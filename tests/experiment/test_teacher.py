@@ -224,7 +224,7 @@ WRONG = {
     "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
     "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
     "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
-    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many": {
+    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must have the same number": {
         "distillation.qkv_weight": 1.0,
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (0,),
