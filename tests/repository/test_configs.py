@@ -155,9 +155,8 @@ def test_distillation_as_published_is_a_variant(entry: str, source: str, kind: s
     assert config.distillation.student_layers == layers
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
-    task = abstract_distillation(
-        config, make_mesh(devices=jax.devices()[:1])
-    )  # student, teacher and layers fit each other
+    # Student, teacher and layers fit each other.
+    task = abstract_distillation(config, make_mesh(devices=jax.devices()[:1]))
     assert task.constants["params"]
 
 
