@@ -125,5 +125,5 @@ def _spans(key: jax.Array, size: int, lengths: jax.Array) -> jax.Array:
     """For each of [b] lengths a stretch of that many places that lies inside: bool [b, size]."""
     lengths = jnp.minimum(lengths, size)
     start = jnp.floor(jax.random.uniform(key, lengths.shape) * (size - lengths + 1))
-    place = jnp.arange(size)
+    place = jnp.arange(size, dtype=start.dtype)[None]
     return (place >= start[:, None]) & (place < (start + lengths)[:, None])
