@@ -38,7 +38,7 @@ def outcome(workdir: str, run: "subprocess.Popen[str]", seconds: float) -> dict[
         return {"error": "out of time"}
     path = pathlib.Path(workdir) / "trial.json"
     if run.returncode or not path.exists():
-        return {"exit": run.returncode, "said": printed[-600:]}
+        return {"exit": run.returncode, "output": printed[-600:]}
     found = json.loads(path.read_text())
     return {"digest": found["params_sha256"], "began_at": found["began_at"], "eval": found["eval"]}
 

@@ -9,17 +9,15 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tensorflow as tf
 from helpers.processes import ONE_DEVICE, run_command
-from helpers.runs import Finished, classification
+from helpers.runs import Finished
 
 import halvit_jax
-from halvit_jax import data, export, predict
+from halvit_jax import export
 from halvit_jax.convert import weights_file
 from halvit_jax.data import hide_accelerators
 from halvit_jax.experiment import build
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.models import create_model
 
 EXPORT = "halvit_jax.export"
 
@@ -94,7 +92,9 @@ def test_an_exported_model_gives_the_same_logits_without_this_package(
     assert 4 * params < out.stat().st_size < 4 * params + 150_000  # every parameter once
 
 
-def test_safetensors_are_read_again_by_load(finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_exported_safetensors_are_read_by_load(
+    finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     out = tmp_path / "model.safetensors"
     trained = load_trained(finished[0])
     written = export.export(trained, "safetensors", out)
@@ -142,37 +142,3 @@ def test_a_file_of_another_kind_and_a_missing_package_are_refused(
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(ValueError, match=r"pip install 'halvit_jax\[onnx\]'"):
         export.export(trained, "onnx", tmp_path / "model.onnx")
-
-
-def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    image = np.load(digits / "images.npy")[0]
-    data.write_png(str(tmp_path / "digit.png"), image)
-    out, page = tmp_path / "attention.png", tmp_path / "page.jpg"
-    page.write_text("<html>")
-    command = ["halvit_jax.predict", f"--workdir={finished[0]}"]
-    files = [str(tmp_path / "digit.png"), str(page)]
-    assert len(run_command(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
-    drawn = tf.io.decode_png(out.read_bytes()).numpy()
-    assert drawn.shape == (224, 448, 3)
-    np.testing.assert_array_equal(drawn[:, :224], image.repeat(28, 0).repeat(28, 1))
-    assert (drawn[:, :224] != drawn[:, 224:]).any()
-    assert "must end in .png" in run_command(*command, "--attention=x.jpg", *files, code=2).stderr
-    with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
-        data.write_png(f"{tmp_path}/digit.png/x.png", image)
-
-
-@pytest.mark.slow
-def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
-    shape = {"width": 8, "depths": (1,), "head_width": 4, "image_size": 16, "num_classes": 3}
-    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-
-    def draw(window: int) -> np.ndarray:
-        task = classification(create_model("swin_tiny", **shape, window_size=window))
-        variables = {"params": jax.jit(task.init)(jax.random.key(0))[0]}
-        return predict.attention_over(task.serving(variables, folded=False), image)
-
-    drawn = draw(4)  # as large as the map
-    np.testing.assert_array_equal(drawn[:, :224], image.repeat(14, 0).repeat(14, 1))
-    assert (drawn[:, :224] != drawn[:, 224:]).any()
-    with pytest.raises(ValueError, match="the last block of this model attends in windows, not over the image"):
-        draw(2)

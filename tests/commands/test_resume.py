@@ -40,7 +40,7 @@ RESNET = {f"model.{field}": None for field in ("patch_size", "width", "depth", "
         pytest.param(RESNET, STEPS, (1, 7, 30, 59), id="resnet at four steps", marks=pytest.mark.slow),
     ],
 )
-def test_broken_at_any_step_it_ends_the_same(
+def test_a_run_resumed_at_any_step_ends_with_the_same_parameters(
     model: dict,
     steps: int,
     broken_at: tuple[int, ...],
@@ -68,7 +68,9 @@ def test_broken_at_any_step_it_ends_the_same(
 
 
 @pytest.mark.slow  # a minute, and tests/faults/kill.py kills hundreds
-def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_killed_run_resumes_and_ends_with_the_same_parameters(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     arguments = [
         "--config=configs/halvit_digits.py",
         f"--config.data.data_dir={digits_dir}",
@@ -101,10 +103,10 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
+def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes_once_space_is_freed(
     digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """C1 of the test plan, on a file system of its own that has room for two checkpoints."""
+    """C1 of the test plan, on a file system of its own that holds two checkpoints."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", disk], capture_output=True)

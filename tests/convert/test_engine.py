@@ -104,20 +104,20 @@ def test_what_follows_from_the_fields_is_neither_kept_nor_written(state: dict[st
     assert to_torch(rules, arrays).keys() == state.keys()
 
 
-def test_everything_that_is_wrong_is_said_at_once(state: dict[str, Any]) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(state: dict[str, Any]) -> None:
     del state["blocks.0.fc.weight"], state["stem.1.running_var"]
     state["blocks.2.fc.weight"] = state["head.bias"] = np.zeros(1, np.float32)
     state["stem.0.weight"] = np.zeros((7, 5, 1, 3), np.float32)
     state["blocks.1.fc.bias"] = np.zeros(4, np.float64)
     with pytest.raises(ValueError, match="these weights do not fit net") as error:
         from_torch_arrays("net", RULES, state, WANTED)
-    for said in (
+    for message in (
         "2 missing: blocks.0.fc.weight, stem.1.running_var",
         "2 unexpected: blocks.2.fc.weight, head.bias",
         "1 shape mismatch: stem.0.weight (is (7, 5, 1, 3), must be (7, 5, 3, 3))",
         "1 of a wrong type: blocks.1.fc.bias (is float64, must be float32 or float16 or bfloat16)",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -162,13 +162,13 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
     arrays["params/block0/ffn/bias"] = np.zeros(3, np.int32)
     with pytest.raises(ValueError, match="these variables do not fit net") as error:
         check_tree("net", arrays, WANTED)
-    for said in (
+    for message in (
         "1 missing: params/stem/norm/bias",
         "1 unexpected: params/extra",
         "1 shape mismatch: params/stem/norm/scale (is (6,), must be (7,))",
         "1 of a wrong type: params/block0/ffn/bias (is int32,",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 def test_a_rule_that_reads_one_way_only_is_refused() -> None:

@@ -72,13 +72,13 @@ def test_a_classifier_may_be_initialized_be_missing_or_be_too_much() -> None:
         ({"attention": "full"}, r"missing: .*attention/qkv/kernel"),
     ],
 )
-def test_all_that_cannot_be_is_named(change: dict[str, Any], message: str) -> None:
+def test_everything_that_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         begin("halvit_tiny", arrays_of("halvit_tiny", **TINY), **TINY | change)
 
 
 def test_a_path_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("init_exclude holds '^haed/', which is in no path of resnet18")):
+    with pytest.raises(ValueError, match=re.escape("init_exclude: '^haed/' matches no path of resnet18")):
         begin("resnet18", arrays_of("resnet18"), exclude=("^haed/",))
 
 
@@ -155,7 +155,7 @@ def test_a_kernel_for_grey_images_answers_them_as_the_old_one_answered_equal_col
     assert adapt_input_channels(kernel, (3, 3, 1, 4)) is None
 
 
-def test_files_of_all_kinds_can_be_begun_with(tmp_path: pathlib.Path) -> None:
+def test_files_of_every_format_can_initialise_a_model(tmp_path: pathlib.Path) -> None:
     """A file of ours knows its fields; a PyTorch state is read by the model's names, with sizes of its own."""
     arrays = arrays_of("halvit_tiny", **TINY)
     wanted = create_model("halvit_tiny", **TINY | {"num_classes": 0, "image_size": 40})

@@ -21,7 +21,7 @@ with lock.acquire(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_second_run_is_refused_with_what_holds_the_lock_until_that_is_killed(tmp_path: pathlib.Path) -> None:
+def test_a_second_run_is_refused_until_the_holder_of_the_lock_is_killed(tmp_path: pathlib.Path) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         since = r"since \d{4}-\d\d-\d\dT\d\d:\d\d:\d\d"
@@ -35,7 +35,7 @@ def test_a_second_run_is_refused_with_what_holds_the_lock_until_that_is_killed(t
         pass
 
 
-def test_a_holder_that_has_not_signed_yet_is_another_run(tmp_path: pathlib.Path) -> None:
+def test_a_lock_without_a_record_is_held_by_another_run(tmp_path: pathlib.Path) -> None:
     with lock.acquire(tmp_path):
         (tmp_path / LOCK_FILE).write_text("")
         with pytest.raises(ValueError, match="in use by another run"), lock.acquire(tmp_path):

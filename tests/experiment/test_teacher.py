@@ -1,4 +1,4 @@
-"""Runs that learn from a teacher, and what becomes of it."""
+"""Distillation: runs that learn from a teacher, resumed and used without it."""
 
 import json
 import pathlib
@@ -36,7 +36,7 @@ REGNET = {"depths": (1,), "widths": (8,), "group_width": 4, "num_classes": 10, "
 HALF, QUARTER = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
-def pupil(digits_dir: pathlib.Path, source: Any, **changes: Any) -> ConfigDict:
+def distill_config(digits_dir: pathlib.Path, source: Any, **changes: Any) -> ConfigDict:
     """The small run on digits with a teacher."""
     fields = {"task.name": "distillation", "teacher.init_from": str(source), "model.distilled": True}
     return tiny(digits_dir, **fields | changes)
@@ -51,7 +51,7 @@ def random_file(path: pathlib.Path, name: str, about: dict[str, str], **fields: 
     return path
 
 
-class School(NamedTuple):
+class DistilledRun(NamedTuple):
     """A teacher's workdir, the config and workdir of a run that learned from it, and that run's result."""
 
     teacher: pathlib.Path
@@ -61,52 +61,54 @@ class School(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def school(finished: Finished, digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> School:
-    folder = tmp_path_factory.mktemp("school")
+def distilled(finished: Finished, digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> DistilledRun:
+    folder = tmp_path_factory.mktemp("distilled")
     shutil.copytree(finished[0], folder / "teacher")
-    config = pupil(digits_dir, folder / "teacher", accumulate=2)
-    return School(folder / "teacher", config, folder / "run", run_experiment(config, folder / "run"))
+    config = distill_config(digits_dir, folder / "teacher", **{"loop.accumulate": 2})
+    return DistilledRun(folder / "teacher", config, folder / "run", run_experiment(config, folder / "run"))
 
 
 @pytest.fixture
-def without_teacher(school: School) -> Iterator[School]:
-    """The run, its teacher being out."""
-    school.teacher.rename(school.teacher.with_name("away"))
-    yield school
-    school.teacher.with_name("away").rename(school.teacher)
+def without_teacher(distilled: DistilledRun) -> Iterator[DistilledRun]:
+    """The run after its teacher was moved away."""
+    distilled.teacher.rename(distilled.teacher.with_name("away"))
+    yield distilled
+    distilled.teacher.with_name("away").rename(distilled.teacher)
 
 
-@pytest.mark.slow  # the run of `school` takes half a minute
-def test_a_run_learns_and_says_from_whom(school: School, finished: Finished) -> None:
-    assert school.result["step"] == 8
-    assert school.result["eval"].keys() == {"loss", "top1", "top5"}
-    record = json.loads((school.workdir / TEACHER_FILE).read_text())
-    assert (record["source"], record["model"]) == (str(school.teacher), "halvit_tiny")
+@pytest.mark.slow  # the run of `distilled` takes half a minute
+def test_a_distilled_run_records_its_teacher(distilled: DistilledRun, finished: Finished) -> None:
+    assert distilled.result["step"] == 8
+    assert distilled.result["eval"].keys() == {"loss", "top1", "top5"}
+    record = json.loads((distilled.workdir / TEACHER_FILE).read_text())
+    assert (record["source"], record["model"]) == (str(distilled.teacher), "halvit_tiny")
     _, variables = halvit_jax.load(finished[0])
     assert record["sha256"] == sha256(flatten(variables))
     assert record["parameters"] == finished[1]["params"]
-    assert school.result["params"] > record["parameters"]  # it has a token and a head more
+    assert distilled.result["params"] > record["parameters"]  # it has a token and a head more
 
 
 @pytest.mark.slow
-def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
-    checkpointer = Checkpointer(school.workdir, read_only=True)
-    saved = checkpointer.facts(8)["arrays"]
+def test_the_teacher_is_in_no_checkpoint(distilled: DistilledRun) -> None:
+    checkpointer = Checkpointer(distilled.workdir, read_only=True)
+    saved = checkpointer.metadata(8)["arrays"]
     checkpointer.close()
-    state = abstract_checkpoint_state(tasks.build_task(school.config), school.config)
+    state = abstract_checkpoint_state(tasks.build_task(distilled.config), distilled.config)
     assert saved.keys() == flatten(state).keys()
 
 
 @pytest.mark.slow
-def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> None:
-    shutil.copytree(school.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
-    shutil.copy(school.workdir / TEACHER_FILE, tmp_path)
-    resumed = run_experiment(school.config, tmp_path)
-    assert {**resumed, "images_per_s": 0} == {**school.result, "images_per_s": 0}
+def test_a_distilled_run_resumes_and_ends_with_the_same_parameters(
+    distilled: DistilledRun, tmp_path: pathlib.Path
+) -> None:
+    shutil.copytree(distilled.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
+    shutil.copy(distilled.workdir / TEACHER_FILE, tmp_path)
+    resumed = run_experiment(distilled.config, tmp_path)
+    assert {**resumed, "images_per_s": 0} == {**distilled.result, "images_per_s": 0}
 
 
 @pytest.mark.slow
-def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: School) -> None:
+def test_a_distilled_model_is_loaded_evaluated_and_served_without_its_teacher(without_teacher: DistilledRun) -> None:
     _, config, workdir, result = without_teacher
     model, variables = halvit_jax.load(workdir)
     assert model.distilled
@@ -117,7 +119,9 @@ def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: Sc
 
 
 @pytest.mark.slow
-def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_distilled_run_does_not_resume_without_its_teacher(
+    without_teacher: DistilledRun, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         run_experiment(without_teacher.config, without_teacher.workdir)
     assert ended.value.code == app.ExitCode.BAD_INPUT
@@ -125,21 +129,23 @@ def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: 
 
 
 @pytest.mark.slow
-def test_it_goes_on_with_no_other_teacher(
-    school: School, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+def test_a_distilled_run_does_not_resume_with_another_teacher(
+    distilled: DistilledRun, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = random_file(tmp_path / "other.safetensors", "halvit_tiny", {}, **SHAPE, num_classes=10, image_size=8)
-    before = (school.workdir / TEACHER_FILE).read_text()
+    before = (distilled.workdir / TEACHER_FILE).read_text()
     with pytest.raises(SystemExit) as ended:
-        run_experiment(pupil(digits_dir, other, accumulate=2), school.workdir)
+        run_experiment(distill_config(digits_dir, other, **{"loop.accumulate": 2}), distilled.workdir)
     assert ended.value.code == app.ExitCode.BAD_INPUT
-    assert f"holds other weights than the teacher that the run in --workdir={school.workdir}" in capsys.readouterr().err
-    assert (school.workdir / TEACHER_FILE).read_text() == before
+    assert (
+        f"holds other weights than the teacher that the run in --workdir={distilled.workdir}" in capsys.readouterr().err
+    )
+    assert (distilled.workdir / TEACHER_FILE).read_text() == before
 
 
 @pytest.mark.slow  # half a minute to compile
-def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pathlib.Path, finished: Finished) -> None:
-    run = build.build(pupil(digits_dir, finished[0], **{"mesh.fsdp": 2}))
+def test_the_teacher_is_sharded_and_steps_do_not_change_it(digits_dir: pathlib.Path, finished: Finished) -> None:
+    run = build.build(distill_config(digits_dir, finished[0], **{"mesh.fsdp": 2}))
     frozen = run.task.constants
     kernel = frozen["params"]["block0"]["ffn"]["tied"]["kernel"]
     state = run.fresh_state(run.abstract_state())
@@ -147,7 +153,7 @@ def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pa
     assert kernel.addressable_shards[0].data.size == kernel.size // 2
     before = sha256(to_host(frozen))
     step = make_train_step(run.task, run.optimizer, seed=0, ema_decay=0.0)
-    batches = run.train_loader.batches(0)
+    batches = run.loaders.train.batches(0)
     for _ in range(2):
         state, outcome = step(state, frozen, to_devices(next(batches), run.mesh))
         assert outcome.healthy
@@ -156,7 +162,7 @@ def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pa
 
 
 @pytest.mark.parametrize("kind", ["workdir", "native"])
-def test_a_teacher_comes_from_where_weights_come_from(
+def test_a_teacher_is_loaded_from_a_workdir_or_a_weights_file(
     kind: str, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     _, variables = halvit_jax.load(finished[0])
@@ -164,7 +170,7 @@ def test_a_teacher_comes_from_where_weights_come_from(
     if kind == "native":
         source = tmp_path / "teacher.safetensors"
         weights_file.save(source, "halvit_tiny", variables, **SHAPE, num_classes=10, image_size=8)
-    config = pupil(digits_dir, source, compute_dtype="bfloat16")
+    config = distill_config(digits_dir, source, compute_dtype="bfloat16")
     setup = teacher.build_distillation(config, make_mesh())
     assert setup.record["sha256"] == sha256(flatten(variables))
     assert (setup.task.teacher.dtype, setup.task.teacher.num_heads) == ("bfloat16", 2)
@@ -172,20 +178,18 @@ def test_a_teacher_comes_from_where_weights_come_from(
     assert setup.lines()[0].startswith(f"teacher.init_from={source}: halvit_tiny, 14,250 parameters")
 
 
-def test_a_teacher_of_pytorchs_names_needs_its_models_name_alone(
-    digits_dir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_a_pytorch_teacher_needs_only_its_model_name(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     fields = {"num_classes": 10, "image_size": 8}
     variables = weights_file.load(random_file(tmp_path / "x.safetensors", "regnety_002", {}, **fields)).variables
     np.savez(tmp_path / "teacher.npz", **to_torch("regnety_002", variables, **fields))
-    config = pupil(digits_dir, tmp_path / "teacher.npz", **{"teacher.name": "regnety_002"})
+    config = distill_config(digits_dir, tmp_path / "teacher.npz", **{"teacher.name": "regnety_002"})
     assert teacher.build_distillation(config, make_mesh()).record["sha256"] == sha256(flatten(variables))
 
 
 def test_a_teacher_of_another_resolution_has_its_positions_resampled(
     finished: Finished, digits_dir: pathlib.Path
 ) -> None:
-    setup = teacher.build_distillation(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
+    setup = teacher.build_distillation(distill_config(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
     assert setup.task.teacher.image_size == 12
     assert "changed: params/position/embedding (17, 32) -> (37, 32)" in setup.lines()[-1]
 
@@ -198,7 +202,7 @@ def test_a_teacher_of_another_resolution_has_its_positions_resampled(
         ({}, {"teacher.mean": QUARTER, "teacher.std": QUARTER}, QUARTER),
     ],
 )
-def test_a_file_may_say_how_its_images_are_normalised(
+def test_the_normalisation_of_the_teacher_comes_from_its_file_or_the_config(
     about: dict[str, str],
     given: dict[str, Any],
     expected: tuple[float, ...],
@@ -206,7 +210,7 @@ def test_a_file_may_say_how_its_images_are_normalised(
     tmp_path: pathlib.Path,
 ) -> None:
     source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
-    task = teacher.build_distillation(pupil(digits_dir, source, **given), make_mesh()).task
+    task = teacher.build_distillation(distill_config(digits_dir, source, **given), make_mesh()).task
     assert task.constants.keys() == {"params", "batch_stats"}
     black = -np.asarray(expected) / np.asarray(expected)
     np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
@@ -216,11 +220,11 @@ def test_a_file_may_say_how_its_images_are_normalised(
 
 WRONG = {
     "task.name='distillation' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
-    "is for task.name='distillation', not 'classification'": {"task.name": "classification"},
+    "needs task.name='distillation', not 'classification'": {"task.name": "classification"},
     "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
     "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
     "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
-    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many": {
+    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must have the same number": {
         "distillation.qkv_weight": 1.0,
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (0,),
@@ -233,7 +237,7 @@ WRONG = {
         "distillation.teacher_layers": (1, 2),
     },
     "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
-    "teacher.init_from=/nowhere: /nowhere is no file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
+    "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
     "teacher.name='halvit_tny' is unknown; did you mean 'halvit_tiny'": {
@@ -248,7 +252,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_a_teacher_that_cannot_be_is_answered_with_a_line(
+def test_a_wrong_teacher_is_refused_by_field(
     message: str,
     finished: Finished,
     digits_dir: pathlib.Path,
@@ -256,7 +260,7 @@ def test_a_teacher_that_cannot_be_is_answered_with_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_experiment(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
+        run_experiment(distill_config(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
     assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert message in error
@@ -268,7 +272,7 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
     seven = {"num_classes": 7, "image_size": 8}
     known = random_file(tmp_path / "known.safetensors", "regnety_002", {}, **seven)
     with pytest.raises(ValueError, match=r"the teacher has 7 classes, the student model.num_classes=10"):
-        teacher.build_distillation(pupil(digits_dir, known), make_mesh())
+        teacher.build_distillation(distill_config(digits_dir, known), make_mesh())
     state = to_torch("regnety_002", weights_file.load(known).variables, **seven)
     readers.write(tmp_path / "torch.safetensors", state, {})
     message = (
@@ -276,7 +280,7 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
     )
     with pytest.raises(ValueError, match=message):
         teacher.build_distillation(
-            pupil(digits_dir, tmp_path / "torch.safetensors", **{"teacher.name": "regnety_002"}), make_mesh()
+            distill_config(digits_dir, tmp_path / "torch.safetensors", **{"teacher.name": "regnety_002"}), make_mesh()
         )
 
 
@@ -285,27 +289,27 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
     for name in ("torch.safetensors", "torch.npz"):
         with pytest.raises(ValueError, match="does not say which model it is of"):
-            teacher.build_distillation(pupil(digits_dir, tmp_path / name), make_mesh())
+            teacher.build_distillation(distill_config(digits_dir, tmp_path / name), make_mesh())
 
 
 @pytest.mark.slow  # it compiles for half a minute
 def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     finished: Finished, digits_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert preflight(pupil(digits_dir, finished[0]), None) == 0
+    assert preflight(distill_config(digits_dir, finished[0]), None) == 0
     lines = capsys.readouterr().out
     assert re.search(r"^ok    teacher     halvit_tiny, 14,250 parameters, sha256 \w{16}; \d+ arrays as", lines, re.M)
     assert re.search(r"^ok    step        compiled in", lines, re.M)
-    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
+    assert preflight(distill_config(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
     lines = capsys.readouterr().out
     assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
     assert re.search(r"^skip  step        needs teacher", lines, re.M)
 
 
 @pytest.mark.slow  # it compiles
-def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.Path) -> None:
+def test_plan_needs_no_teacher_weights(digits_dir: pathlib.Path) -> None:
     fields = {"teacher.name": "resnet18", "mesh.fsdp": 2, "loop.ema_decay": 0.0}
-    config = pupil(digits_dir, "/nowhere", **fields)
+    config = distill_config(digits_dir, "/nowhere", **fields)
     subject = aot_plan.prepare(config, Topology("v5e", (2, 4)), jax.devices())
     assert subject.constants["params"]["stage0_block0"]["conv1"]["kernel"].sharding.spec == P(None, None, None, "fsdp")
     report = aot_plan.plan(subject)
@@ -316,7 +320,7 @@ def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.P
 
 
 @pytest.mark.slow  # half a minute to compile
-def test_the_soft_recipe_on_digits_takes_its_steps(
+def test_the_soft_distillation_recipe_trains_on_digits(
     finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     config = digits.distilled("halvit_tiny", "soft")

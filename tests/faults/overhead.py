@@ -1,4 +1,4 @@
-"""What the guards of a run cost: flags, watchdog, wishes of signals, digests of checkpoints.
+"""What the guards of a run cost: flags, watchdog, requests of signals, digests of checkpoints.
 
 python tests/faults/overhead.py --data_dir=DIR [--rounds=20] [--steps=50]
 

@@ -288,7 +288,7 @@ def test_the_weights_of_all_heads_are_their_formula_with_the_real_heads_first(
     assert cut_off.mean() < 0.5
 
 
-def test_a_hallucinated_map_of_which_nothing_is_left_is_0_and_its_gradient_a_number() -> None:
+def test_an_all_zero_hallucinated_map_has_no_nan_gradient() -> None:
     layer, params = AttentionMaps(2, 0.5, "maps"), {"across": -np.ones((1, 1)), "within": np.ones((3, 3, 1, 1))}
     params = jax.tree.map(np.float32, params)
     query, key = jnp.asarray(_normal(1, 3, 4), jnp.float32), jnp.asarray(_normal(1, 5, 4), jnp.float32)

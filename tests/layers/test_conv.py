@@ -135,7 +135,7 @@ def test_max_pool_is_xlas_also_where_values_are_equal(size: tuple[int, int]) -> 
     _assert_same(ours, reference)
 
 
-def test_max_pool_passes_on_what_is_not_a_number() -> None:
+def test_max_pool_propagates_nan() -> None:
     x = _random(1, 6, 6, 1).at[0, 2, 3, 0].set(jnp.nan)
     ours = max_pool(x, size=3, stride=2, padding=1)
     reference = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)])

@@ -25,7 +25,7 @@ BF16, F32 = jnp.bfloat16, jnp.float32
         ("xla", "gpu", BF16, 64, "", "xla"),
     ],
 )
-def test_what_attention_is_computed_by(
+def test_which_implementation_computes_attention(
     wanted: str, platform: str, dtype: jnp.dtype, head_width: int, needs_map: str, chosen: str
 ) -> None:
     found = choose(wanted, platform=platform, dtype=jnp.dtype(dtype), head_width=head_width, needs_map=needs_map)
@@ -42,7 +42,7 @@ def test_what_attention_is_computed_by(
         ("gpu", BF16, 64, "maps are mixed", "maps are mixed"),
     ],
 )
-def test_fused_attention_that_cannot_be_names_its_field(
+def test_impossible_fused_attention_is_refused_by_field(
     platform: str, dtype: jnp.dtype, head_width: int, needs_map: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=f"model.attention_impl='fused'.*{says}"):
@@ -54,7 +54,7 @@ def test_every_platform_names_an_implementation_that_there_is() -> None:
 
 
 @pytest.mark.parametrize(("n", "m"), [(197, 197), (49, 49), (50, 7), (1, 1)])
-def test_fused_attention_is_the_plain_one_forwards_and_backwards(n: int, m: int) -> None:
+def test_fused_attention_equals_plain_attention_forwards_and_backwards(n: int, m: int) -> None:
     """In the layout of `jax.nn.dot_product_attention`, which cuDNN's shares."""
     rng = np.random.default_rng(n)
     query = jnp.asarray(rng.standard_normal((2, n, 24)), F32)

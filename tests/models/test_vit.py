@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.jaxprs import count_remats
 from helpers.runs import classification
 
 from halvit_jax.config import default_config
@@ -165,7 +166,7 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
     assert pooled.shape == (2, D)
 
 
-def test_the_answer_of_each_classifier_can_be_had() -> None:
+def test_the_logits_of_each_classifier_are_available() -> None:
     model = create_model("deit_tiny_distilled", **SMALL)
     params, images = _params(model), _images()
     heads = _apply(model, params, images, method="head_logits")
@@ -228,9 +229,8 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
             rngs = {"drop_path": jax.random.key(3)}
             return jnp.sum(jnp.sin(model.apply({"params": params}, _images(), train=True, rngs=rngs)))
 
-        traced = jax.jit(jax.value_and_grad(loss)).trace(_params(model))
-        assert ("remat" in str(traced.jaxpr)) == remat
-        results.append(flatten(traced.lower().compile()(_params(model))))
+        assert count_remats(loss, _params(model)) == 2 * remat  # one in each block
+        results.append(flatten(jax.jit(jax.value_and_grad(loss))(_params(model))))
     plain, recomputed = results
     assert plain.keys() == recomputed.keys()
     for path, value in plain.items():

@@ -26,7 +26,7 @@ def test_fewer_classes_than_k_are_all_in_the_top() -> None:
 
 
 @pytest.mark.parametrize("place", range(3))
-def test_with_a_nan_among_the_logits_nothing_is_found(place: int) -> None:
+def test_with_a_nan_among_the_logits_no_label_is_in_the_top(place: int) -> None:
     logits = jnp.array([[0.0, 1.0, 2.0]]).at[0, place].set(jnp.nan)
     assert not in_top(jnp.repeat(logits, 3, axis=0), jnp.arange(3), 3).any()
 

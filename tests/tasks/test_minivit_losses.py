@@ -88,7 +88,7 @@ def test_soft_cross_entropy_is_the_references(reference: dict[str, float], refer
 
 
 @pytest.mark.parametrize("kind", DISTILL_LOSSES)
-def test_who_agrees_with_the_teacher_has_nothing_to_learn(kind: str) -> None:
+def test_the_loss_is_zero_where_student_and_teacher_agree(kind: str) -> None:
     teacher = _random(3, 7) * (1e4 if kind == "hard" else 1.0)
     gradient = jax.grad(lambda x: DISTILL_LOSSES[kind](x, teacher, 2.0).sum())(teacher)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)

@@ -184,8 +184,3 @@ def test_an_own_task_is_benchmarked_and_planned(digits_dir: pathlib.Path) -> Non
     assert row["train_images_per_s"] > 0
     target = aot_plan.prepare(own_config(digits_dir), Topology("v5e", (2, 4)), jax.devices())
     assert target.batch.keys() == {"image", "mask", "request"}
-
-
-def test_an_unknown_task_is_refused_with_the_list_of_names(digits_dir: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"task.name='segmentation' is not one of classification, distillation"):
-        bench.measure({"x": tiny(digits_dir, **{"task.name": "segmentation"})}, repeats=1)

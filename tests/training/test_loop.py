@@ -210,7 +210,7 @@ def test_a_nan_ends_the_run_at_most_two_steps_later(
     assert _plain(run(tmp_path, train=Batches())) == whole
 
 
-def test_a_moment_that_is_not_finite_is_found_within_ten_steps(tmp_path: pathlib.Path) -> None:
+def test_a_nan_moment_is_found_within_ten_steps(tmp_path: pathlib.Path) -> None:
     """The square of a finite gradient overflows: no loss shows it, the parameter merely stands still."""
     fetched: list[int] = []
     counting = {i: functools.partial(fetched.append, i) for i in range(24)}
@@ -219,14 +219,14 @@ def test_a_moment_that_is_not_finite_is_found_within_ten_steps(tmp_path: pathlib
     assert fetched[-1] <= 1 + 10
 
 
-def test_a_moment_that_is_not_finite_is_found_before_a_save(tmp_path: pathlib.Path) -> None:
+def test_a_nan_moment_is_found_before_a_checkpoint_is_saved(tmp_path: pathlib.Path) -> None:
     with pytest.raises(NotFiniteError, match=r"^not finite at step 3: opt_state/"):
         run(tmp_path, train=Batches({1: "overflow"}))
     assert _steps(tmp_path) == []
 
 
 @pytest.mark.parametrize("holder", ["params", "opt_state", "ema"])
-def test_a_state_that_is_not_finite_is_found_in_the_first_step(holder: str, tmp_path: pathlib.Path) -> None:
+def test_a_nan_state_is_found_in_the_first_step(holder: str, tmp_path: pathlib.Path) -> None:
     def spoil(state: Any) -> Any:
         tree = jax.tree.map(lambda x: x * jnp.nan if x.dtype == jnp.float32 else x, getattr(state, holder))
         return state.replace(**{holder: tree})
@@ -271,7 +271,7 @@ def test_a_sigterm_saves_at_the_current_step_and_the_resumed_run_ends_the_same(
     assert _plain(run(tmp_path, train=Batches())) == whole
 
 
-def test_an_evaluation_that_was_broken_off_is_made_up_for(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
+def test_a_preempted_evaluation_is_repeated_on_resume(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
     """A6 of the test plan: the curves have no gap at step 8."""
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGINT)
     evaluations = iter([Evaluation(), Evaluation(), Evaluation(then={0: terminate})])  # raw and averaged of step 4
@@ -292,7 +292,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(tmp_path: pathlib.Path
     assert len(seen) == 4  # raw and averaged of steps 8 and 12
 
 
-def test_a_save_that_fails_is_made_at_the_next_step(
+def test_a_failed_checkpoint_is_saved_at_the_next_step(
     tmp_path: pathlib.Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, calls, logged = manifest.write, [], []
@@ -311,7 +311,7 @@ def test_a_save_that_fails_is_made_at_the_next_step(
     assert any("step 4 could not be written" in line and "attempt 1 of 2" in line for line in logged)
 
 
-def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(folder: pathlib.Path, step: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -99,7 +99,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_loss_gradients_and_statistics_are_those_of_one_device(name: str, mesh: str) -> None:
+def test_sharded_loss_gradients_and_statistics_are_those_of_one_device(name: str, mesh: str) -> None:
     expected, ours = (flatten(_step(name, shape)[0]) for shape in ((1, 1, 1), MESHES[mesh]))
     assert expected.keys() == ours.keys()
     for path, value in expected.items():
@@ -108,7 +108,7 @@ def test_loss_gradients_and_statistics_are_those_of_one_device(name: str, mesh: 
 
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
-def test_parameters_are_split_and_no_device_sees_the_whole_batch(name: str, mesh: str) -> None:
+def test_parameters_are_sharded_and_no_device_sees_the_whole_batch(name: str, mesh: str) -> None:
     _, grads, program = _step(name, MESHES[mesh])
     sizes = dict(zip(AXES, MESHES[mesh], strict=True))
     both = ("tied/kernel", "query_output/kernel", "key_value/kernel", "qkv/kernel", "head/kernel")

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from clu import metric_writers
 from helpers.runs import classification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -187,7 +188,7 @@ def test_elsewhere_the_progress_is_plain_lines(
 
 
 def test_speed_counts_training_only_and_waiting_is_a_share_of_it(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
@@ -206,13 +207,11 @@ def test_speed_counts_training_only_and_waiting_is_a_share_of_it(
         spend(50.0)
     report.training(5, SCALARS, steps=5)  # four of them in four seconds, ten images each
     assert report.images_per_s == pytest.approx(10.0)
-    assert "data 25%" in report._line
+    assert "data 25%" in capsys.readouterr().out
     spend(2.0)
     report.training(10, SCALARS, steps=5)
     assert report.images_per_s == pytest.approx((10.0 + 25.0) / 2)
-    assert "data 0%" in report._line
-    assert "25 images/s" in report._line
-    assert "ETA 0:00:36" in report._line
+    assert "25 images/s  data 0%  ETA 0:00:36" in capsys.readouterr().out
     report.close()
 
 
@@ -227,12 +226,12 @@ def test_the_first_step_alone_is_no_speed(tmp_path: pathlib.Path, monkeypatch: p
 def test_a_run_goes_on_where_curves_cannot_be_written(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class FullDisk(metric_writers.SummaryWriter):
+        def write_scalars(self, *_: object, **__: object) -> None:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(metric_writers, "SummaryWriter", FullDisk)
     report = Report(tmp_path, total_steps=4, batch_size=2)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report._writer._writer, "write_scalars", full)
     for step in range(1, 5):
         report.training(step, {"loss": 1.0}, steps=1)
         time.sleep(0.05)  # it is written by another thread

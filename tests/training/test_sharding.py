@@ -1,5 +1,4 @@
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import list_models
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
-from halvit_jax.training.state import TrainState, abstract_state, init_state
+from halvit_jax.training.state import abstract_state
 from halvit_jax.trees import flatten
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -117,7 +116,7 @@ def test_an_array_that_no_rule_names_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
-def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(name: str) -> None:
+def test_the_partition_rules_of_every_model_shard_most_of_its_state(name: str) -> None:
     task = classification(shallow(name))
     state = abstract_state(task, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
     params = flatten(state.params)
@@ -127,54 +126,6 @@ def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(name
             assert followers[f"{holder}/{path}"].sharding == leaf.sharding, path
     own = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in params.values())
     assert own <= 0.6 * sum(leaf.size for leaf in params.values())
-
-
-# Arrays in their places.
-
-
-class Noise:
-    """Of a task only what a fresh state needs."""
-
-    partition_rules = RULES
-
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        return {"kernel": jax.random.normal(key, (16, 64)), "bias": jnp.zeros(64)}, {"seen": {"bias": jnp.ones(3)}}
-
-
-def _fresh(seed: int = 0, *, use_ema: bool = False, **sizes: int) -> tuple[TrainState, TrainState]:
-    """The abstract state and the fresh one."""
-    abstract = abstract_state(Noise(), _optimizer(), mesh=make_mesh(**sizes), use_ema=use_ema)
-    return abstract, init_state(Noise(), _optimizer(), abstract, seed=seed, use_ema=use_ema)
-
-
-def test_a_fresh_state_is_born_in_its_shardings() -> None:
-    abstract, state = _fresh(use_ema=True, **CUBE)
-
-    def described(tree: TrainState) -> dict[str, Any]:
-        return {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in flatten(tree).items()}
-
-    assert described(state) == described(abstract)
-    assert int(state.step) == 0
-    assert {shard.data.shape for shard in state.params["kernel"].addressable_shards} == {(8, 32)}
-
-
-def test_averages_begin_as_copies_with_buffers_of_their_own() -> None:
-    _, state = _fresh(use_ema=True)
-    trained, averages = flatten(state.trained), flatten(state.ema)
-    assert trained.keys() == averages.keys()
-    values = {path: np.array(leaf) for path, leaf in trained.items()}
-    for leaf in trained.values():
-        leaf.delete()
-    for path, average in averages.items():
-        np.testing.assert_array_equal(average, values[path])
-
-
-def test_the_seed_decides_the_fresh_values_whatever_the_mesh() -> None:
-    first, split, other = (
-        np.asarray(_fresh(seed, **sizes)[1].params["kernel"]) for seed, sizes in ((0, {}), (0, CUBE), (1, {}))
-    )
-    np.testing.assert_array_equal(first, split)
-    assert (first != other).any()
 
 
 @pytest.mark.parametrize("sizes", [{}, CUBE, {"data": 2, "fsdp": 4}])

@@ -197,7 +197,7 @@ def on_one_device() -> list[float]:
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, (48, 48), id="data=2,fsdp=2,tensor=2"),
     ],
 )
-def test_eight_devices_learn_what_one_does(
+def test_a_step_sharded_over_eight_devices_learns_what_one_does(
     sizes: dict[str, int], share: tuple[int, ...], on_one_device: list[float]
 ) -> None:
     losses, found = _losses(make_mesh(**sizes))

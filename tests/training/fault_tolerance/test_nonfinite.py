@@ -14,7 +14,7 @@ def _parts(**changed: float) -> dict:
     }
 
 
-def test_flags_cover_every_floating_array_and_check_passes_where_all_are_finite() -> None:
+def test_nan_flags_cover_every_floating_array_and_pass_where_all_are_finite() -> None:
     finite = finite_flags(_parts())
     assert sorted(finite) == ["gradient/a/kernel", "gradient/b", "loss", "model_state/mean", "opt_state/0"]
     raise_if_not_finite(3, finite)
@@ -25,12 +25,12 @@ def test_flags_cover_every_floating_array_and_check_passes_where_all_are_finite(
     ("where", "named"),
     [("loss", "loss"), ("weight", "gradient/a/kernel"), ("mean", "model_state/mean"), ("moment", "opt_state/0")],
 )
-def test_what_is_not_finite_is_named(where: str, named: str, bad: float) -> None:
+def test_nan_and_infinite_arrays_are_named(where: str, named: str, bad: float) -> None:
     with pytest.raises(NotFiniteError, match=f"^not finite at step 7: {named}$"):
         raise_if_not_finite(7, finite_flags(_parts(**{where: bad})))
 
 
-def test_the_loss_is_named_first_then_gradients_and_of_many_the_rest_is_counted() -> None:
+def test_of_several_nan_arrays_the_loss_is_named_first_and_the_rest_counted() -> None:
     nan = float("nan")
     with pytest.raises(NotFiniteError, match=r"step 7: loss, gradient/a/kernel, model_state/mean, opt_state/0$"):
         raise_if_not_finite(7, finite_flags(_parts(loss=nan, weight=nan, mean=nan, moment=nan)))

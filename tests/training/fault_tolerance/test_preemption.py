@@ -17,7 +17,7 @@ from halvit_jax.training.fault_tolerance.preemption import (
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_becomes_a_request_in_every_row_and_the_handlers_come_back(number: signal.Signals) -> None:
+def test_sigterm_becomes_a_preemption_request_in_every_row_and_handlers_are_restored(number: signal.Signals) -> None:
     batch, preemption, before = {"mask": np.ones(4, bool)}, PreemptionHandler(), signal.getsignal(number)
     with preemption.install():
         assert int(requested(preemption.attach_request(batch))) == 0
@@ -29,11 +29,11 @@ def test_a_signal_becomes_a_request_in_every_row_and_the_handlers_come_back(numb
     assert signal.getsignal(number) is before
 
 
-def test_a_batch_without_a_request_asks_for_nothing() -> None:
+def test_a_batch_without_a_preemption_request_asks_for_nothing() -> None:
     assert int(requested({"mask": np.ones(4, bool)})) == 0
 
 
-def test_a_second_signal_ends_the_process_at_once() -> None:
+def test_a_second_sigterm_ends_the_process_at_once() -> None:
     program = (
         "import os, signal, time; from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler\\n"
         "with PreemptionHandler().install():\\n"

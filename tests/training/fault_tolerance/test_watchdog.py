@@ -1,7 +1,6 @@
 import pathlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -40,9 +39,7 @@ def _run(folder: pathlib.Path, what: str) -> subprocess.CompletedProcess:
 
 
 def test_a_run_that_does_not_move_ends_with_the_stacks_of_its_threads(tmp_path: pathlib.Path) -> None:
-    started = time.monotonic()
     done = _run(tmp_path / "debug", "hang")
-    assert time.monotonic() - started < 30
     assert (done.returncode, done.stdout) == (ExitCode.STALLED, "stuck from here\n"), done.stderr
     line = "rank 1 of 2: no progress for 1 s in phase 'training' after step 5"
     assert f"error: {line}; the stacks" in done.stderr
@@ -54,7 +51,7 @@ def test_a_run_that_does_not_move_ends_with_the_stacks_of_its_threads(tmp_path: 
 
 
 @pytest.mark.slow  # a process of its own
-def test_compiling_may_take_longer_and_a_stopped_dog_does_not_bite(tmp_path: pathlib.Path) -> None:
+def test_compiling_has_its_own_timeout_and_a_stopped_watchdog_ends_nothing(tmp_path: pathlib.Path) -> None:
     done = _run(tmp_path / "debug", "end")
     assert (done.returncode, done.stdout) == (0, "stuck from here\nended by itself\n"), done.stderr
     assert not (tmp_path / "debug").exists()

@@ -1,0 +1,53 @@
+"""What all commands share: checks of overrides, and one-line errors with their exit codes."""
+
+import pytest
+
+from halvit_jax.cli import app
+from halvit_jax.config import default_config
+from halvit_jax.protocols import DataError
+from halvit_jax.training.checkpoint.checkpointer import SaveError
+from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError])
+def test_bad_input_ends_the_program_with_one_line(error: type[Exception], capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as ended, app.report_user_errors():
+        raise error("batch_size=0 must be at least 1")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
+    assert capsys.readouterr().err == "error: batch_size=0 must be at least 1\n"
+
+
+def test_a_data_error_ends_the_program_with_one_line(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as ended, app.report_data_errors():
+        raise DataError("photo.jpg cannot be decoded; remove it")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
+    assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
+
+
+@pytest.mark.parametrize("error", [NotFiniteError("not finite at step 3: loss"), SaveError("the disk is full")])
+def test_a_nan_and_a_failed_checkpoint_end_the_program_with_exit_code_3(error: Exception, capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as ended, app.report_fatal_run():
+        raise error
+    assert ended.value.code == app.ExitCode.FATAL_RUN == 3
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+@pytest.mark.parametrize("report", [app.report_data_errors, app.report_fatal_run])
+def test_other_errors_keep_their_traceback(report: object) -> None:
+    with pytest.raises(RuntimeError, match="a fault"), report():
+        raise RuntimeError("a fault")
+
+
+def test_preemption_ends_the_program_with_exit_code_75(capsys: Capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app.stopped("SIGTERM: saved at step 4")
+    assert ended.value.code == app.ExitCode.PREEMPTED == 75
+    assert capsys.readouterr().out == "stopped by SIGTERM: saved at step 4\n"
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
+    app.check_overrides(["prog", "--config.model.width=3", "--config=x.py", "--workdir=y"], default_config())
+    with pytest.raises(ValueError, match=r"model.widht is no field of the config; did you mean --config.model.width"):
+        app.check_overrides(["--config.model.widht=3"], default_config())
