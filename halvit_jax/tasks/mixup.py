@@ -125,5 +125,5 @@ def _spans(key: jax.Array, size: int, lengths: jax.Array) -> jax.Array:
     """A random span of each length [b] within the size: bool [b, size]."""
     lengths = jnp.minimum(lengths, size)
     start = jnp.floor(jax.random.uniform(key, lengths.shape) * (size - lengths + 1))
-    place = jnp.arange(size)
+    place = jnp.arange(size, dtype=start.dtype)[None]
     return (place >= start[:, None]) & (place < (start + lengths)[:, None])

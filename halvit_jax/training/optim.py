@@ -165,8 +165,9 @@ def make_schedule(
 
     def rate(step: Array) -> Array:
         step = jnp.minimum(step, total_steps)
-        rising = warmup_start + (peak - warmup_start) * step / max(warmup_steps, 1)
-        return jnp.where(step < warmup_steps, rising, body(step))
+        passed = step.astype(float)
+        rising = warmup_start + (peak - warmup_start) * passed / max(warmup_steps, 1)
+        return jnp.where(step < warmup_steps, rising, body(passed))
 
     return rate
 
