@@ -39,9 +39,13 @@ class Anchors:
         corners = np.stack([-width, -height, width, height], axis=-1) / 2
         return (np.round(corners) if self.rounded else corners).astype(np.float32)
 
-    def grid(self, rows: int, columns: int, stride: int) -> np.ndarray:
-        """The anchors of a map of `rows` x `columns` positions: [h w k, 4] float32."""
-        x, y = np.arange(columns, dtype=np.float32) * stride, np.arange(rows, dtype=np.float32) * stride
+    def grid(self, rows: int, columns: int, stride: int, step: tuple[int, int] | None = None) -> np.ndarray:
+        """The anchors of a map of `rows` x `columns` positions: [h w k, 4] float32.
+
+        `step` is the distance of two positions, down and across, where it is not the stride.
+        """
+        down, across = step or (stride, stride)
+        x, y = np.arange(columns, dtype=np.float32) * across, np.arange(rows, dtype=np.float32) * down
         shifts = np.zeros((rows, columns, 1, 4), np.float32)
         shifts[..., 0::2], shifts[..., 1::2] = x[None, :, None, None], y[:, None, None, None]
         return (shifts + self.base(stride)).reshape(-1, 4)  # [h, w, k, 4] -> [a, 4]

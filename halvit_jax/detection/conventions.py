@@ -15,6 +15,7 @@ class Conventions:
     """How boxes are matched, encoded, pooled and scored; the defaults are mmdetection's."""
 
     round_anchors: bool = False  # corners of the anchors at position 0 rounded to whole pixels
+    whole_steps: bool = False  # positions of a map are canvas // map pixels apart instead of the stride
     anchors_of_canvas: bool = False  # anchors over the padding take part in training too
     low_quality_to_last: bool = True  # an anchor tied as the best of several boxes goes to the last; else its own best
     rpn_least_iou: float = 0.3  # with which a box may claim its best anchors although it is below the threshold
@@ -32,6 +33,7 @@ class Conventions:
 MMDET = Conventions()
 TORCHVISION = Conventions(
     round_anchors=True,
+    whole_steps=True,
     anchors_of_canvas=True,
     low_quality_to_last=False,
     rpn_least_iou=0.0,

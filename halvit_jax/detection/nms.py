@@ -63,6 +63,45 @@ def nms(
     return Kept(jnp.where(found, order[place], 0), found)
 
 
+class Detections(NamedTuple):
+    """The final boxes of an image, in order of score; empty slots come last and are 0."""
+
+    boxes: jax.Array  # [m, 4]
+    scores: jax.Array  # [m]
+    labels: jax.Array  # [m] int32
+    valid: jax.Array  # [m] bool
+    truncated: jax.Array  # bool: fewer than m survived of those looked at, and not all were looked at
+
+
+def class_nms(
+    boxes: jax.Array,
+    scores: jax.Array,
+    labels: jax.Array,
+    valid: jax.Array,
+    *,
+    threshold: float,
+    limit: int,
+    candidates: int = 2048,
+) -> Detections:
+    """The `limit` best boxes after suppression within their class: [n, 4], [n], [n], [n] -> Detections [limit].
+
+    Only the `candidates` best of the valid ones are looked at. That is exact where there are no more of them or where
+    `limit` survive, because greedy suppression of a prefix is the prefix of greedy suppression.
+    """
+    valid &= ~jnp.isnan(scores)
+    _, best = lax.top_k(jnp.where(valid, scores, -jnp.inf), min(candidates, len(scores)))
+    boxes, scores, labels = boxes[best], scores[best], labels[best]
+    kept = nms(boxes, scores, threshold=threshold, valid=valid[best], labels=labels, limit=limit)
+    missing = limit - len(kept.index)
+
+    def fill(array: jax.Array) -> jax.Array:
+        found = kept.valid.reshape(-1, *(1,) * (array.ndim - 1))
+        return jnp.pad(jnp.where(found, array[kept.index], 0), ((0, missing), *((0, 0),) * (array.ndim - 1)))
+
+    truncated = (valid.sum() > candidates) & (kept.valid.sum() < limit)
+    return Detections(fill(boxes), fill(scores), fill(labels), jnp.pad(kept.valid, (0, missing)), truncated)
+
+
 def fixed_point(boxes: jax.Array, labels: jax.Array, valid: jax.Array, threshold: float, limit: int) -> jax.Array:
     """Keep flags of ranked boxes [n, 4], all at once and again until nothing changes: [n] bool."""
     del limit  # stopping early would save no round

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.detection.nms import NMS_IMPLS, nms
+from halvit_jax.detection.nms import NMS_IMPLS, class_nms, nms
 
 every_formulation = pytest.mark.parametrize("formulation", NMS_IMPLS)
 
@@ -77,3 +77,35 @@ def test_all_images_of_a_batch_at_once(formulation: str) -> None:
 def test_no_boxes_are_none_kept() -> None:
     kept = nms(jnp.zeros((0, 4)), jnp.zeros(0), threshold=0.5, limit=5)
     assert kept.index.shape == kept.valid.shape == (0,)
+
+
+@pytest.mark.parametrize("limit", [20, 100])
+def test_golden_end_of_the_second_stage(case: Any, limit: int) -> None:
+    _, arrays = case("nms")
+    scores = jax.nn.softmax(arrays["logits"])[:, :-1]
+    n, classes = scores.shape
+    labels = jnp.tile(jnp.arange(classes), n)
+    boxes = jnp.asarray(arrays["class_boxes"]).reshape(-1, 4)
+    flat = scores.reshape(-1)
+    found = jax.jit(lambda: class_nms(boxes, flat, labels, flat > 0.05, threshold=0.5, limit=limit))()
+    assert found.valid.all()
+    assert not found.truncated
+    np.testing.assert_array_equal(found.labels, arrays[f"final_{limit}_labels"])
+    np.testing.assert_allclose(found.boxes, arrays[f"final_{limit}_boxes"], atol=1e-5)
+    np.testing.assert_allclose(found.scores, arrays[f"final_{limit}_scores"], atol=1e-5)
+
+
+def test_truncated_is_said_when_candidates_and_detections_run_out() -> None:
+    boxes, scores = jnp.tile(jnp.asarray([0.0, 0, 5, 5]), (50, 1)), jnp.linspace(0, 1, 50)
+    suppress = jax.jit(
+        lambda candidates, limit: class_nms(
+            boxes, scores, jnp.arange(50) // 25, scores > 0, threshold=0.5, limit=limit, candidates=candidates
+        ),
+        static_argnums=(0, 1),
+    )
+    assert suppress(20, 2).truncated  # only one class among the 20 best
+    assert not suppress(20, 1).truncated
+    found = suppress(50, 4)
+    assert not found.truncated
+    assert found.valid.tolist() == [True, True, False, False]
+    assert found.labels.tolist() == [1, 0, 0, 0]
