@@ -8,7 +8,7 @@ Shapes: `h w` a map's rows and columns, `k` anchors at a position, `a` = h w k.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -56,16 +56,16 @@ def retinanet_anchors(*, rounded: bool = False) -> Anchors:
     return Anchors(scales=tuple(4 * 2 ** (i / 3) for i in range(3)), rounded=rounded)
 
 
-def inside_flags(size: jax.Array, shapes: Sequence[tuple[int, int]], strides: Sequence[int], count: int) -> jax.Array:
+def inside_flags(size: jax.Array, shapes: Mapping[int, tuple[int, int]], count: int) -> jax.Array:
     """Flags of the anchors whose position is on the image and not on the canvas beside it, for all levels in a row.
 
     `size` [2] is the image's (rows, columns); its sides are rounded up to multiples of 32 first, because that is how
-    far an image alone would be padded. `shapes` are the maps' (rows, columns), `count` the anchors at a position k.
+    far an image alone would be padded. `shapes` {stride: (rows, columns)} are the maps', `count` is k.
     Returns bool [sum of h w k]. An anchor that only reaches over the border is inside.
     """
     padded = -(-size // DIVISOR) * DIVISOR
     flags = []
-    for (rows, columns), stride in zip(shapes, strides, strict=True):
+    for stride, (rows, columns) in shapes.items():
         used = -(-padded // stride)
         inside = (jnp.arange(rows) < used[0])[:, None] & (jnp.arange(columns) < used[1])
         flags.append(jnp.repeat(inside.reshape(-1), count))  # [h, w] -> [a]

@@ -95,9 +95,9 @@ def grids(anchors: Anchors, maps: Maps, canvas: Sequence[int], *, whole_steps: b
     return made
 
 
-def shapes(maps: Maps) -> list[tuple[int, int]]:
-    """Rows and columns of every level."""
-    return [level.shape[1:3] for _, level in sorted(maps.items())]
+def shapes(maps: Maps) -> dict[int, tuple[int, int]]:
+    """Rows and columns of every level, by stride and in order."""
+    return {stride: level.shape[1:3] for stride, level in sorted(maps.items())}
 
 
 def counted(truth: Truth) -> jax.Array:

@@ -50,7 +50,7 @@ class MaskRCNN(Detector):
     roi_samples: int = 512
     roi_positives: float = 0.25
     rpn_nms: float = 0.7  # IoU above which proposals suppress each other
-    class_nms: float = 0.5  # and detections of a class
+    box_nms: float = 0.5  # and detections of a class
     score_threshold: float = 0.05
     detections: int = 100  # d
     candidates: int = 2048  # (proposal, class) pairs that suppression looks at
@@ -84,10 +84,10 @@ class MaskRCNN(Detector):
         logits, deltas = self._first_stage(maps)
         keys = image_keys(key, b)
         rpn_keys, roi_keys = (None, None) if keys is None else jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-        losses, metrics = self._rpn_losses(logits, deltas, self._grids(maps, canvas), shapes(maps), truth, rpn_keys)
-        proposals = self._propose(
-            logits, deltas, self._grids(maps, canvas), truth["size"], self.train_candidates, self.train_proposals
-        )
+        anchors = self._grids(maps, canvas)
+        losses, metrics = self._rpn_losses(logits, deltas, anchors, shapes(maps), truth, rpn_keys)
+        numbers = self.train_candidates, self.train_proposals
+        proposals = self._propose(logits, deltas, anchors, truth["size"], *numbers)
         boxes, code, weight, recall = _mapped(self._match, proposals, truth["boxes"], truth["real"], counted(truth), roi_keys)
         truth_of = jnp.maximum(code, 0)  # [b, n], a ground-truth row
         positive = (code >= 0).astype(jnp.float32)
@@ -145,11 +145,11 @@ class MaskRCNN(Detector):
         logits: list[jax.Array],
         deltas: list[jax.Array],
         anchors: list[Any],
-        level_shapes: list[tuple[int, int]],
+        level_shapes: dict[int, tuple[int, int]],
         truth: Truth,
         keys: jax.Array | None,
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        choices, strides = self.choices, self._strides
+        choices = self.choices
         matching = Matching(0.7, 0.3, choices.rpn_least_iou, True, choices.low_quality_to_last)
         every = jnp.concatenate([jnp.asarray(level) for level in anchors])
 
@@ -164,7 +164,7 @@ class MaskRCNN(Detector):
         ) -> jax.Array:
             usable = jnp.broadcast_to(counts, every.shape[:1])
             if not choices.anchors_of_canvas:
-                usable &= inside_flags(size, level_shapes, strides, self.anchors.count)
+                usable &= inside_flags(size, level_shapes, self.anchors.count)
             code = assign(iou(boxes, every), real, matching, usable)
             drawn = sample(code, key, n=self.rpn_samples, fraction=self.rpn_positives)
             code = jnp.where(drawn.positive, code[drawn.index], NEITHER)
@@ -181,10 +181,6 @@ class MaskRCNN(Detector):
         sums = _mapped(one, *rows, truth["boxes"], truth["real"], truth["size"], counted(truth), keys).sum(0)
         divisor = jnp.maximum(sums[3], 1)
         return {"rpn_class": sums[0] / divisor, "rpn_box": sums[1] / divisor}, {"rpn_positives": sums[2] / divisor}
-
-    @property
-    def _strides(self) -> list[int]:
-        return [4 * 2**i for i in range(POOLED_LEVELS + 1)]
 
     def _match(
         self, proposals: Proposals, boxes: jax.Array, real: jax.Array, counts: jax.Array, key: jax.Array | None
@@ -255,7 +251,7 @@ class MaskRCNN(Detector):
             scores.reshape(-1),
             labels.reshape(-1),
             valid.reshape(-1),
-            threshold=self.class_nms,
+            threshold=self.box_nms,
             limit=self.detections,
             candidates=self.candidates,
         )
@@ -275,5 +271,8 @@ def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _own(x: jax.Array, labels: jax.Array) -> jax.Array:
-    """The entry of each row's own class: x [..., k], labels [...] that broadcast to it -> [...]."""
-    return jnp.take_along_axis(x, labels[..., None], -1)[..., 0]
+    """The entry of each row's own class: x [..., k], labels [...] that broadcast to it -> [...].
+
+    A sum in which the others are 0: its gradient is dense, where a gather's would be a scatter.
+    """
+    return jnp.where(labels[..., None] == jnp.arange(x.shape[-1]), x, 0).sum(-1)

@@ -16,9 +16,9 @@ def test_golden_grids_of_mask_rcnn_and_retinanet(case: Any) -> None:
 
 def test_golden_flags_of_an_image_smaller_than_its_canvas(case: Any) -> None:
     info, arrays = case("anchors")
-    strides = [4 * 2**i for i in range(5)]
+    shapes = {4 * 2**i: shape for i, shape in enumerate(info["map_sizes_rpn"])}
     expected = np.concatenate([arrays[f"rpn_valid_{i}"] for i in range(5)])
-    flags = jax.jit(lambda size: inside_flags(size, info["map_sizes_rpn"], strides, 3))
+    flags = jax.jit(lambda size: inside_flags(size, shapes, 3))
     np.testing.assert_array_equal(flags(jnp.asarray([64, 96])), expected)
     np.testing.assert_array_equal(flags(jnp.asarray([33, 65])), expected)  # padded to multiples of 32 first
 
@@ -30,7 +30,7 @@ def test_golden_rounded_anchors_of_torchvision(case: Any) -> None:
 
 
 def test_flags_of_all_images_at_once() -> None:
-    flags = jax.vmap(lambda size: inside_flags(size, [(3, 4)], [32], 2))(jnp.asarray([[96, 128], [32, 64]]))
+    flags = jax.vmap(lambda size: inside_flags(size, {32: (3, 4)}, 2))(jnp.asarray([[96, 128], [32, 64]]))
     assert flags.sum(1).tolist() == [24, 4]
 
 
