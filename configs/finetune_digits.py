@@ -17,8 +17,8 @@ def get_config() -> ConfigDict:
     config.init_from = "runs/halvit_digits"
     config.model.image_size = 12
     config.total_steps = 200
-    config.eval_every = config.checkpoint_every = 100
-    config.log_every = 50
+    config.loop.eval_every = config.loop.checkpoint_every = 100
+    config.loop.log_every = 50
     config.optim.learning_rate = 1e-3
     config.optim.warmup_epochs = 2.0
     return config

@@ -18,10 +18,10 @@ def get_config(epochs: str = "300") -> ConfigDict:
     """DeiT's recipe, made for some thousands of images instead of a million."""
     config = imagenet.deit("halvit_tiny", epochs=int(epochs))
     config.batch_size = config.recipe_batch_size = 128
-    config.ema_decay = 0.999  # DeiT's averages of 25,000 steps would be longer than such a run
+    config.loop.ema_decay = 0.999  # DeiT's averages of 25,000 steps would be longer than such a run
     config.model.num_classes = 10  # as many as there are class folders
     config.data.name = "folder"
     config.data.eval_split = "val"
-    config.data.repeats = 1  # an epoch is every image once
-    config.data.readers = 8
+    config.data.repeated_aug = 1  # an epoch is every image once
+    config.data.virtual_shards = 8
     return config

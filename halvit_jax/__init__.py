@@ -61,7 +61,7 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
     if os.path.isdir(source):
         if name is not None or overrides:
             raise ValueError(f"{source} is the workdir of a run, which knows its model; name nothing else")
-        from halvit_jax.experiment.build import load_trained  # imports the trainer, which not everybody needs
+        from halvit_jax.experiment.trained import load_trained  # imports the trainer, which not everybody needs
 
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables

@@ -53,7 +53,8 @@ class Subject:
         from halvit_jax.training.step import make_train_step
 
         config = default_config()
-        task = Classification(create_model(name, dtype=dtype), **config.task)
+        model = create_model(name, dtype=dtype)
+        task = Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
         optimizer = make_optimizer(**config.optim, batch_size=batch, steps_per_epoch=1000, total_steps=300_000)
         size = task.model.image_size
         rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ from halvit_jax import distributed
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import bytes_in, preflight
 from halvit_jax.experiment import lock, tasks
+from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import stored_state
 from halvit_jax.protocols import PyTree
 from halvit_jax.training.checkpoint import manifest
@@ -72,14 +73,14 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
 
     if not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is no folder; name the workdir of a run")
-    folder, file = workdir / FOLDER, workdir / workdir.CONFIG_FILE
+    folder, file = workdir / FOLDER, workdir / files.CONFIG_FILE
     if not folder.is_dir() and not file.is_file():
         raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {FOLDER} nor {file.name}")
     holder = lock.holder(workdir)
     print(f"lock  {f'held by {holder}' if holder else 'free'}")
     abstract, damaged, good = None, [], []
     try:
-        config = workdir.read_config(workdir)
+        config = files.read_config(workdir)
         abstract = None if files_only else stored_state(tasks.build_task(config), config)
     except ValueError as error:
         damaged.append(file.name)

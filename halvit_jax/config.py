@@ -1,17 +1,19 @@
 """Every field the library reads, with its default and one line each, and the checks between fields.
 
-A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` of
-Classification, to which `distill` adds for Distillation, `teacher` of create_model again, with where it comes from,
-`optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog, `spikes` of make_limit.
-Each constructor checks its own values; what concerns several sub-trees is checked here. The tree is locked: a name that
-is not below is refused.
+A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
+`classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
+Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog,
+`skip_updates` of make_limit. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
+The tree is locked: a name that is not below is refused.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+FORMAT = 1  # of config.json; raised where a field changes its name or its meaning
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -23,29 +25,24 @@ def default_config() -> ConfigDict:
             "seed": 0,  # of initial values, order, augmentation and stochastic depth
             "batch_size": 128,  # examples of a step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
             "recipe_batch_size": 0,  # the batch_size the recipe was made for; another one is said loudly. 0: any
-            "accumulate": 1,  # parts of a batch that are run one after the other to save memory; the update is the same
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
-            "log_every": 50,  # steps between two points of the training curves
-            "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
-            "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
-            "keep_checkpoints": 2,  # how many of the newest checkpoints to keep; the best is kept beside them
-            "save_attempts": 3,  # saves in a row that may fail before the run ends; each failure is said
-            "save_timeout": 600,  # seconds in which all hosts must have written their part of a checkpoint
-            "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
             "init_from": "",  # weights to begin with: a workdir, or a file of halvit_jax.convert or of PyTorch's names
-            "init_fresh": (),  # paths (regular expressions) that begin fresh all the same, e.g. ("^head/",)
+            "init_exclude": (),  # paths (regular expressions) that begin fresh all the same, e.g. ("^head/",)
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
             "task": _task(),
-            "distill": _distill(),
+            "classification": _classification(),
+            "distillation": _distillation(),
             "teacher": _teacher(),
+            "loop": _loop(),
+            "save": _save(),
             "optim": _optim(),
             "mesh": _mesh(),
             "cluster": _cluster(),
             "watchdog": _watchdog(),
-            "spikes": _spikes(),
+            "skip_updates": _skip_updates(),
         }
     )
     return config.lock()
@@ -60,14 +57,7 @@ def _model() -> dict[str, Any]:
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
-        **_architecture(),
-    }
-
-
-def _architecture() -> dict[str, Any]:
-    """What some families of models have and others do not."""
-    optional = config_dict.placeholder
-    return {
+        # Fields of single families.
         "patch_size": optional(int),  # ViT, Swin: pixels of a patch's side
         "width": optional(int),  # ViT, Swin: width of the tokens; Swin: of the first stage
         "depth": optional(int),  # ViT: number of blocks
@@ -115,6 +105,7 @@ def _data() -> dict[str, Any]:
         "train_split": "train",  # in TFDS's notation, e.g. train[:90%]
         "eval_name": "",  # another TFDS data set to evaluate on, of the same classes, e.g. imagenet_v2; "": the same
         "eval_split": "validation",
+        "evals": (),  # further sets to evaluate on: "name=tfds_name:split" each; of a folder: "name=:split"
         "crop": "random_resized",  # in training: random_resized, or whole (the whole image, resized)
         "min_crop_area": 0.08,  # smallest share of the image that a random crop takes
         "flip": True,  # mirror at random
@@ -126,29 +117,34 @@ def _data() -> dict[str, Any]:
         "eval_crop": 0.875,  # evaluation cuts this share out of the resized image
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # the largest share of an epoch that may be replaced; one image always may
-        "repeats": 1,  # repeated augmentation: copies of an example in a row, of which an epoch has as many fewer
-        "readers": 64,  # parts of the training split, each filling a fixed part of a batch; hosts must divide them
-        "shuffle_buffer": 16384,  # records in memory to draw from, over all readers
+        "repeated_aug": 1,  # repeated augmentation: copies of an example in a row, of which an epoch has as many fewer
+        "virtual_shards": 64,  # parts of the training split, each filling a fixed part of a batch; hosts divide them
+        "shuffle_buffer": 16384,  # records in memory to draw from, over all virtual shards
     }
 
 
 def _task() -> dict[str, Any]:
     return {
-        "name": "classify",  # classify, or distill: classify with a teacher
+        "name": "classification",  # classification, or distillation: classification with a teacher
         "mean": IMAGENET_MEAN,  # of the colours, on the scale of 0 to 1
         "std": IMAGENET_STD,
+    }
+
+
+def _classification() -> dict[str, Any]:
+    return {
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
         "label_smoothing": 0.0,  # share of a target spread over all classes
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
-        "mix_switch": 0.5,  # probability of CutMix where both are on
-        "mix_per": "batch",  # what draws its own mixing: batch, or image
+        "mixup_switch": 0.5,  # probability of CutMix where both are on
+        "mixup_mode": "batch",  # one mixing for the whole batch, or elem: one for each image
         "erase": 0.0,  # probability of random erasing
     }
 
 
-def _distill() -> dict[str, Any]:
-    """What is learned of the teacher where task.name is distill."""
+def _distillation() -> dict[str, Any]:
+    """The losses against the teacher where task.name is distillation."""
     return {
         "kind": "hard",  # of the loss over classes: hard, soft or soft_cross_entropy
         "alpha": 0.5,  # the teacher's share of the loss over classes, the truth having the rest
@@ -161,14 +157,31 @@ def _distill() -> dict[str, Any]:
 
 
 def _teacher() -> dict[str, Any]:
-    """The teacher where task.name is distill; what its workdir, or a file of ours, says of it need not be set."""
+    """The teacher where task.name is distillation."""
     optional = config_dict.placeholder
     return {
         "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or of PyTorch's names
-        "name": "",  # its model, with the fields below; of a file of PyTorch's names it must be set
-        "mean": optional(tuple),  # of the colours that it was trained with; a file that does not say: the student's
+        "name": "",  # its model, where the weights have PyTorch's names; a workdir or a file of ours knows it
+        "mean": optional(tuple),  # of the colours that it was trained with; None: as the file says, or the student's
         "std": optional(tuple),
-        **_architecture(),
+    }
+
+
+def _loop() -> dict[str, Any]:
+    return {
+        "log_every": 50,  # steps between two points of the training curves
+        "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
+        "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
+        "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
+        "accumulate": 1,  # parts of a batch that are run one after the other to save memory; the update is the same
+    }
+
+
+def _save() -> dict[str, int]:
+    return {
+        "keep": 2,  # how many of the newest checkpoints to keep; the best is kept beside them
+        "attempts": 3,  # saves in a row that may fail before the run ends; each failure is logged
+        "timeout": 600,  # seconds in which all hosts must have written their part of a checkpoint
     }
 
 
@@ -231,10 +244,10 @@ def _watchdog() -> dict[str, float]:
     }
 
 
-def _spikes() -> dict[str, Any]:
+def _skip_updates() -> dict[str, Any]:
     return {
-        "factor": 0.0,  # leave an update out whose gradient is so many times longer than usual, or not finite; 0: never
-        "most": 10,  # so many may be left out
+        "norm_factor": 0.0,  # skip an update whose gradient is not finite or so many times longer than usual; 0: never
+        "max_skipped": 10,  # how many updates may be skipped
         "window": 1000,  # in so many steps
     }
 
@@ -250,49 +263,58 @@ def validate(config: ConfigDict) -> None:
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
             "the other at 0"
         )
-    cadences = ("log_every", "eval_every", "checkpoint_every")
-    for name in ("batch_size", "accumulate", *cadences, "keep_checkpoints", "save_attempts", "save_timeout"):
-        if config[name] < 1:
-            raise ValueError(f"{name}={config[name]} must be at least 1")
-    for tree in ("cluster", "watchdog"):
-        for name, value in config[tree].items():
-            if value <= 0:
-                raise ValueError(f"{tree}.{name}={value} must be a positive number of seconds")
+    loop = {name: value for name, value in config.loop.items() if name != "ema_decay"}
+    counts = {"batch_size": config.batch_size, **_named("loop", loop), **_named("save", config.save)}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    for name, value in (_named("cluster", config.cluster) | _named("watchdog", config.watchdog)).items():
+        if value <= 0:
+            raise ValueError(f"{name}={value} must be a positive number of seconds")
     for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")
-    if not 0.0 <= config.ema_decay < 1.0:
-        raise ValueError(f"ema_decay={config.ema_decay} must lie in [0, 1)")
+    if not 0.0 <= config.loop.ema_decay < 1.0:
+        raise ValueError(f"loop.ema_decay={config.loop.ema_decay} must lie in [0, 1)")
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
-    if config.task.name == "distill" and not config.teacher.init_from:
+    if config.task.name == "distillation" and not config.teacher.init_from:
         raise ValueError(
-            "task.name='distill' needs a teacher; set teacher.init_from to a workdir or a weight file, or "
-            "task.name='classify'"
+            "task.name='distillation' needs a teacher; set teacher.init_from to a workdir or a weight file, or "
+            "task.name='classification'"
         )
-    if config.task.name == "classify" and config.teacher.init_from:
+    if config.task.name == "classification" and config.teacher.init_from:
         raise ValueError(
-            f"teacher.init_from={config.teacher.init_from} is for task.name='distill', not 'classify'; set the one or "
-            "clear the other"
+            f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
+            "the one or clear the other"
         )
     if config.model.num_classes < 1:
         raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON text."""
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+    """The config as JSON text, with the number of its format."""
+    return json.dumps({"format": FORMAT, **config.to_dict()}, indent=2, sort_keys=True)
 
 
 def from_json(text: str) -> ConfigDict:
     """The config of `to_json`'s text: data, never run. Fields the text does not have keep their default.
 
     Raises:
-        ValueError: the text holds a field that the library does not read.
+        ValueError: the text has another format, or holds a field that the library does not read.
     """
     config = default_config()
     try:
-        config.update(json.loads(text))
+        fields = json.loads(text)
+        given = fields.pop("format", None)
+        if given != FORMAT:
+            raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")
+        config.update(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a config of this library: {error}") from error
     return config
+
+
+def _named(tree: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields under their full names: save.keep, ..."""
+    return {f"{tree}.{name}": value for name, value in fields.items()}

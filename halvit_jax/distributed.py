@@ -21,6 +21,7 @@ import jax
 from absl import flags
 
 from halvit_jax.protocols import BAD_INPUT, STOPPED, STUCK
+from halvit_jax.text import one_line
 
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
@@ -84,7 +85,7 @@ def joined(
         jax.distributed.shutdown()
         raise
     except BaseException as error:
-        line = f"{type(error).__name__}: {str(error).splitlines()[0][:300] if str(error) else ''}"
+        line = f"{type(error).__name__}: {one_line(error)}"
         traceback.print_exc()
         print(f"error: {name()}{line}\n{roll_call(line)}", file=sys.stderr, flush=True)
         _leave(STUCK)

@@ -70,10 +70,11 @@ def work(
         with app.bad_input():
             config_lib.validate(config)
             stack.enter_context(distributed.joined(**processes, folder=workdir, **config.cluster))
-            from halvit_jax.experiment import build, workdir
+            from halvit_jax.experiment import build
+            from halvit_jax.experiment import workdir as files
 
             run = build.build(config, training=mode == "train")
-            workdir.create_workdir(workdir)
+            files.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.held(workdir))
         if mode == "eval":
@@ -104,7 +105,8 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
 
 
 def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
-    from halvit_jax.experiment import build, init_from, teacher, workdir
+    from halvit_jax.experiment import build, init_from, teacher
+    from halvit_jax.experiment import workdir as files
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.report import Report
@@ -113,9 +115,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
         report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
         checkpointer = Checkpointer(
             workdir,
-            keep=config.keep_checkpoints,
-            attempts=config.save_attempts,
-            timeout=config.save_timeout,
+            **config.save,
             say=report.say,
         )
         beginning = loop.begin(
@@ -130,7 +130,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
                 workdir=workdir,
                 say=report.say,
             ),
-            eval_every=config.eval_every,
+            eval_every=config.loop.eval_every,
             restart_if_damaged=restart_if_damaged,
         )
         if run.taught:
@@ -139,7 +139,7 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
                 report.say(line)
     for line in build.departures(config):
         report.say(f"WARNING: {line}")
-    workdir.write_description(workdir, config, run.class_names)
+    files.write_description(workdir, config, run.class_names)
     report.hyperparameters(config.to_dict())
     with app.bad_data(), app.broken_run(), _attended(config, workdir) as attention:
         result = loop.train(
@@ -154,19 +154,15 @@ def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_
             debug_folder=workdir / DEBUG_FOLDER,
             seed=config.seed,
             total_steps=run.total_steps,
-            log_every=config.log_every,
-            eval_every=config.eval_every,
-            checkpoint_every=config.checkpoint_every,
-            ema_decay=config.ema_decay,
-            accumulate=config.accumulate,
             limit=run.limit,
+            **config.loop,
             **attention,
         )
         checkpointer.close()
     if "stopped" in result:
         report.close()
         app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command goes on from there")
-    workdir.write_result(workdir, result)
+    files.write_result(workdir, result)
     report.result(result, workdir)
     report.close()
     return result

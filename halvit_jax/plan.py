@@ -31,7 +31,9 @@ from halvit_jax.protocols import PyTree
 IMAGENET_IMAGES = 1_281_167
 MOST_COMPILED = 5  # further programs in a search
 ROWS = 8  # of a batch on a device that a TPU's layouts are made for
-KNOBS = "raise accumulate or set model.remat=True where temporaries are the most, raise mesh.fsdp where the state is"
+KNOBS = (
+    "raise loop.accumulate or set model.remat=True where temporaries are the most, raise mesh.fsdp where the state is"
+)
 
 
 def define_flags() -> None:
@@ -97,23 +99,23 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
     if config.compute_dtype == "auto":
         config.compute_dtype = "bfloat16"  # what it is on a TPU
     task = tasks.build_task(config)
-    use_ema = config.ema_decay > 0
+    use_ema = config.loop.ema_decay > 0
     mesh = make_mesh(**config.mesh, devices=devices)
-    if config.task.name == "distill":
+    if config.task.name == "distillation":
         task = teacher.abstract_task(config, mesh)
-    check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
+    check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
     hosts = len({device.process_index for device in devices})
-    if math.gcd(config.batch_size, config.data.readers) % hosts:
+    if math.gcd(config.batch_size, config.data.virtual_shards) % hosts:
         raise ValueError(
             f"--topology={topology} has {hosts} hosts; make batch_size={config.batch_size} and "
-            f"data.readers={config.data.readers} multiples of that"
+            f"data.virtual_shards={config.data.virtual_shards} multiples of that"
         )
     # Where the length is given in steps, an epoch of one keeps the warm-up below it whatever the data set.
     epoch = max(IMAGENET_IMAGES // config.batch_size, 1) if config.num_epochs else 1
     length = {"steps_per_epoch": epoch, "total_steps": config.total_steps or config.num_epochs * epoch}
     optimizer = make_optimizer(**config.optim, batch_size=config.batch_size, **length)
-    limit = make_limit(**config.spikes)
-    settings = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
+    limit = make_limit(**config.skip_updates)
+    settings = {"seed": config.seed, "ema_decay": config.loop.ema_decay, "accumulate": config.loop.accumulate}
     step = make_train_step(task, optimizer, **settings, limit=limit)
     batch = abstract_batch(mesh, batch_size=config.batch_size, image_size=task.model.image_size)
     state = abstract_state(task, optimizer, mesh=mesh, use_ema=use_ema, limit=limit)
@@ -158,7 +160,7 @@ def plan(subject: Subject) -> dict[str, Any]:
         "compute_dtype": config.compute_dtype,
         "batch_size": config.batch_size,
         "batch_per_device": config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
-        "accumulate": config.accumulate,
+        "accumulate": config.loop.accumulate,
         "remat": config.model.remat,
         "parameters": count(state.params),
         "bytes": parts,

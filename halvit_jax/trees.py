@@ -1,11 +1,8 @@
-"""Parameter paths such as `block0/ffn/tied/kernel`, and ordered rules over them.
-
-A path is how decay rules, sharding rules, checkpoints, errors and reports name an array.
-"""
+"""Pytrees by path: `block0/ffn/tied/kernel` names an array in rules, checkpoints, errors and reports."""
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +11,11 @@ import numpy as np
 from halvit_jax.protocols import PyTree
 
 T = TypeVar("T")
+Axes = tuple[str, ...] | str | None  # of one dimension: what it is split over, the first axis outermost
+Rules = Sequence[tuple[str, tuple[Axes, ...]]]
+"""Partition rules: (regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
+TransferRules = Sequence[tuple[str, str]]
+"""(regex of a parameter path, how an array of another shape is adapted there), see `convert.transfer`."""
 
 
 def path_of(key_path: Sequence[Any]) -> str:
@@ -21,15 +23,38 @@ def path_of(key_path: Sequence[Any]) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in key_path)
 
 
-def flat(tree: PyTree) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
     """{path: leaf} in the order of the paths."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return dict(sorted((path_of(key_path), leaf) for key_path, leaf in leaves))
 
 
+def unflatten(leaves: Mapping[str, T]) -> dict[str, Any]:
+    """{"params/head/bias": leaf} -> {"params": {"head": {"bias": leaf}}}.
+
+    Raises:
+        ValueError: a path that continues another.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in sorted(leaves.items()):
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{path} lies below an array")
+        node[name] = leaf
+    return tree
+
+
 def map_paths(function: Callable[[str, Any], T], tree: PyTree) -> PyTree:
     """A tree of `function(path, leaf)`."""
     return jax.tree_util.tree_map_with_path(lambda key_path, leaf: function(path_of(key_path), leaf), tree)
+
+
+def natural_key(path: str) -> list[str | int]:
+    """A sort key that puts block10 after block9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
 
 
 def first_match(path: str, rules: Sequence[tuple[str, T]]) -> T:
@@ -52,8 +77,14 @@ def count(tree: PyTree) -> int:
 def sha256(tree: PyTree) -> str:
     """One digest over the names, shapes, types and bytes of all arrays, in path order."""
     digest = hashlib.sha256()
-    for path, leaf in flat(tree).items():
+    for path, leaf in flatten(tree).items():
         array = np.ascontiguousarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def variable_shapes(model: Any) -> PyTree:
+    """The variables of a Flax model, for images of its `image_size`, as shapes; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)

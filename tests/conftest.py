@@ -59,7 +59,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     with (shared / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not returned.exists():
-            returned.write_text(json.dumps(work(tiny(digits_dir, eval_every=8), made)))
+            returned.write_text(json.dumps(work(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
     workdir = shutil.copytree(made, tmp_path_factory.mktemp("copy") / "finished")
     return workdir, json.loads(returned.read_text())
 

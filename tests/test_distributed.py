@@ -21,15 +21,15 @@ from halvit_jax import distributed
 
 FIELDS = {
     "total_steps": 50,
-    "log_every": 1,
-    "eval_every": 25,
-    "checkpoint_every": 10,
+    "loop.log_every": 1,
+    "loop.eval_every": 25,
+    "loop.checkpoint_every": 10,
     "batch_size": 64,
     "recipe_batch_size": 64,
     "model.width": 32,
     "model.depth": 2,
     "model.num_heads": 2,
-    "data.readers": 8,
+    "data.virtual_shards": 8,
     "optim.warmup_epochs": 1.0,
     "distributed.heartbeat_timeout": 10,
     "distributed.start_timeout": 60,
@@ -139,7 +139,7 @@ def four(tmp_path_factory: pytest.TempPathFactory, digits_dir: pathlib.Path) -> 
 @pytest.mark.parametrize("then", tiered(["no more", "one goes on alone"], {"no more"}))
 def test_a_signal_to_one_of_two_stops_both(then: str, digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """B4 and A4 of the test plan."""
-    short = {"total_steps": 24, "eval_every": 24, "model.depth": 1}
+    short = {"total_steps": 24, "loop.eval_every": 24, "model.depth": 1}
     run = Processes(tmp_path, digits_dir, count=2, **short)
     run.until("step 12/24")
     began = time.monotonic()

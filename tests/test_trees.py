@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import struct
 
-from halvit_jax.trees import count, first_match, flat, map_paths, sha256
+from halvit_jax.trees import count, first_match, flatten, map_paths, natural_key, sha256, unflatten, variable_shapes
 
 
 @struct.dataclass
@@ -25,14 +26,45 @@ PATHS = ["moments/0/mu", "moments/0/nu", "params/a", "params/b/kernel"]
 
 
 def test_paths_name_keys_fields_and_places_and_come_in_order() -> None:
-    assert list(flat(TREE)) == PATHS
-    assert flat(TREE)["params/b/kernel"] is TREE.params["b"]["kernel"]
+    assert list(flatten(TREE)) == PATHS
+    assert flatten(TREE)["params/b/kernel"] is TREE.params["b"]["kernel"]
 
 
 def test_map_paths_keeps_the_structure() -> None:
     named = map_paths(lambda path, leaf: (path, leaf.shape), TREE)
     assert named.params == {"b": {"kernel": ("params/b/kernel", (2, 3))}, "a": ("params/a", (4,))}
     assert named.moments[0].nu == ("moments/0/nu", ())
+
+
+def test_unflatten_undoes_flatten() -> None:
+    tree = {"params": {"a": {"kernel": np.ones(2)}, "b": np.zeros(1)}, "batch_stats": {"mean": np.ones(1)}}
+    leaves = flatten(tree)
+    assert list(leaves) == ["batch_stats/mean", "params/a/kernel", "params/b"]
+    again = unflatten(leaves)
+    assert again["params"]["a"]["kernel"] is tree["params"]["a"]["kernel"]
+    assert jax.tree.structure(again) == jax.tree.structure(tree)
+
+
+def test_unflatten_refuses_a_path_below_an_array() -> None:
+    with pytest.raises(ValueError, match="a/b lies below an array"):
+        unflatten({"a": np.ones(1), "a/b": np.ones(1)})
+
+
+def test_natural_key_sorts_numbers_by_value() -> None:
+    paths = ["block10/repeat0", "block9/repeat10", "block9", "block9/repeat9", "head"]
+    assert sorted(paths, key=natural_key) == ["block9", "block9/repeat9", "block9/repeat10", "block10/repeat0", "head"]
+
+
+def test_variable_shapes_are_those_of_the_models_own_images() -> None:
+    class Model(nn.Module):
+        image_size: int = 4
+
+        @nn.compact
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+            return nn.Dense(2, name="head")(images.reshape(len(images), -1))
+
+    shapes = {path: leaf.shape for path, leaf in flatten(variable_shapes(Model())).items()}
+    assert shapes == {"params/head/bias": (2,), "params/head/kernel": (4 * 4 * 3, 2)}
 
 
 def test_the_first_rule_that_fits_wins() -> None:

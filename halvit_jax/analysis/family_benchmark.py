@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax import main
 from halvit_jax.convert import weights_file
+from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import load_trained, stored_state
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
@@ -55,8 +56,8 @@ def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
     """The config of one run: the entry's model, and for all the same optimizer, schedule and augmentation."""
     config = ENTRIES[label]()
     config.seed = seed
-    config.total_steps = config.eval_every = config.checkpoint_every = steps
-    config.log_every, config.ema_decay = 100, 0.0
+    config.total_steps = config.loop.eval_every = config.loop.checkpoint_every = steps
+    config.loop.log_every, config.loop.ema_decay = 100, 0.0
     config.optim.warmup_epochs = steps / STEPS_PER_EPOCH / 5
     return config
 
@@ -126,7 +127,7 @@ def _trained(config: ConfigDict, workdir: pathlib.Path, label: str) -> tuple[pat
     """The workdir of a finished run, which is trained unless it is there, and its result."""
     name = label.lower().replace(" ", "_").replace("-", "_")
     folder = workdir / f"{name}_{config.total_steps}_{config.seed}"
-    result = folder / workdir.RESULT_FILE
+    result = folder / files.RESULT_FILE
     if not result.is_file():
         main.work(config, folder)
     return folder, json.loads(result.read_text())

@@ -21,20 +21,21 @@ from halvit_jax import distributed
 from halvit_jax.analysis.hlo import memory_of
 from halvit_jax.cli import app
 from halvit_jax.experiment import build, init_from, lock, tasks, teacher
+from halvit_jax.experiment import workdir as files
 from halvit_jax.models import create_model
 from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.text import first_few
 from halvit_jax.training.checkpoint.manifest import DamagedError
 from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh
 from halvit_jax.training.state import abstract_state
 from halvit_jax.training.step import abstract_batch, make_train_step
-from halvit_jax.trees import count, flat
+from halvit_jax.trees import count, flatten
 
 COUNTED = 10_000  # images up to which a training split is read once to count its classes
-MOST_NAMED = 5  # classes that are named
-MEND_MEMORY = "lower batch_size, raise accumulate or mesh.fsdp, or set model.remat=True"
+MEND_MEMORY = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
 
 
 def preflight(
@@ -72,7 +73,7 @@ def preflight(
         state = items.check("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if config.init_from:
             items.check("init_from", _initial, config=config, model=task)
-        if config.task.name == "distill":
+        if config.task.name == "distillation":
             task = items.check("teacher", _teacher, config=valid, model=task, devices=mesh)
         if workdir is None:
             items.say("skip", "workdir", "not given with --workdir=DIR")
@@ -82,7 +83,7 @@ def preflight(
             items.check("lock", _lock, workdir=workdir)
             items.check("checkpoint", _checkpoint, workdir=workdir, state=state, total=total)
         if compile_step:
-            subject = "teacher" if config.task.name == "distill" else "model"
+            subject = "teacher" if config.task.name == "distillation" else "model"
             items.check("step", _step, config=valid, optimizer=optimizer, devices=mesh, state=state, **{subject: task})
         else:
             items.say("skip", "step", "left out by --no_compile")
@@ -135,7 +136,8 @@ def _config(config: ConfigDict) -> Finding:
 def _model(config: ConfigDict) -> Finding:
     # Not run.build_task, whose answer to a wrong field elsewhere would hide one of the model.
     dtype = tasks.compute_dtype(config.compute_dtype)
-    task = Classification(create_model(**config.model, dtype=dtype), **config.task)
+    model = create_model(**config.model, dtype=dtype)
+    task = Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     size = task.model.image_size
     return Finding(f"{config.model.name}, {count(params):,} parameters, images of {size}x{size}, {dtype}", task)
@@ -143,7 +145,7 @@ def _model(config: ConfigDict) -> Finding:
 
 def _devices(config: ConfigDict) -> Finding:
     mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
+    check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
     axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     share = config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
     return Finding(f"{distributed.devices()}, mesh {axes}, {share} examples of a batch on each", mesh)
@@ -171,8 +173,8 @@ def _classes(config: ConfigDict, data: Any) -> Finding:
     labels = [int(record["label"]) for record in source.reader(1)(0).map(source.fetch).as_numpy_iterator()]
     counts = np.bincount(labels, minlength=len(names))
     empty = [names[label] for label in np.flatnonzero(counts == 0)]
-    named = ", ".join(empty[:MOST_NAMED]) + ("" if len(empty) <= MOST_NAMED else " ...")
-    warning = f"{len(empty)} classes of data.train_split={fields.train_split!r} have no image: {named}" if empty else ""
+    split = fields.train_split
+    warning = f"{len(empty)} classes of data.train_split={split!r} have no image: {first_few(empty)}" if empty else ""
     return Finding(f"{len(names)}, of {counts.min():,} to {counts.max():,} images", warning=warning)
 
 
@@ -189,20 +191,20 @@ def _batches(data: Any) -> Finding:
 
 
 def _optimizer(config: ConfigDict, epoch: int, total: int) -> Finding:
-    make_limit(**config.spikes)
+    make_limit(**config.skip_updates)
     fields = {"batch_size": config.batch_size, "steps_per_epoch": epoch, "total_steps": total}
     optimizer = make_optimizer(**config.optim, **fields)
     return Finding(f"{config.optim.name}", optimizer, "; ".join(build.departures(config)))
 
 
 def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> Finding:
-    limit = make_limit(**config.spikes)
-    state = abstract_state(model, optimizer, mesh=devices, use_ema=config.ema_decay > 0, limit=limit)
+    limit = make_limit(**config.skip_updates)
+    state = abstract_state(model, optimizer, mesh=devices, use_ema=config.loop.ema_decay > 0, limit=limit)
     return Finding(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
 
 
 def _initial(config: ConfigDict, model: Any) -> Finding:
-    found = init_from.read(config.init_from, config.model.name, model.model, fresh=config.init_fresh)
+    found = init_from.read(config.init_from, config.model.name, model.model, fresh=config.init_exclude)
     return Finding("; ".join(found.lines()))
 
 
@@ -214,7 +216,7 @@ def _teacher(config: ConfigDict, model: Any, devices: Any) -> Finding:
 
 def _workdir(workdir: pathlib.Path) -> Finding:
     if workdir.exists():
-        workdir.create_workdir(workdir)  # which there is, so it is only tried
+        files.create_workdir(workdir)  # which there is, so it is only tried
         return Finding(f"{workdir} can be written to")
     above = _existing(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
@@ -227,13 +229,11 @@ def _space(config: ConfigDict, workdir: pathlib.Path, state: PyTree) -> Finding:
     from halvit_jax.training.checkpoint.checkpointer import FOLDER
 
     # The newest, the best, and the one being written before an old one is deleted.
-    needed = (config.keep_checkpoints + 2) * bytes_of(state)
+    needed = (config.save.keep + 2) * bytes_of(state)
     free, taken = shutil.disk_usage(_existing(workdir)).free, bytes_in(workdir / FOLDER)
-    line = (
-        f"{config.keep_checkpoints + 2} checkpoints need {needed:,} bytes; {free:,} are free, {taken:,} are theirs now"
-    )
+    line = f"{config.save.keep + 2} checkpoints need {needed:,} bytes; {free:,} are free, {taken:,} are theirs now"
     if needed > free + taken:
-        raise ValueError(f"--workdir={workdir}: {line}; free some, name another one, or lower keep_checkpoints")
+        raise ValueError(f"--workdir={workdir}: {line}; free some, name another one, or lower save.keep")
     return Finding(line)
 
 
@@ -256,7 +256,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
             except DamagedError as error:
                 beware.append(f"step {step}: {error}")
                 continue
-            differences = compare(facts["arrays"], flat(state))
+            differences = compare(facts["arrays"], flatten(state))
             if differences:
                 raise ValueError(another_model(step, f"--workdir={workdir}", differences))
             if step >= total:
@@ -272,8 +272,8 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> Finding:
 def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> Finding:
     (task,) = subject.values()
     batch = abstract_batch(devices, batch_size=config.batch_size, image_size=task.model.image_size)
-    settings = {"seed": config.seed, "ema_decay": config.ema_decay, "accumulate": config.accumulate}
-    step = make_train_step(task, optimizer, **settings, limit=make_limit(**config.spikes))
+    settings = {"seed": config.seed, "ema_decay": config.loop.ema_decay, "accumulate": config.loop.accumulate}
+    step = make_train_step(task, optimizer, **settings, limit=make_limit(**config.skip_updates))
     started = time.perf_counter()
     try:
         sizes = memory_of(step.lower(state, task.frozen, batch).compile())

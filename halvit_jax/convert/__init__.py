@@ -25,6 +25,7 @@ from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
+from halvit_jax.trees import flatten, unflatten, variable_shapes
 
 __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "to_torch", "torch_shapes"]
 
@@ -58,7 +59,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
         ValueError: all ambiguous, missing, left-over and misshapen entries by name, or what `create_model` refuses.
     """
     model = create_model(name, **overrides)
-    return engine.nest(_owned(engine.to_ours(name, rules_of(name, model), state, shapes_of(model))))
+    return unflatten(_owned(engine.to_ours(name, rules_of(name, model), state, shapes_of(model))))
 
 
 def to_torch(
@@ -79,7 +80,7 @@ def to_torch(
         ValueError: all missing, left-over and misshapen arrays by path, or a model that cannot be written as a DeiT.
     """
     model = create_model(name, **overrides)
-    rules, arrays = rules_of(name, model), engine.flatten(variables)
+    rules, arrays = rules_of(name, model), flatten(jax.tree.map(np.asarray, dict(variables)))
     engine.check_tree(name, arrays, shapes_of(model))
     if as_deit:
         if not isinstance(model, VisionTransformer):
@@ -99,10 +100,7 @@ def torch_shapes(name: str, **overrides: Any) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """The shapes of a model's variables: {"params/head/bias": (1000,), ...}. Nothing is computed."""
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    leaves = jax.tree_util.tree_flatten_with_path(variables)[0]
-    return {"/".join(str(key.key) for key in keys): leaf.shape for keys, leaf in leaves}
+    return {path: leaf.shape for path, leaf in flatten(variable_shapes(model)).items()}
 
 
 def rules_of(name: str, model: Any) -> tuple[Rule, ...]:

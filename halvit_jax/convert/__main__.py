@@ -16,7 +16,8 @@ from typing import Any
 from absl import flags
 
 from halvit_jax.cli import app
-from halvit_jax.convert import engine, readers, to_torch, weights_file
+from halvit_jax.convert import readers, to_torch, weights_file
+from halvit_jax.trees import count, flatten, sha256
 
 TARGETS = ("jax", "torch", "deit")
 
@@ -39,13 +40,12 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
     name, fields, variables = weights_file.of_any(source, weights, name, fields)
     if to == "jax":
         weights_file.save(target, name, variables, **fields)
-        written = engine.flatten(variables)
+        written = flatten(variables)
     else:
         written = to_torch(name, variables, as_deit=to == "deit", **fields)
         readers.write(target, written, {"format": "pt", "model": name})
-    params = sum(array.size for array in engine.flatten(variables["params"]).values())
     rows = [_receipt(source, weights.arrays), _receipt(target, written)]
-    return [f"{name}: {params:,} parameters", *rows]
+    return [f"{name}: {count(variables['params']):,} parameters", *rows]
 
 
 def main(argv: list[str]) -> None:
@@ -60,10 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def _receipt(path: str, arrays: dict[str, Any]) -> str:
-    from halvit_jax.trees import sha256
-
-    numbers = sum(array.size for array in arrays.values())
-    return f"{os.fspath(path)}: {len(arrays)} arrays, {numbers:,} numbers, sha256 {sha256(arrays)}"
+    return f"{os.fspath(path)}: {len(arrays)} arrays, {count(arrays):,} numbers, sha256 {sha256(arrays)}"
 
 
 if __name__ == "__main__":

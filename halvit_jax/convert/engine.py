@@ -208,33 +208,6 @@ class Problems:
             raise ValueError(f"{self._what}; {'; '.join(kinds)}")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """{"params": {"head": {"bias": array}}} -> {"params/head/bias": array}."""
-    arrays: dict[str, np.ndarray] = {}
-    for key, value in tree.items():
-        path = prefix + key
-        arrays |= flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: np.asarray(value)}
-    return arrays
-
-
-def nest(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """{"params/head/bias": array} -> {"params": {"head": {"bias": array}}}.
-
-    Raises:
-        ValueError: a path that is also the beginning of another.
-    """
-    tree: dict[str, Any] = {}
-    for path, array in sorted(arrays.items()):
-        *folders, last = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-            if not isinstance(node, dict):
-                raise ValueError(f"{path} lies below an array")
-        node[last] = array
-    return tree
-
-
 def _bias(source: str, target: str) -> Rule:
     return Rule(f"{source}.bias", f"params/{target}/bias")
 

@@ -22,7 +22,8 @@ import jax
 import numpy as np
 
 from halvit_jax.convert import engine, readers, rules_of, shapes_of, weights_file
-from halvit_jax.models import TransferRules, transfer_rules
+from halvit_jax.models import transfer_rules
+from halvit_jax.trees import TransferRules, flatten
 
 MOST_BEFORE = 2  # tokens before a grid: those of class and distillation
 
@@ -53,7 +54,7 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
     weights = readers.read(path)
     known = weights_file.from_weights(weights)
     if known is not None:
-        return engine.flatten(known.variables)
+        return flatten(known.variables)
     wanted = shapes_of(model.clone(num_classes=model.num_classes or 1))  # the state may have a classifier
     free = {path for path in wanted if _kind(path, transfer_rules(model))}
     return engine.to_ours(name, rules_of(name, model), weights.arrays, wanted, free=free)
@@ -73,7 +74,7 @@ def transfer(
     bare = [_bare(path) for path in wanted]
     for pattern in fresh:
         if not any(re.search(pattern, path) for path in bare):
-            raise ValueError(f"init_fresh holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
+            raise ValueError(f"init_exclude holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
     problems = engine.Problems(f"these weights cannot begin {name}")
     found = Transfer({}, [], [], [])
     for path, shape in wanted.items():

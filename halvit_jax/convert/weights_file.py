@@ -6,8 +6,12 @@ import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from halvit_jax.convert import engine, from_torch, readers, shapes_of
 from halvit_jax.models import create_model
+from halvit_jax.trees import flatten, unflatten
 
 NOTHING: Mapping[str, str] = types.MappingProxyType({})
 FORMAT = "halvit_jax"  # marks the files that are ours
@@ -34,7 +38,7 @@ def save(
     Raises:
         ValueError: variables that are not this model's, by path, or fields that JSON cannot hold.
     """
-    arrays = engine.flatten(variables)
+    arrays = flatten(jax.tree.map(np.asarray, dict(variables)))
     engine.check_tree(name, arrays, shapes_of(create_model(name, **overrides)))
     fields = {field: value for field, value in overrides.items() if value is not None}
     try:
@@ -72,7 +76,7 @@ def of_any(path: str, weights: readers.Weights, name: str | None, fields: Mappin
     if name not in (None, known.name):
         raise ValueError(f"{path} is of {known.name}, not of {name}")
     fields = known.fields | given
-    engine.check_tree(known.name, engine.flatten(known.variables), shapes_of(create_model(known.name, **fields)))
+    engine.check_tree(known.name, flatten(known.variables), shapes_of(create_model(known.name, **fields)))
     return known._replace(fields=fields)
 
 
@@ -93,7 +97,7 @@ def from_weights(weights: readers.Weights) -> Native | None:
     except Exception as error:  # fields of wrong types may end in nearly any error
         raise ValueError(f"the model {name!r} with the fields {fields} cannot be built: {error}") from error
     engine.check_tree(name, weights.arrays, wanted)
-    return Native(name, fields, engine.nest(weights.arrays))
+    return Native(name, fields, unflatten(weights.arrays))
 
 
 def _fields(text: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from halvit_jax.data import ops
 from halvit_jax.data.sources.base import MEND_RECORD, Source
 from halvit_jax.data.sources.tfds import TfrecordSource
 from halvit_jax.protocols import DataError
+from halvit_jax.text import first_few
 
 LOG = logging.getLogger("halvit_jax.data")
 MEND_IMAGE = "remove it, or set data.on_bad_image='replace'"
@@ -82,7 +83,7 @@ class Watch:
         if len(self._replaced) > self._allowed:
             raise DataError(
                 f"{len(self._replaced)} images of this epoch cannot be decoded, {self._allowed} are allowed: "
-                f"{', '.join(sorted(self._replaced)[:5])}; remove them, or raise data.bad_image_budget"
+                f"{first_few(sorted(self._replaced))}; remove them, or raise data.bad_image_budget"
             )
 
     def _blame(self, step: int, error: tf.errors.OpError) -> str:

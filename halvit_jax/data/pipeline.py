@@ -8,7 +8,7 @@ owns readers / hosts of them, in order. So the global batch of a step is the sam
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from halvit_jax.data import ops
 from halvit_jax.data.errors import Watch
+from halvit_jax.data.evals import parse_evals
 from halvit_jax.data.sources import open_sources
 from halvit_jax.data.sources.base import Entry, Reader, Source
 from halvit_jax.data.transforms import Transform, eval_transform, train_transform
@@ -48,6 +49,7 @@ def make_loaders(
     train_split: str,
     eval_name: str,
     eval_split: str,
+    evals: Sequence[str],
     crop: str,
     min_crop_area: float,
     flip: bool,
@@ -59,8 +61,8 @@ def make_loaders(
     eval_crop: float,
     on_bad_image: str,
     bad_image_budget: float,
-    repeats: int,
-    readers: int,
+    repeated_aug: int,
+    virtual_shards: int,
     shuffle_buffer: int,
     batch_size: int,
     image_size: int,
@@ -87,15 +89,16 @@ def make_loaders(
     eval_image = eval_transform(image_size, share=eval_crop, method=interpolation, on_bad_image=on_bad_image)
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
+    parse_evals(evals)
     train_source, eval_source = open_sources(name, data_dir, root, train_split, eval_name or name, eval_split)
     train = TrainLoader(
         train_source,
         train_image,
         batch_size=batch_size,
         seed=seed,
-        readers=readers,
+        virtual_shards=virtual_shards,
         shuffle_buffer=shuffle_buffer,
-        repeats=repeats,
+        repeated_aug=repeated_aug,
         bad_image_budget=bad_image_budget,
         host=host,
     )
@@ -109,7 +112,8 @@ class TrainLoader:
     """Endless shuffled batches; see the module's head for what they are a function of.
 
     An epoch is as many whole batches as every reader can fill; which examples stay out changes with the epoch. With
-    `repeats` > 1 an epoch takes 1 / repeats of the examples, each so many times in a row with other augmentation.
+    `repeated_aug` > 1 an epoch takes 1 / repeated_aug of the examples, each so many times in a row with other
+    augmentation.
     """
 
     def __init__(
@@ -119,22 +123,22 @@ class TrainLoader:
         *,
         batch_size: int,
         seed: int,
-        readers: int = 64,
+        virtual_shards: int = 64,
         shuffle_buffer: int = 16_384,
-        repeats: int = 1,
+        repeated_aug: int = 1,
         bad_image_budget: float = 0.0,
         host: Host = ONLY_HOST,
     ) -> None:
-        self._readers = math.gcd(batch_size, readers)  # so that every reader fills an equal part of the batch
+        self._readers = math.gcd(batch_size, virtual_shards)  # so that every reader fills an equal part of the batch
         if self._readers % host.count:
             raise ValueError(
                 f"{host.count} hosts cannot share {self._readers} readers equally; make batch_size={batch_size} and "
-                f"data.readers={readers} multiples of the number of hosts"
+                f"data.virtual_shards={virtual_shards} multiples of the number of hosts"
             )
-        if repeats < 1:
-            raise ValueError(f"data.repeats={repeats} must be at least 1")
+        if repeated_aug < 1:
+            raise ValueError(f"data.repeated_aug={repeated_aug} must be at least 1")
         self._source, self._transform = source, transform
-        self._batch_size, self._seed, self._repeats, self._host = batch_size, seed, repeats, host
+        self._batch_size, self._seed, self._repeats, self._host = batch_size, seed, repeated_aug, host
         self._share = batch_size // self._readers  # rows of a global batch that a reader fills
         self._budget = bad_image_budget
         self._buffer = max(shuffle_buffer // self._readers, 1)
@@ -143,7 +147,7 @@ class TrainLoader:
         if not self.steps_per_epoch:
             raise ValueError(
                 f"batch_size={batch_size} over {self._readers} readers asks for more than the {source.num_examples} "
-                "examples of data.train_split; lower batch_size or data.readers"
+                "examples of data.train_split; lower batch_size or data.virtual_shards"
             )
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:

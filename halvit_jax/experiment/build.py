@@ -58,8 +58,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
     """
     task = build_task(config)
     mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, mesh, accumulate=config.accumulate)
-    limit = make_limit(**config.spikes)
+    check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
+    limit = make_limit(**config.skip_updates)
 
     loaders = build_loaders(config, image_size=task.model.image_size)
     check_classes(config, loaders.class_names)
@@ -71,7 +71,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         total_steps=total_steps,
     )
     taught = None
-    if training and config.task.name == "distill":
+    if training and config.task.name == "distillation":
         taught = teacher.taught_task(config, mesh)
     return Run(
         task=taught.task if taught else task,
@@ -83,7 +83,7 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         total_steps=total_steps,
         limit=limit,
         seed=config.seed,
-        ema_decay=config.ema_decay,
+        ema_decay=config.loop.ema_decay,
         taught=taught,
     )
 

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from halvit_jax.convert import engine, shapes_of
+from halvit_jax.convert import shapes_of
 from halvit_jax.convert.transfer import Transfer, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.models import transfer_rules
 from halvit_jax.training.state import TrainState, with_arrays
+from halvit_jax.trees import flatten
 
 FILE = "init_from.json"  # of the workdir: every path and what became of it
 Say = Callable[[str], None]
@@ -29,7 +30,7 @@ def fresh_state(
     """
     if not config.init_from:
         return init(abstract)
-    found = read(config.init_from, config.model.name, model, fresh=config.init_fresh)
+    found = read(config.init_from, config.model.name, model, fresh=config.init_exclude)
     if jax.process_index() == 0:
         rest = {"changed": found.changed, "fresh": found.fresh, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
@@ -49,7 +50,7 @@ def read(source: str, name: str, model: Any, *, fresh: Sequence[str], field: str
     """
     try:
         if pathlib.Path(source).is_dir():
-            arrays = engine.flatten(load_trained(source).model_variables)
+            arrays = flatten(load_trained(source).model_variables)
         else:
             arrays = read_for(source, name, model)
         return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)

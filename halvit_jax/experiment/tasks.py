@@ -1,7 +1,5 @@
 """From `config.task` to the task of a run, as it is evaluated."""
 
-from typing import TYPE_CHECKING
-
 import jax
 from ml_collections import ConfigDict
 
@@ -9,8 +7,7 @@ from halvit_jax import config as config_lib
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classification import Classification
 
-if TYPE_CHECKING:
-    pass
+TASKS = ("classification", "distillation")  # what was distilled is evaluated as what was not
 
 
 def build_task(config: ConfigDict) -> Classification:
@@ -20,8 +17,10 @@ def build_task(config: ConfigDict) -> Classification:
         ValueError: fields that are not allowed or do not fit each other.
     """
     config_lib.validate(config)
+    if config.task.name not in TASKS:
+        raise ValueError(f"task.name={config.task.name!r} is not one of {', '.join(TASKS)}")
     model = create_model(**config.model, dtype=compute_dtype(config.compute_dtype))
-    return Classification(model, **config.task)
+    return Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
 
 
 def compute_dtype(name: str) -> str:

@@ -1,30 +1,27 @@
 """The teacher of a distillation: which model it is, and its weights, where the training step reads them.
 
 `teacher.init_from` names a workdir, a file of ours or a PyTorch state. The first two know their model; for the third,
-and to plan a run whose teacher is not there, the other fields of `config.teacher` say it; what is said twice must
-agree. A teacher computes in the type of the run on images of the student's size, and each device holds its share of it.
+and to plan a run whose teacher is not there, `teacher.name` says it; what is said twice must agree. A teacher computes
+in the type of the run on images of the student's size, and each device holds its share of it.
 """
 
 import json
 import os
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from halvit_jax.convert import readers, weights_file
 from halvit_jax.experiment import init_from, tasks, workdir
 from halvit_jax.models import create_model, partition_rules
-from halvit_jax.protocols import PyTree
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.training.sharding import partition
-from halvit_jax.trees import map_paths, sha256
+from halvit_jax.trees import map_paths, sha256, variable_shapes
 
 Colours = Sequence[float] | None
 FILE = "teacher.json"  # of the workdir: which weights the run learns from
@@ -106,12 +103,12 @@ def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     student = tasks.build_task(config)
     teacher, name = _describe(student, **config.teacher)
     model = teacher.model
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    shapes: PyTree = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    shapes = variable_shapes(model)
     shardings = partition(shapes, partition_rules(model), mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     teacher = teacher._replace(variables=shapes)
-    return Distillation(student.model, teacher=teacher, **config.distill, **config.task), name
+    task = {"mean": config.task.mean, "std": config.task.std, **config.classification}
+    return Distillation(student.model, teacher=teacher, **config.distillation, **task), name
 
 
 class _Known(NamedTuple):
@@ -123,26 +120,26 @@ class _Known(NamedTuple):
 
 
 def _describe(
-    student: Classification, *, init_from: str, name: str, mean: Colours, std: Colours, **fields: Any
+    student: Classification, *, init_from: str, name: str, mean: Colours, std: Colours
 ) -> tuple[Teacher, str]:
     """The model of `config.teacher` and its normalisation, without variables, and the model's name."""
-    given = {field: value for field, value in fields.items() if value is not None}
     images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
     known = _known(init_from) if os.path.exists(init_from) else None
-    if not known and not name:
-        raise ValueError(
-            f"teacher.init_from={init_from} does not say which model it is of, or is not there; set teacher.name, and "
-            "of its fields what its table of sizes has otherwise"
-        )
     if known:
-        model = _create(known.name, known.fields)
-        said = {"name": known.name, **known.images, **{field: getattr(model, field, None) for field in given}}
-        _check_agreement(init_from, {"name": name or known.name, **images, **given}, said)
-        name, given, images = known.name, known.fields, images | known.images
+        _check_agreement(init_from, {"name": name or known.name, **images}, {"name": known.name, **known.images})
+        # The number of classes that is known stays, to be compared with the student's.
+        name, fields, images = known.name, known.fields, images | known.images
+    elif name:
+        fields = {"num_classes": student.model.num_classes}
     else:
-        given["num_classes"] = student.model.num_classes
-    # The number of classes that is known stays, to be compared with the student's.
-    model = _create(name, given | {"image_size": student.model.image_size, "dtype": student.model.dtype})
+        raise ValueError(
+            f"teacher.init_from={init_from} does not say which model it is of, or is not there; set teacher.name"
+        )
+    try:
+        model = create_model(name, **fields | {"image_size": student.model.image_size, "dtype": student.model.dtype})
+    except ValueError as error:
+        reason = str(error).replace("model.name=", "teacher.name=")
+        raise ValueError(f"the teacher, for images of the student's size: {reason}") from error
     return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
 
 
@@ -160,15 +157,6 @@ def _known(source: str) -> _Known | None:
         return None
     info = json.loads(weights.metadata.get("info", "{}"))
     return _Known(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
-
-
-def _create(name: str, fields: dict[str, Any]) -> nn.Module:
-    """`create_model`, whose fields are here called `teacher.width`, ..., but for what is the student's."""
-    try:
-        return create_model(name, **fields)
-    except ValueError as error:
-        said = re.sub(r"\bmodel\.(?!image_size|num_classes)", "teacher.", str(error))
-        raise ValueError(f"the teacher, for images of the student's size: {said}") from error
 
 
 def _check_agreement(source: str, given: dict[str, Any], said: dict[str, Any]) -> None:

@@ -75,5 +75,5 @@ def stored_state(task: Classification, config: ConfigDict) -> TrainState:
     """What a checkpoint of this config holds, to be restored whole to the first device of this host."""
     any_length = {"batch_size": config.batch_size, "steps_per_epoch": 1, "total_steps": 10**9}
     optimizer = make_optimizer(**config.optim, **any_length)
-    mesh, limit = make_mesh(devices=jax.local_devices()[:1]), make_limit(**config.spikes)
-    return abstract_state(task, optimizer, mesh=mesh, use_ema=config.ema_decay > 0, limit=limit)
+    mesh, limit = make_mesh(devices=jax.local_devices()[:1]), make_limit(**config.skip_updates)
+    return abstract_state(task, optimizer, mesh=mesh, use_ema=config.loop.ema_decay > 0, limit=limit)

@@ -10,9 +10,7 @@ from flax import linen as nn
 
 from halvit_jax.layers import conv, ffn
 from halvit_jax.models import minivit, nextvit, pvt, regnet, resnet, shvit, swin, vit
-
-Rules = tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
-TransferRules = tuple[tuple[str, str], ...]
+from halvit_jax.trees import Rules, TransferRules
 
 
 class Family(NamedTuple):

@@ -20,6 +20,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from halvit_jax.trees import flatten, natural_key
+
 # Name -> where Flax keeps it below "intermediates", the group being what it is called here.
 CAPTURES = {"attention": r"(.*)/attention/weights", "blocks": r"(.*(?:block|repeat)\d+)/__call__"}
 
@@ -42,15 +44,15 @@ def capture(
         mutable=["intermediates"],
         capture_intermediates=lambda module, _: re.fullmatch(r"(block|repeat)\d+", module.name or "") is not None,
     )
-    leaves = jax.tree_util.tree_flatten_with_path(state["intermediates"])[0]
-    kept: dict[str, list[jax.Array]] = {}
-    for path, leaf in leaves:
-        kept.setdefault("/".join(str(key.key) for key in path[:-1]), []).append(leaf)
+    leaves = flatten(state["intermediates"])
+    sown: dict[str, list[jax.Array]] = {}
+    for path in sorted(leaves, key=natural_key):
+        sown.setdefault(path.rpartition("/")[0], []).append(leaves[path])
     found: dict[str, dict[str, jax.Array]] = {}
     for name in names:
         found[name] = {}
-        for path in sorted(kept, key=_in_order):
-            match, arrays = re.fullmatch(CAPTURES[name], path), kept[path]
+        for path, arrays in sown.items():
+            match = re.fullmatch(CAPTURES[name], path)
             if match and len(arrays) == 1:
                 found[name][match[1]] = arrays[0]
             elif match:
@@ -58,8 +60,3 @@ def capture(
         if not found[name]:
             raise ValueError(f"capture={name!r}: {type(model).__name__} has none")
     return found
-
-
-def _in_order(path: str) -> list[tuple[str, int]]:
-    """Words and numbers of a path, so that block10 comes after block9."""
-    return [(word, int(number or -1)) for word, number in re.findall(r"(\D+)(\d*)", path)]

@@ -20,8 +20,8 @@ def shvit() -> ConfigDict:
     """The digits in some minutes: a small SHViT, whose stem keeps the 8x8 places for stages of 8x8, 4x4 and 2x2."""
     config = _digits("shvit_s1")
     config.total_steps = 600
-    config.log_every = 50
-    config.eval_every = config.checkpoint_every = 200
+    config.loop.log_every = 50
+    config.loop.eval_every = config.loop.checkpoint_every = 200
     config.model.depths = (1, 2, 2)
     config.model.widths = (32, 64, 96)
     config.model.partial = (16, 16, 24)
@@ -34,9 +34,9 @@ def nextvit(model: str) -> ConfigDict:
     """The digits for a small Next-ViT: 8x8 places, then 4x4, which attend to a fourth as many pooled ones."""
     config = _digits(model)
     config.total_steps = 400
-    config.log_every = 50
-    config.ema_decay = 0.0  # as on ImageNet; averages of so few steps are far behind
-    config.eval_every = config.checkpoint_every = 200
+    config.loop.log_every = 50
+    config.loop.ema_decay = 0.0  # as on ImageNet; averages of so few steps are far behind
+    config.loop.eval_every = config.loop.checkpoint_every = 200
     config.model.depths = (1, 2)
     config.model.widths = (32, 48)
     config.model.periods = (0, 2)
@@ -93,14 +93,14 @@ def distilled(model: str, kind: str) -> ConfigDict:
     if kind not in ("hard", "soft"):
         raise ValueError(f"kind {kind!r} is not one of hard, soft; give it behind the file: x.py:soft")
     config = vit(model)
-    config.task.name = "distill"
+    config.task.name = "distillation"
     config.teacher.init_from = "runs/vit_digits"
     config.model.distilled = kind == "hard"
     if kind == "soft":
-        config.distill.kind = "soft_cross_entropy"
-        config.distill.qkv_weight = 1.0
-        config.distill.hidden_weight = 0.1
-        config.distill.student_layers = config.distill.teacher_layers = tuple(range(config.model.depth))
+        config.distillation.kind = "soft_cross_entropy"
+        config.distillation.qkv_weight = 1.0
+        config.distillation.hidden_weight = 0.1
+        config.distillation.student_layers = config.distillation.teacher_layers = tuple(range(config.model.depth))
     return config
 
 
@@ -108,10 +108,10 @@ def _digits(model: str) -> ConfigDict:
     config = default_config()
     config.batch_size = config.recipe_batch_size = 128
     config.total_steps = 1600
-    config.log_every = 100
-    config.eval_every = 400
-    config.checkpoint_every = 400
-    config.ema_decay = 0.99
+    config.loop.log_every = 100
+    config.loop.eval_every = 400
+    config.loop.checkpoint_every = 400
+    config.loop.ema_decay = 0.99
     config.compute_dtype = "float32"
 
     config.model.name = model
@@ -125,12 +125,12 @@ def _digits(model: str) -> ConfigDict:
     config.data.shift = 1
     config.data.interpolation = "bilinear"
     config.data.eval_crop = 1.0
-    config.data.readers = 16
+    config.data.virtual_shards = 16
 
     config.task.mean = (0.5, 0.5, 0.5)
     config.task.std = (0.5, 0.5, 0.5)
 
-    config.task.mixup = 0.8
+    config.classification.mixup = 0.8
 
     config.optim.learning_rate = 3e-3
     config.optim.scaling = "none"

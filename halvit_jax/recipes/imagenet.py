@@ -14,16 +14,16 @@ def deit(model: str, *, epochs: int = 300) -> ConfigDict:
     config = default_config()
     config.num_epochs = epochs
     config.batch_size = config.recipe_batch_size = 1024
-    config.ema_decay = 0.99996
+    config.loop.ema_decay = 0.99996
     config.model.name = model
     config.model.drop_path = 0.1
     config.data.augment = "rand-m9-mstd0.5-inc1"
     config.data.antialias = True
-    config.data.repeats = 3
-    config.task.label_smoothing = 0.1
-    config.task.mixup = 0.8
-    config.task.cutmix = 1.0
-    config.task.erase = 0.25
+    config.data.repeated_aug = 3
+    config.classification.label_smoothing = 0.1
+    config.classification.mixup = 0.8
+    config.classification.cutmix = 1.0
+    config.classification.erase = 0.25
     config.optim.name = "adamw"
     config.optim.learning_rate = 5e-4
     config.optim.base_batch_size = 512
@@ -68,9 +68,9 @@ def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     number of epochs, or "384": fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
     """
     config = deit(model, epochs=_epochs(variant))
-    config.ema_decay = 0.0
+    config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
-    config.data.repeats = 1
+    config.data.repeated_aug = 1
     config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
@@ -91,7 +91,7 @@ def pvt(model: str, *, epochs: int = 300) -> ConfigDict:
     released.
     """
     config = deit(model, epochs=epochs)
-    config.ema_decay = 0.0
+    config.loop.ema_decay = 0.0
     if model.removesuffix("_hc") in PVT_LARGE:
         config.model.drop_path = 0.3
         config.optim.clip_norm = 1.0
@@ -112,7 +112,7 @@ def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDi
         layers = (1, 3, 9, 15, 21, 23)
         student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
         _teach(config, "swin_base", kind="soft_cross_entropy", alpha=1.0, qkv_weight=1.0, hidden_weight=0.1)
-        config.distill.update(student_layers=student, teacher_layers=layers)
+        config.distillation.update(student_layers=student, teacher_layers=layers)
     return config
 
 
@@ -155,9 +155,9 @@ def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict
     """
     config = deit(model, epochs=_epochs(variant))
     config.batch_size = config.recipe_batch_size = 2048
-    config.ema_decay = 0.0
+    config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
-    config.data.repeats = 1
+    config.data.repeated_aug = 1
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
@@ -209,11 +209,11 @@ def resnet_a2(model: str, *, epochs: int = 300) -> ConfigDict:
     config.model.drop_path = 0.05
     config.data.augment = "rand-m7-mstd0.5-inc1"
     config.data.antialias = True
-    config.data.repeats = 3
+    config.data.repeated_aug = 3
     config.data.eval_crop = 0.95
-    config.task.loss = "binary_cross_entropy"
-    config.task.mixup = 0.1
-    config.task.cutmix = 1.0
+    config.classification.loss = "binary_cross_entropy"
+    config.classification.mixup = 0.1
+    config.classification.cutmix = 1.0
     config.optim.name = "lamb"
     config.optim.learning_rate = 5e-3
     config.optim.base_batch_size = 2048
@@ -259,6 +259,6 @@ def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, ima
 
 def _teach(config: ConfigDict, teacher: str, **fields: object) -> None:
     """Distillation of this teacher, whose weights `teacher.init_from` is still to name."""
-    config.task.name = "distill"
+    config.task.name = "distillation"
     config.teacher.name = teacher
-    config.distill.update(fields)
+    config.distillation.update(fields)

@@ -14,8 +14,7 @@ from halvit_jax.tasks import mixup
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import classification_sums
 
-TASKS = ("classify", "distill")
-MIX_PER = ("batch", "image")
+MIXUP_MODES = ("batch", "elem")
 
 
 class Classification:
@@ -26,13 +25,12 @@ class Classification:
 
     Args:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
-        name: one of TASKS. What was distilled is evaluated as what was not; training with a teacher is `Distillation`.
         mean, std: of the three colours, black being 0 and white 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
         label_smoothing: share of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
-        mix_switch: probability of CutMix where both are on.
-        mix_per: what draws its own mixing: the "batch", or every "image".
+        mixup_switch: probability of CutMix where both are on.
+        mixup_mode: what is mixed with one draw: the whole "batch", or every element for itself ("elem").
         erase: probability of random erasing.
     """
 
@@ -42,37 +40,34 @@ class Classification:
         self,
         model: nn.Module,
         *,
-        name: str = "classify",
         mean: Sequence[float],
         std: Sequence[float],
         loss: str = "cross_entropy",
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
-        mix_switch: float = 0.5,
-        mix_per: str = "batch",
+        mixup_switch: float = 0.5,
+        mixup_mode: str = "batch",
         erase: float = 0.0,
     ) -> None:
-        if name not in TASKS:
-            raise ValueError(f"task.name={name!r} is not one of {', '.join(TASKS)}")
         if loss not in LOSSES:
-            raise ValueError(f"task.loss={loss!r} is not one of {', '.join(LOSSES)}")
-        if mix_per not in MIX_PER:
-            raise ValueError(f"task.mix_per={mix_per!r} is not one of {', '.join(MIX_PER)}")
-        for name, value in {"label_smoothing": label_smoothing, "mix_switch": mix_switch, "erase": erase}.items():
+            raise ValueError(f"classification.loss={loss!r} is not one of {', '.join(LOSSES)}")
+        if mixup_mode not in MIXUP_MODES:
+            raise ValueError(f"classification.mixup_mode={mixup_mode!r} is not one of {', '.join(MIXUP_MODES)}")
+        for name, value in {"label_smoothing": label_smoothing, "mixup_switch": mixup_switch, "erase": erase}.items():
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"task.{name}={value} must lie between 0 and 1")
+                raise ValueError(f"classification.{name}={value} must lie between 0 and 1")
         for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
             if value < 0.0:
-                raise ValueError(f"task.{name}={value} must not be negative")
+                raise ValueError(f"classification.{name}={value} must not be negative")
         self.model = model
         self.frozen: PyTree = {}
         self.partition_rules = partition_rules(model)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
-        self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mix_switch}
-        self._mixing["per_image"] = mix_per == "image"
+        self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mixup_switch}
+        self._mixing["per_image"] = mixup_mode == "elem"
         self._erase = erase
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -13,6 +13,7 @@ from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.losses import TEACHINGS
 from halvit_jax.tasks.metrics import classification_sums
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
+from halvit_jax.trees import variable_shapes
 
 # Field of the weight -> what a layer keeps under which name, and the loss between two layers.
 RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
@@ -126,31 +127,31 @@ def _is_distilled(model: nn.Module) -> bool:
 
 def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]) -> None:
     if kind not in TEACHINGS:
-        raise ValueError(f"distill.kind={kind!r} is not one of {', '.join(TEACHINGS)}")
+        raise ValueError(f"distillation.kind={kind!r} is not one of {', '.join(TEACHINGS)}")
     if not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"distill.alpha={alpha} must lie between 0 and 1")
+        raise ValueError(f"distillation.alpha={alpha} must lie between 0 and 1")
     if tau <= 0.0:
-        raise ValueError(f"distill.tau={tau} must be above 0")
+        raise ValueError(f"distillation.tau={tau} must be above 0")
     for field, weight in weights.items():
         if weight < 0.0:
-            raise ValueError(f"distill.{field}={weight} must not be negative")
+            raise ValueError(f"distillation.{field}={weight} must not be negative")
 
 
 def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, float]) -> None:
     """What is learned, and whether each classifier has something to learn that the others' does not contradict."""
     if not alpha and not any(weights.values()):
-        fields = ", ".join(f"distill.{field}" for field in ("alpha", *weights))
-        raise ValueError(f"nothing is learned of the teacher; set {fields} above 0, or task.name='classify'")
+        fields = ", ".join(f"distillation.{field}" for field in ("alpha", *weights))
+        raise ValueError(f"nothing is learned of the teacher; set {fields} above 0, or task.name='classification'")
     if _is_distilled(model) and alpha in (0.0, 1.0):
         which = "class" if alpha else "distillation"
         raise ValueError(
-            f"distill.alpha={alpha} leaves the {which} head untrained, whose answer counts in evaluation; set it "
+            f"distillation.alpha={alpha} leaves the {which} head untrained, whose answer counts in evaluation; set it "
             "between 0 and 1, or model.distilled=False"
         )
     if kind == "hard" and 0.0 < alpha < 1.0 and not _is_distilled(model):
         raise ValueError(
-            "distill.kind='hard' needs a student with a head for the teacher's label beside that for the truth; set "
-            "model.distilled=True, distill.alpha=1.0, or distill.kind='soft'"
+            "distillation.kind='hard' needs a student with a head for the teacher's label beside that for the truth; "
+            "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
         )
 
 
@@ -160,30 +161,34 @@ def _check_layers(
     """Whether the pairs of layers are there, and have the same tokens."""
     if not student_layers or len(student_layers) != len(teacher_layers):
         raise ValueError(
-            f"distill.student_layers={student_layers} and distill.teacher_layers={teacher_layers} must name as many "
-            "layers, at least one"
+            f"distillation.student_layers={student_layers} and distillation.teacher_layers={teacher_layers} must "
+            "name as many layers, at least one"
         )
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    whole = {"student": _kept(model, variables, images), "teacher": _kept(teacher.model, teacher.variables, images)}
+    whole = {
+        "student": _kept(model, variable_shapes(model), images),
+        "teacher": _kept(teacher.model, teacher.variables, images),
+    }
     for name in names:
         found = {who: layers_of(kept, name) for who, kept in whole.items()}
         for who, layers in (("student", student_layers), ("teacher", teacher_layers)):
             if not found[who]:
                 raise ValueError(
-                    f"the {who} keeps no {name} of its layers; set distill.qkv_weight and distill.hidden_weight to 0, "
-                    "or take a transformer"
+                    f"the {who} keeps no {name} of its layers; set distillation.qkv_weight and "
+                    "distillation.hidden_weight to 0, or take a transformer"
                 )
             wrong = [i for i in layers if not 0 <= i < len(found[who])]
             if wrong:
-                raise ValueError(f"distill.{who}_layers has {wrong}, but the {who}'s are 0 to {len(found[who]) - 1}")
+                raise ValueError(
+                    f"distillation.{who}_layers has {wrong}, but the {who}'s are 0 to {len(found[who]) - 1}"
+                )
         for i, j in zip(student_layers, teacher_layers, strict=True):
             pair = [found["student"][i].shape[:-1], found["teacher"][j].shape[:-1]]
             if pair[0] != pair[1]:
                 raise ValueError(
-                    f"the tokens of layer {i} in distill.student_layers are {pair[0]}, those of layer {j} in "
-                    f"distill.teacher_layers {pair[1]}; pair layers of equal grids and of equal model.pool and "
+                    f"the tokens of layer {i} in distillation.student_layers are {pair[0]}, those of layer {j} in "
+                    f"distillation.teacher_layers {pair[1]}; pair layers of equal grids and of equal model.pool and "
                     "model.distilled"
                 )
 

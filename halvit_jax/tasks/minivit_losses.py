@@ -6,7 +6,6 @@ Shapes: `b` batch, `n` tokens, `c` width of one network, `m` windows of all imag
 """
 
 import itertools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from halvit_jax.tasks.losses import cross_entropy
+from halvit_jax.trees import flatten, natural_key
 
 HIDDEN_SCALE = 49  # of the loss over hidden states: as released, the number of tokens in a window
 SMALLEST = 1e-12  # length that a token is divided by
@@ -21,13 +21,8 @@ SMALLEST = 1e-12  # length that a token is divided by
 
 def layers_of(intermediates: Mapping[str, Any], name: str) -> list[Any]:
     """What the layers of a network kept under `name`, in order: each block after the other, its runs in a row."""
-    leaves = jax.tree_util.tree_flatten_with_path(intermediates)[0]
-    found = {
-        tuple(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): leaf
-        for path, leaf in leaves
-        if getattr(path[-2], "key", None) == name
-    }
-    return [found[path] for path in sorted(found, key=lambda path: [_numbered(word) for word in path])]
+    leaves = flatten(intermediates)
+    return [leaves[path] for path in sorted(leaves, key=natural_key) if path.split("/")[-2] == name]
 
 
 def qkv_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
@@ -70,8 +65,3 @@ def _directions(x: jax.Array) -> jax.Array:
     """Tokens of length 1, [b, n, c], in float32."""
     x = x.astype(jnp.float32).reshape(x.shape[0], -1, x.shape[-1])
     return x * jax.lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), SMALLEST**2))
-
-
-def _numbered(word: str) -> list[str | int]:
-    """block10 after block9."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", word)]

@@ -129,7 +129,7 @@ def train(
             nonfinite.write_bundle(bundle, step, outcome.finite, dict(recent))
             raise type(error)(
                 f"{error}; the last batches are in {bundle}, the checkpoints before it are good. Lower "
-                "optim.learning_rate, set optim.clip_norm, or leave single updates out with spikes.factor"
+                "optim.learning_rate, set optim.clip_norm, or leave single updates out with skip_updates.norm_factor"
             ) from error
 
     while step < total_steps and not stop:

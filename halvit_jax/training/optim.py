@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flat, map_paths
+from halvit_jax.trees import flatten, map_paths
 
 SCALINGS: dict[str, Callable[[float], float]] = {"none": lambda _: 1.0, "linear": lambda r: r, "sqrt": math.sqrt}
 
@@ -200,12 +200,12 @@ def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]
 
 def _trained_or_frozen(frozen: Sequence[str], params: PyTree) -> PyTree:
     """Which parameters are "trained" and which "frozen"."""
-    paths = list(flat(params))
+    paths = list(flatten(params))
     for pattern in frozen:
         if not any(re.search(pattern, path) for path in paths):
             raise ValueError(f"optim.frozen holds {pattern!r}, which is in no path; they are like {paths[0]}")
     trained = path_mask(params, frozen)
-    if not any(flat(trained).values()):
+    if not any(flatten(trained).values()):
         raise ValueError(f"optim.frozen={tuple(frozen)} leaves nothing to train")
     return map_paths(lambda _, train: "trained" if train else "frozen", trained)
 
@@ -215,7 +215,7 @@ def _scale_layers(decay: float, layers: Sequence[str]) -> optax.GradientTransfor
 
     def scale(updates: PyTree, params: PyTree) -> PyTree:
         del params
-        numbers = layer_numbers(list(flat(updates)), layers)
+        numbers = layer_numbers(list(flatten(updates)), layers)
         last = max(numbers.values())
         return map_paths(lambda path, update: update * decay ** (last - numbers[path]), updates)
 

@@ -16,6 +16,7 @@ import numpy as np
 from clu import metric_writers, parameter_overview
 
 from halvit_jax.protocols import PyTree
+from halvit_jax.text import one_line
 
 GRID = 8  # images along a side of the grid that TensorBoard shows
 
@@ -123,7 +124,7 @@ class Report:
             method(*arguments)
         except Exception as error:  # whatever TensorFlow answers, of this write or of one before it
             self._writer = metric_writers.MultiWriter([])
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)
             self.say(f"WARNING: no more curves: they cannot be written to {self._workdir} ({reason})")
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:

@@ -12,12 +12,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import first_match, flat, map_paths
+from halvit_jax.trees import Axes, Rules, first_match, flatten, map_paths
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = PartitionSpec(("data", "fsdp"))
-Axes = tuple[str, ...] | str | None  # of one dimension: what it is split over, the first axis outermost
-Rules = Sequence[tuple[str, tuple[Axes, ...]]]
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -50,7 +48,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> Non
     if batch_size % shares:
         below = batch_size // shares * shares
         fitting = " or ".join(str(size) for size in (below, below + shares) if size)
-        parts = f" in accumulate={accumulate} parts" if accumulate > 1 else ""
+        parts = f" in loop.accumulate={accumulate} parts" if accumulate > 1 else ""
         raise ValueError(
             f"batch_size={batch_size} does not divide over mesh.data x mesh.fsdp = {devices} devices{parts}; set it to "
             f"{fitting}"
@@ -101,7 +99,7 @@ def from_first_process(array: np.ndarray) -> np.ndarray:
 
 def bytes_of(tree: PyTree) -> int:
     """Bytes of all arrays of a tree (or of their shapes), each counted once."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in flat(tree).values())
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in flatten(tree).values())
 
 
 def _fitting(wanted: Axes, size: int, mesh: Mesh) -> Axes:

@@ -37,7 +37,7 @@ def test_a_family_is_trained_once_and_weighed_as_it_is_deployed(
     def small() -> Any:
         config = entry()
         config.data.data_dir = str(digits_dir)
-        config.data.readers = 8
+        config.data.virtual_shards = 8
         config.model.depth, config.model.width, config.model.num_heads = 1, 8, 2
         return config
 

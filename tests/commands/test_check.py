@@ -23,7 +23,7 @@ Capsys = pytest.CaptureFixture[str]
 
 def small(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
     """The finished run's, of any batch size."""
-    return tiny(digits_dir, **{"eval_every": 8, "recipe_batch_size": 0} | changes)
+    return tiny(digits_dir, **{"loop.eval_every": 8, "recipe_batch_size": 0} | changes)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_run_that_would_go_well(
 
 
 FAILS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "config": ({"eval_every": 0}, "eval_every=0 must be at least 1", ""),
+    "config": ({"loop.eval_every": 0}, "loop.eval_every=0 must be at least 1", ""),
     "model": ({"model.num_heads": 5}, "model.num_heads=5 does not divide model.width=32", "state needs model"),
     "devices": (
         {"batch_size": 30},
@@ -285,7 +285,7 @@ def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsy
 
 
 def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir: pathlib.Path, capsys: Capsys) -> None:
-    changes = {"data.train_split": "train[:8]", "batch_size": 8, "data.readers": 1, "recipe_batch_size": 64}
+    changes = {"data.train_split": "train[:8]", "batch_size": 8, "data.virtual_shards": 1, "recipe_batch_size": 64}
     lines = tried(small(digits_dir, **changes), None, capsys, code=0)
     warning = line_of(lines, "warn", "classes")
     assert re.search(r"\d classes of data.train_split='train\[:8\]' have no image: ", warning)
@@ -346,4 +346,6 @@ def test_a_step_that_does_not_fit_names_what_to_lower(
     monkeypatch.setattr("halvit_jax.cli.preflight._room", lambda: (1000, "there"))
     lines = tried(small(digits_dir), None, capsys, whole=True)
     failed = line_of(lines, "FAIL", "step")
-    assert failed.endswith("MiB are there; lower batch_size, raise accumulate or mesh.fsdp, or set model.remat=True")
+    assert failed.endswith(
+        "MiB are there; lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
+    )

@@ -12,17 +12,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers.processes import ONE_DEVICE, run_door
-from helpers.runs import Finished
+from helpers.runs import Finished, classification
 
 import halvit_jax
 from halvit_jax import data, export, predict
-from halvit_jax.config import default_config
 from halvit_jax.convert import weights_file
 from halvit_jax.data import hide_accelerators
 from halvit_jax.experiment import build
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.models import create_model
-from halvit_jax.tasks.classification import Classification
 
 EXPORT = "halvit_jax.export"
 
@@ -170,7 +168,7 @@ def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
 
     def draw(window: int) -> np.ndarray:
-        task = Classification(create_model("swin_tiny", **shape, window_size=window), **default_config().task)
+        task = classification(create_model("swin_tiny", **shape, window_size=window))
         variables = {"params": jax.jit(task.init)(jax.random.key(0))[0]}
         trained = types.SimpleNamespace(task=task, model_variables=variables)
         return predict.attention_over(trained, image)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 from helpers.processes import run_door
-from helpers.shapes import shallow, shapes_of
+from helpers.shapes import shallow
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ from halvit_jax.analysis import hlo, tpu_topology
 from halvit_jax.models import create_model
 from halvit_jax.recipes import digits
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.trees import count
+from halvit_jax.trees import count, variable_shapes
 
 ROOT = pathlib.Path(__file__).parents[2]
 EIGHT = tpu_topology.Topology("v5e", (2, 4))  # as many chips as there are simulated devices
@@ -148,8 +148,8 @@ def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
 )
 def test_the_untied_twin_has_the_shape_of_the_plain_model(name: str, twin: str) -> None:
     model = shallow(name)
-    shapes = shapes_of(model.clone(**plan.untied(model)))
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, shapes_of(shallow(twin)))
+    shapes = variable_shapes(model.clone(**plan.untied(model)))["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variable_shapes(shallow(twin))["params"])
     assert plan.untied(create_model(twin)) == {}
 
 
@@ -159,7 +159,7 @@ def test_the_untied_twin_has_the_shape_of_the_plain_model(name: str, twin: str) 
         ("batch_size", 100, "batch_size=100 does not divide"),
         ("mesh.data", 3, "mesh.data=3"),
         ("total_steps", 0, "set one of them above 0"),
-        ("data.readers", 3, "has 2 hosts; make batch_size=128 and data.readers=3 multiples"),
+        ("data.virtual_shards", 3, "has 2 hosts; make batch_size=128 and data.virtual_shards=3 multiples"),
     ],
 )
 def test_a_config_that_could_not_run_there_is_refused(

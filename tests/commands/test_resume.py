@@ -19,9 +19,9 @@ STEPS = 60
 
 
 EVERYTHING = {  # beside what `tiny` switches on
-    "accumulate": 2,
+    "loop.accumulate": 2,
     "data.augment": "rand-m9-mstd0.5-inc1",
-    "data.repeats": 3,
+    "data.repeated_aug": 3,
     "optim.clip_norm": 1.0,
 }
 RESNET = {f"model.{field}": None for field in ("patch_size", "width", "depth", "num_heads")} | {
@@ -49,7 +49,7 @@ def test_broken_at_any_step_it_ends_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     every = math.gcd(steps, *broken_at)
-    cadence = {"total_steps": steps, "eval_every": steps, "checkpoint_every": every, "keep_checkpoints": 1}
+    cadence = {"total_steps": steps, "loop.eval_every": steps, "loop.checkpoint_every": every, "save.keep": 1}
     config = tiny(digits_dir, **EVERYTHING | cadence | model)
     seal = manifest.write
 
@@ -61,7 +61,7 @@ def test_broken_at_any_step_it_ends_the_same(
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write", seal_and_copy)
         whole = work(config, tmp_path / "whole")
-    config.checkpoint_every = steps  # when it is saved changes nothing
+    config.loop.checkpoint_every = steps  # when it is saved changes nothing
     for step in broken_at:
         resumed = work(config, tmp_path / str(step))
         assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}, step
@@ -74,12 +74,12 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
         f"--config.data.data_dir={digits_dir}",
         "--config.total_steps=30",
         "--config.batch_size=32",
-        "--config.eval_every=1000",
-        "--config.checkpoint_every=5",
-        "--config.log_every=10",
+        "--config.loop.eval_every=1000",
+        "--config.loop.checkpoint_every=5",
+        "--config.loop.log_every=10",
         "--config.model.width=48",
         "--config.model.drop_path=0.1",
-        "--config.task.mixup=0.8",
+        "--config.classification.mixup=0.8",
         "--config.optim.warmup_epochs=0.5",
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -115,9 +115,9 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
         f"--config.data.data_dir={digits_dir}",
         "--config.total_steps=40",
         "--config.batch_size=32",
-        "--config.eval_every=1000",
-        "--config.checkpoint_every=10",
-        "--config.log_every=10",
+        "--config.loop.eval_every=1000",
+        "--config.loop.checkpoint_every=10",
+        "--config.loop.log_every=10",
         "--config.model.width=48",
         "--config.optim.warmup_epochs=0.5",
     ]

@@ -12,8 +12,8 @@ from helpers.processes import run_door
 
 from halvit_jax.convert import from_torch, readers, shapes_of, to_torch, torch_shapes, weights_file
 from halvit_jax.convert.__main__ import convert
-from halvit_jax.convert.engine import nest
 from halvit_jax.models import create_model
+from halvit_jax.trees import unflatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5}
@@ -27,7 +27,7 @@ def run(*arguments: str | pathlib.Path, code: int = 0) -> subprocess.CompletedPr
 def variables_of(name: str, **fields: Any) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     shapes = shapes_of(create_model(name, **fields)).items()
-    return nest({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes})
+    return unflatten({path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes})
 
 
 def digest(line: str) -> str:

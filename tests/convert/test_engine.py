@@ -5,19 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halvit_jax.convert.engine import (
-    LAYOUTS,
-    Rule,
-    batch_norm,
-    check_tree,
-    conv,
-    dense,
-    flatten,
-    layer_norm,
-    nest,
-    to_ours,
-    to_torch,
-)
+from halvit_jax.convert.engine import LAYOUTS, Rule, batch_norm, check_tree, conv, dense, layer_norm, to_ours, to_torch
 
 RULES = (*dense("blocks.{i}.fc", "block{i}/ffn"), *conv("stem.0", "stem/conv"), *batch_norm("stem.1", "stem/norm"))
 WANTED = {
@@ -178,14 +166,3 @@ def test_a_rule_that_reads_one_way_only_is_refused() -> None:
         Rule("a.{i}", "b")
     with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, matrix.*, counter, cache"):
         Rule("a", "b", "transposed")
-
-
-def test_trees_are_flattened_and_nested() -> None:
-    tree = {"params": {"a": {"kernel": np.ones(2)}, "b": np.zeros(1)}, "batch_stats": {"mean": np.ones(1)}}
-    arrays = flatten(tree)
-    assert list(arrays) == ["params/a/kernel", "params/b", "batch_stats/mean"]
-    again = nest(arrays)
-    assert again["params"]["a"]["kernel"] is arrays["params/a/kernel"]
-    assert again.keys() == tree.keys()
-    with pytest.raises(ValueError, match="a/b lies below an array"):
-        nest({"a": np.ones(1), "a/b": np.ones(1)})

@@ -6,8 +6,8 @@ import pytest
 from helpers.official import check_values_keep_their_places, official_shapes, random_arrays
 
 from halvit_jax.convert import shapes_of, to_torch, torch_shapes
-from halvit_jax.convert.engine import nest
 from halvit_jax.models import create_model
+from halvit_jax.trees import unflatten
 
 TINY = {"width": 32, "depth": 6, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5, "share": 3}
 
@@ -42,4 +42,4 @@ def test_no_deit_computes_what_a_mini_deit_does() -> None:
     with pytest.raises(
         ValueError, match="as_deit=True: mini_deit_tiny mixes its heads and has relative positions, whi"
     ):
-        to_torch("mini_deit_tiny", nest(random_arrays("mini_deit_tiny", **TINY)), as_deit=True, **TINY)
+        to_torch("mini_deit_tiny", unflatten(random_arrays("mini_deit_tiny", **TINY)), as_deit=True, **TINY)

@@ -9,9 +9,10 @@ from helpers.tiers import CORE, tiered
 
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
-from halvit_jax.convert.engine import nest, to_ours
+from halvit_jax.convert.engine import to_ours
 from halvit_jax.models import MODELS, create_model, list_models
 from halvit_jax.models.resnet import ResNet
+from halvit_jax.trees import unflatten
 
 GOLDEN = ("resnet18", "resnet50", "halvit_resnet50")
 SMALL = {"depths": (1, 1, 2, 1), "image_size": 32, "num_classes": 3}
@@ -93,7 +94,7 @@ def test_values_keep_their_places(name: str) -> None:
 
 def test_the_number_of_updates_is_not_kept() -> None:
     shapes = shapes_of(create_model("resnet18", **SMALL))
-    variables = nest({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
+    variables = unflatten({path: np.ones(shape, np.float32) for path, shape in shapes.items()})
     state = to_torch("resnet18", variables, **SMALL)
     counters = [key for key in state if key.endswith("num_batches_tracked")]
     assert len(counters) == sum(path.endswith("/var") for path in shapes)
@@ -105,7 +106,7 @@ def test_the_number_of_updates_is_not_kept() -> None:
 
 
 def test_what_has_no_table_or_is_no_vit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    variables = nest(zeros(shapes_of(create_model("resnet18", **SMALL))))
+    variables = unflatten(zeros(shapes_of(create_model("resnet18", **SMALL))))
     with pytest.raises(ValueError, match="as_deit=True is for vision transformers; resnet18 is none"):
         to_torch("resnet18", variables, as_deit=True, **SMALL)
     monkeypatch.setattr(convert, "TABLES", {})

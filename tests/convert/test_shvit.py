@@ -9,9 +9,9 @@ import pytest
 from helpers.official import check_values_keep_their_places, official_shapes, random_arrays, state_of, zeros
 
 from halvit_jax.convert import from_torch, shapes_of, torch_shapes
-from halvit_jax.convert.engine import flatten
 from halvit_jax.models import create_model
 from halvit_jax.models.shvit import SIZES
+from halvit_jax.trees import flatten
 
 GOLDEN = ("shvit_s1", "shvit_s1_distilled")
 SMALL: dict[str, Any] = {

@@ -9,8 +9,8 @@ from helpers.official import Shapes, check_values_keep_their_places, official_sh
 from helpers.tiers import tiered
 
 from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
-from halvit_jax.convert.engine import nest
 from halvit_jax.models import create_model
+from halvit_jax.trees import unflatten
 
 SMALL = {"width": 16, "depths": (2, 4), "head_width": 8, "window_size": 4, "image_size": 32, "num_classes": 5}
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
@@ -61,6 +61,6 @@ def test_released_files_also_hold_indices_and_masks(name: str) -> None:
 
 
 def test_no_swin_is_a_deit() -> None:
-    variables = nest(random_arrays("swin_tiny", **SMALL))
+    variables = unflatten(random_arrays("swin_tiny", **SMALL))
     with pytest.raises(ValueError, match="as_deit=True is for vision transformers; swin_tiny is none"):
         to_torch("swin_tiny", variables, as_deit=True, **SMALL)

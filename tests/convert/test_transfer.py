@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
-from halvit_jax.convert.engine import nest
 from halvit_jax.convert.transfer import Transfer, change_colours, read_for, resample_grid, transfer
 from halvit_jax.models import create_model, transfer_rules
+from halvit_jax.trees import unflatten
 
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5}
 
@@ -75,7 +75,7 @@ def test_all_that_cannot_be_is_named(change: dict[str, Any], message: str) -> No
 
 
 def test_a_path_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("init_fresh holds '^haed/', which is in no path of resnet18")):
+    with pytest.raises(ValueError, match=re.escape("init_exclude holds '^haed/', which is in no path of resnet18")):
         begin("resnet18", arrays_of("resnet18"), fresh=("^haed/",))
 
 
@@ -156,8 +156,8 @@ def test_files_of_all_kinds_can_be_begun_with(tmp_path: pathlib.Path) -> None:
     """A file of ours knows its fields; a PyTorch state is read by the model's names, with sizes of its own."""
     arrays = arrays_of("halvit_tiny", **TINY)
     wanted = create_model("halvit_tiny", **TINY | {"num_classes": 0, "image_size": 40})
-    weights_file.save(tmp_path / "ours.safetensors", "halvit_tiny", nest(arrays), **TINY)
-    readers.write(tmp_path / "torch.safetensors", to_torch("halvit_tiny", nest(arrays), **TINY), {})
+    weights_file.save(tmp_path / "ours.safetensors", "halvit_tiny", unflatten(arrays), **TINY)
+    readers.write(tmp_path / "torch.safetensors", to_torch("halvit_tiny", unflatten(arrays), **TINY), {})
     for file in ("ours.safetensors", "torch.safetensors"):
         read = read_for(tmp_path / file, "halvit_tiny", wanted)
         assert read.keys() >= arrays.keys() - {"params/head/kernel", "params/head/bias"}
@@ -166,7 +166,7 @@ def test_files_of_all_kinds_can_be_begun_with(tmp_path: pathlib.Path) -> None:
 
 def test_a_state_may_differ_in_sizes_only_where_that_is_allowed(tmp_path: pathlib.Path) -> None:
     arrays = arrays_of("halvit_tiny", **TINY)
-    state = to_torch("halvit_tiny", nest(arrays), **TINY)
+    state = to_torch("halvit_tiny", unflatten(arrays), **TINY)
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][..., 0]  # no longer of four dimensions
     state["norm.bias"] = state["norm.bias"][:5]
     readers.write(tmp_path / "torch.safetensors", state, {})

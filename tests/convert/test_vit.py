@@ -10,8 +10,8 @@ from helpers.official import check_values_keep_their_places, official_shapes
 
 import halvit_jax
 from halvit_jax.convert import from_torch, shapes_of, to_torch, torch_shapes
-from halvit_jax.convert.engine import nest
 from halvit_jax.models import create_model
+from halvit_jax.trees import unflatten
 
 TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 24, "num_classes": 5}
 
@@ -20,7 +20,7 @@ def variables_of(name: str, **fields: Any) -> dict[str, Any]:
     """Random variables that keep a signal's size."""
     rng = np.random.default_rng(0)
     shapes = shapes_of(create_model(name, **fields)).items()
-    return nest({path: (rng.standard_normal(s) / np.sqrt(s[0])).astype(np.float32) for path, s in shapes})
+    return unflatten({path: (rng.standard_normal(s) / np.sqrt(s[0])).astype(np.float32) for path, s in shapes})
 
 
 def logits_of(name: str, variables: Any, **fields: Any) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_attention_biases_are_zero_where_there_were_none() -> None:
 
 
 def test_at_full_size_the_names_and_shapes_are_those_of_deit_small() -> None:
-    zeros = nest(
+    zeros = unflatten(
         {path: np.broadcast_to(np.float32(0), s) for path, s in shapes_of(create_model("halvit_tiny")).items()}
     )
     state = to_torch("halvit_tiny", zeros, as_deit=True)

@@ -103,7 +103,12 @@ def spoil(root: pathlib.Path, name: str, victim: str = VICTIM) -> None:
 
 
 def loaders(root: pathlib.Path, on_bad_image: str = "replace", **changes: Any) -> Loaders:
-    fields = default_config().data.to_dict() | {"name": "folder", "root": str(root), "eval_split": "val", "readers": 4}
+    fields = default_config().data.to_dict() | {
+        "name": "folder",
+        "root": str(root),
+        "eval_split": "val",
+        "virtual_shards": 4,
+    }
     fields |= {"min_crop_area": 0.9, "on_bad_image": on_bad_image, "batch_size": BATCH, "image_size": SIZE, "seed": 0}
     return make_loaders(**fields | changes)
 
@@ -187,7 +192,7 @@ def spoilt(root: pathlib.Path) -> pathlib.Path:
     return root
 
 
-FULL = {"bad_image_budget": 0.5, "shift": 1, "repeats": 2}
+FULL = {"bad_image_budget": 0.5, "shift": 1, "repeated_aug": 2}
 
 
 @pytest.mark.parametrize("hosts", tiered([2, 4], {2}))
@@ -250,8 +255,8 @@ def peak():
     (line,) = (line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
     return int(line.split()[1]) / 1024
 
-fields = default_config().data.to_dict() | {"name": "folder", "eval_split": "val", "readers": 4, "min_crop_area": 0.9}
-fields |= {"batch_size": 8, "image_size": 16, "seed": 0}
+fields = default_config().data.to_dict() | {"name": "folder", "eval_split": "val", "min_crop_area": 0.9}
+fields |= {"virtual_shards": 4, "batch_size": 8, "image_size": 16, "seed": 0}
 found, alive = {}, []
 for on_bad_image, root in itertools.product(("error", "replace"), ROOTS):
     loaders = make_loaders(**fields | {"root": root, "on_bad_image": on_bad_image})

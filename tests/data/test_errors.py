@@ -15,6 +15,7 @@ from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources import tfds as tfds_source
 from halvit_jax.data.sources.base import Entry, Record
 from halvit_jax.protocols import DataError
+from halvit_jax.text import first_few
 
 STEPS = 3  # of an epoch
 Batches = Iterator[dict[str, np.ndarray]]
@@ -100,7 +101,7 @@ def test_the_budget_is_a_share_of_the_examples(budget: float, allowed: int) -> N
     letters = "abcdefghi"
     batches = watch(budget, steps_per_epoch=100).batches(iter([batch(letter, letter) for letter in letters]), 0)
     assert len(list(itertools.islice(batches, allowed))) == allowed
-    names = ", ".join(letters[: min(allowed + 1, 5)])
+    names = first_few(list(letters[: allowed + 1]))
     with pytest.raises(DataError, match=f"^{allowed + 1} images .*, {allowed} are allowed: {names}; remove them"):
         next(batches)
 

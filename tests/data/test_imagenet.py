@@ -58,7 +58,7 @@ def prepared(archives: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def _loaders(data_dir: pathlib.Path, **changes: Any) -> Loaders:
-    fields = default_config().data.to_dict() | {"data_dir": str(data_dir), "readers": 4, **changes}
+    fields = default_config().data.to_dict() | {"data_dir": str(data_dir), "virtual_shards": 4, **changes}
     return make_loaders(**fields, batch_size=8, image_size=64, seed=0)
 
 
@@ -158,7 +158,7 @@ def _config(data_dir: pathlib.Path, **changes: Any) -> ConfigDict:
             "num_epochs": 0,
             "total_steps": 2,
             "optim.warmup_epochs": 0.0,
-            "log_every": 1,
+            "loop.log_every": 1,
         }
         | changes
     )
@@ -187,7 +187,7 @@ def test_a_process_may_end_while_batches_are_being_made(prepared: dict[str, path
     program = """
 from halvit_jax.config import default_config
 from halvit_jax.data import make_loaders
-fields = default_config().data.to_dict() | {"readers": 4}
+fields = default_config().data.to_dict() | {"virtual_shards": 4}
 loaders = [make_loaders(**fields | {"data_dir": d}, batch_size=8, image_size=64, seed=0) for d in FOLDERS]
 alive = [loader.train.batches() for loader in loaders]
 print([next(batches)["image"].shape for batches in alive])

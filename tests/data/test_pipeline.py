@@ -23,7 +23,7 @@ def _loaders(digits_dir: pathlib.Path, **changes: Any) -> Loaders:
         "crop": "whole",
         "flip": True,
         "shift": 1,
-        "readers": 8,
+        "virtual_shards": 8,
     }
     keywords = fields | {"batch_size": BATCH, "image_size": 8, "seed": 0} | changes
     return make_loaders(**keywords)
@@ -79,11 +79,11 @@ def test_an_epoch_holds_an_example_at_most_once_and_the_next_is_in_another_order
 
 
 def test_repeats_put_copies_of_an_example_into_one_batch(digits_dir: pathlib.Path) -> None:
-    loader = _loaders(digits_dir, flip=False, shift=0, repeats=3).train
+    loader = _loaders(digits_dir, flip=False, shift=0, repeated_aug=3).train
     assert loader.steps_per_epoch == _loaders(digits_dir).train.steps_per_epoch
     batch = next(loader.batches())
     assert len({image.tobytes() for image in batch["image"]}) <= BATCH // 3 + 8
-    augmented = next(_loaders(digits_dir, repeats=3).train.batches())
+    augmented = next(_loaders(digits_dir, repeated_aug=3).train.batches())
     assert len({image.tobytes() for image in augmented["image"]}) > BATCH // 2
 
 
@@ -122,7 +122,7 @@ def test_a_host_without_examples_still_gets_as_many_batches(digits_dir: pathlib.
 
 def test_wrong_values_are_refused(digits_dir: pathlib.Path) -> None:
     cases = {
-        "data.repeats=0 must be at least 1": {"repeats": 0},
+        "data.repeated_aug=0 must be at least 1": {"repeated_aug": 0},
         "data.interpolation='cubic' is not one of bilinear, bicubic": {"interpolation": "cubic"},
         "batch_size=2048 over 8 readers asks for more than the 1433 examples": {"batch_size": 2048},
         "3 hosts cannot share 8 readers equally": {"host": Host(0, 3)},

@@ -18,7 +18,7 @@ from halvit_jax.convert import readers, to_torch, weights_file
 from halvit_jax.experiment import build, init_from, tasks, workdir
 from halvit_jax.experiment.trained import restore_newest
 from halvit_jax.main import work
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
     source: pathlib.Path, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     fresh = ("^head/bias", "norm/scale$")
-    config = tiny(digits_dir, **{"init_from": str(source), "init_fresh": fresh, "model.image_size": 12})
+    config = tiny(digits_dir, **{"init_from": str(source), "init_exclude": fresh, "model.image_size": 12})
     run = build.build(config)
     said: list[str] = []
     state = init_from.fresh_state(
@@ -54,8 +54,8 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         say=said.append,
     )
     _, variables = halvit_jax.load(finished[0])
-    old, new, averages = (flat(tree) for tree in (variables["params"], state.params, state.ema["params"]))
-    begun = flat(run.fresh_state(run.abstract_state()).params)
+    old, new, averages = (flatten(tree) for tree in (variables["params"], state.params, state.ema["params"]))
+    begun = flatten(run.fresh_state(run.abstract_state()).params)
     for path, value in new.items():
         if path == "head/bias" or path.endswith("norm/scale"):
             np.testing.assert_array_equal(value, begun[path])
@@ -65,7 +65,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         else:
             np.testing.assert_array_equal(value, old[path])
         np.testing.assert_array_equal(value, averages[path])
-        assert value.sharding == flat(run.abstract_state().params)[path].sharding
+        assert value.sharding == flatten(run.abstract_state().params)[path].sharding
     assert int(state.step) == 0
     listed = json.loads((tmp_path / init_from.FILE).read_text())
     assert listed["source"] == str(source)
@@ -80,7 +80,7 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
 def test_it_trains_on_and_a_checkpoint_comes_before_it(
     finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:
-    short = {"total_steps": 2, "eval_every": 2, "checkpoint_every": 2, "init_from": str(finished[0])}
+    short = {"total_steps": 2, "loop.eval_every": 2, "loop.checkpoint_every": 2, "init_from": str(finished[0])}
     frozen = {"optim.frozen": ("^block", "^embed", "^position"), "optim.learning_rate": 0.1}
     work(tiny(digits_dir, **short | frozen), tmp_path)
     assert "arrays as they are" in capsys.readouterr().out
@@ -88,11 +88,11 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
     assert re.search(r"^ok    init_from   \d+ arrays as they are$", capsys.readouterr().out, re.MULTILINE)
     config = workdir.read_config(tmp_path)
     state = restore_newest(tasks.build_task(config), config, tmp_path)
-    old = flat(halvit_jax.load(finished[0])[1]["params"])
-    for path, value in flat(state.params).items():
+    old = flatten(halvit_jax.load(finished[0])[1]["params"])
+    for path, value in flatten(state.params).items():
         same = np.array_equal(value, old[path])
         assert same == path.startswith(("block", "embed", "position")), path
-    moments = [path for path in flat(state.opt_state) if "block0" in path]
+    moments = [path for path in flatten(state.opt_state) if "block0" in path]
     assert not moments  # nothing is kept for what is not trained
     work(tiny(digits_dir, **short | frozen | {"init_from": "/nowhere"}), tmp_path)  # finished: it needs it no more
     assert "finished" in capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
         ),
         ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
-        ({"init_from": "WORKDIR", "init_fresh": ("haed",)}, "init_fresh holds 'haed', which is in no path"),
+        ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude holds 'haed', which is in no path"),
     ],
 )
 def test_what_cannot_be_begun_with_is_answered_with_a_line(
@@ -149,8 +149,8 @@ def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None
 
     def run(name: str, folder: str, **changes: Any) -> float:
         fields = {"data.name": "folder", "data.root": str(tmp_path / folder), "data.eval_split": "val"}
-        fields |= {"model.num_classes": 5, "optim.warmup_epochs": 2.0, "batch_size": 64, "data.readers": 4}
-        fields |= {"eval_every": 1000, "checkpoint_every": 1000, "total_steps": 60}
+        fields |= {"model.num_classes": 5, "optim.warmup_epochs": 2.0, "batch_size": 64, "data.virtual_shards": 4}
+        fields |= {"loop.eval_every": 1000, "loop.checkpoint_every": 1000, "total_steps": 60}
         config = digits.vit("halvit_tiny")
         config.update_from_flattened_dict(fields | changes)
         return work(config, tmp_path / f"run_{name}")["eval"]["top1"]
@@ -159,6 +159,6 @@ def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None
     assert before > 0.9
     larger = {"model.image_size": 12}
     scratch = run("scratch", "high", **larger)
-    tuned = run("tuned", "high", **larger, init_from=str(tmp_path / "run_low"), init_fresh=("^head/",))
+    tuned = run("tuned", "high", **larger, init_from=str(tmp_path / "run_low"), init_exclude=("^head/",))
     print(f"scratch {scratch:.2%}, fine-tuned {tuned:.2%}")
     assert tuned > scratch + 0.05

@@ -48,21 +48,21 @@ def config(data_dir: str, **fields: object) -> "ConfigDict":  # noqa: F821
     made = digits("halvit_tiny")
     values = {
         "total_steps": STEPS,
-        "log_every": 1,
-        "eval_every": 30,
-        "checkpoint_every": SAVE_EVERY,
+        "loop.log_every": 1,
+        "loop.eval_every": 30,
+        "loop.checkpoint_every": SAVE_EVERY,
         "batch_size": 64,
         "recipe_batch_size": 64,
         "model.width": 32,
         "model.depth": 2,
         "model.num_heads": 2,
         "data.data_dir": data_dir,
-        "data.readers": 4,
-        "task.cutmix": 1.0,
-        "task.erase": 0.25,
+        "data.virtual_shards": 4,
+        "classification.cutmix": 1.0,
+        "classification.erase": 0.25,
         "optim.warmup_epochs": 1.0,
         "optim.clip_norm": 1.0,
-        "spikes.factor": 100.0,
+        "skip_updates.norm_factor": 100.0,
     }
     made.update_from_flattened_dict(values | fields)
     return made

@@ -41,7 +41,7 @@ def main() -> None:
     config = digits("halvit_tiny")
     config.data.data_dir = given.data_dir
     run = build.build(config)
-    task, optimizer, decay = run.task, run.optimizer, config.ema_decay
+    task, optimizer, decay = run.task, run.optimizer, config.loop.ema_decay
     guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, limit=run.limit)
 
     def bare(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
@@ -106,8 +106,8 @@ def main() -> None:
     step, plain, save = (statistics.median(each) for each in (*times, saves))
     ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
     print(f"a step: {1e3 * step:.2f} ms with guards, {1e3 * plain:.2f} ms without, median of ratios {ratio:.4f}")
-    share = save / config.checkpoint_every / plain
-    print(f"digests of a save: {1e3 * save:.1f} ms, every {config.checkpoint_every} steps: {share:.3%} of a step")
+    share = save / config.loop.checkpoint_every / plain
+    print(f"digests of a save: {1e3 * save:.1f} ms, every {config.loop.checkpoint_every} steps: {share:.3%} of a step")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from halvit_jax.convert import from_torch, shapes_of, to_torch
-from halvit_jax.convert.engine import flatten, nest
 from halvit_jax.models import create_model
+from halvit_jax.trees import flatten, unflatten
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 Shapes = dict[str, tuple[int, ...]]
@@ -36,7 +36,7 @@ def random_arrays(name: str, **fields: Any) -> dict[str, np.ndarray]:
 
 def state_of(arrays: dict[str, np.ndarray], name: str, **fields: Any) -> dict[str, np.ndarray]:
     """Our model's arrays under the official names."""
-    return to_torch(name, nest(arrays), **fields)
+    return to_torch(name, unflatten(arrays), **fields)
 
 
 def check_values_keep_their_places(name: str, **fields: Any) -> dict[str, np.ndarray]:

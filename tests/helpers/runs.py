@@ -3,9 +3,12 @@
 import pathlib
 from typing import Any
 
+from flax import linen as nn
 from ml_collections import ConfigDict
 
+from halvit_jax.config import default_config
 from halvit_jax.recipes import digits
+from halvit_jax.tasks.classification import Classification
 
 MAIN = "halvit_jax.main"
 Finished = tuple[pathlib.Path, dict[str, Any]]  # a workdir and the result of its run
@@ -18,20 +21,27 @@ def tiny(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
         {
             "batch_size": 32,
             "total_steps": 8,
-            "log_every": 2,
-            "eval_every": 4,
-            "checkpoint_every": 4,
+            "loop.log_every": 2,
+            "loop.eval_every": 4,
+            "loop.checkpoint_every": 4,
             "model.width": 32,
             "model.depth": 2,
             "model.num_heads": 2,
             "model.drop_path": 0.2,
             "data.data_dir": str(digits_dir),
-            "task.label_smoothing": 0.1,
-            "task.mixup": 0.8,
-            "task.cutmix": 1.0,
-            "task.erase": 0.25,
+            "classification.label_smoothing": 0.1,
+            "classification.mixup": 0.8,
+            "classification.cutmix": 1.0,
+            "classification.erase": 0.25,
             "optim.warmup_epochs": 0.0,
         }
         | changes
     )
     return config
+
+
+def classification(model: nn.Module, **changes: Any) -> Classification:
+    """The default task of a model."""
+    config = default_config()
+    fields = {"mean": config.task.mean, "std": config.task.std, **config.classification}
+    return Classification(model, **fields | changes)

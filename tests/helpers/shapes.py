@@ -3,12 +3,11 @@
 import math
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
 from halvit_jax.models import create_model
-from halvit_jax.trees import map_paths
+from halvit_jax.trees import map_paths, variable_shapes
 
 
 def shallow(name: str) -> nn.Module:
@@ -17,17 +16,6 @@ def shallow(name: str) -> nn.Module:
     if hasattr(model, "depth"):
         return create_model(name, depth=getattr(model, "share", 1))
     return create_model(name, depths=tuple(getattr(model, "shares", (1,) * len(model.depths))))
-
-
-def variable_shapes(model: nn.Module) -> Any:
-    """A model's variables as a tree of shapes."""
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-
-
-def shapes_of(model: nn.Module) -> Any:
-    """A model's parameters as a tree of shapes."""
-    return variable_shapes(model)["params"]
 
 
 def random_variables(model: nn.Module) -> Any:

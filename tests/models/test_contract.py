@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables
 from helpers.tiers import CORE, KINDS, tiered
 
 from halvit_jax.layers import conv
@@ -22,7 +22,7 @@ from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
 from halvit_jax.models.swin import SwinTransformer
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 CLASSES = 5
 # Every family in a small shape that still has one block of each kind, and two that share what a stage shares.
@@ -104,7 +104,7 @@ def _gradients(model: nn.Module) -> dict[str, jax.Array]:
         return jnp.sum(weights * jax.nn.log_softmax(logits))
 
     with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
-        return flat(gradient(params))
+        return flatten(gradient(params))
 
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
@@ -124,7 +124,7 @@ def test_variables_are_float32_whatever_is_computed_in(name: str) -> None:
 def test_every_parameter_learns(name: str) -> None:
     model = _small(name, dtype="float32")
     grads = _gradients(model)
-    assert grads.keys() == flat(_variables(model)["params"]).keys()
+    assert grads.keys() == flatten(_variables(model)["params"]).keys()
     assert [path for path, grad in grads.items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
 
 
@@ -149,4 +149,4 @@ def test_another_resolution_and_no_head(name: str) -> None:
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_remat_changes_no_parameter_path(name: str) -> None:
-    assert list(flat(_shapes(_small(name, remat=True)))) == list(flat(_shapes(_small(name))))
+    assert list(flatten(_shapes(_small(name, remat=True)))) == list(flatten(_shapes(_small(name))))

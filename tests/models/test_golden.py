@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.official import GOLDEN, official_shapes
-from helpers.shapes import variable_shapes
 from helpers.tiers import tiered
 
 from halvit_jax.convert import from_torch, to_torch
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model
+from halvit_jax.trees import variable_shapes
 
 FIELDS = {"halvit_resnet50": {"num_classes": 0}}  # as it was run
 REFERENCES = sorted(path.stem for path in GOLDEN.glob("*.json") if "state" in json.loads(path.read_text()))

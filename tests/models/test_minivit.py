@@ -9,7 +9,7 @@ import pytest
 from halvit_jax.layers import conv
 from halvit_jax.layers.window import MASKED
 from halvit_jax.models import create_model
-from halvit_jax.trees import count, flat
+from halvit_jax.trees import count, flatten
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 DEIT = {"width": 16, "depth": 4, "num_heads": 2, "patch_size": 8, "image_size": 32, "num_classes": 5}
@@ -24,7 +24,7 @@ TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
 def _shapes(name: str, **fields: Any) -> dict[str, Any]:
     model = create_model(name, **fields)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
-    return flat(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"])
+    return flatten(jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)["params"])
 
 
 def _values(name: str, **fields: Any) -> dict[str, np.ndarray]:
@@ -123,7 +123,7 @@ def test_runs_share_what_hallucinates_and_mix_the_real_heads_before_and_all_afte
     model = create_model("mini_halvit_tiny", **fields)
     with conv.native():
         grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, _images(), train=True).sum()))(_nest(params))
-    assert [path for path, grad in flat(grads).items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
+    assert [path for path, grad in flatten(grads).items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
 
 
 def _owner(path: str) -> str:
@@ -150,7 +150,7 @@ def test_the_gradient_of_what_is_shared_is_the_sum_over_its_repeats(name: str, t
             def gradient(params: Any) -> jax.Array:
                 return jnp.sum(weights * model.apply({"params": params}, images, train=True))
 
-            return {path: np.asarray(array) for path, array in flat(gradient(_nest(params))).items()}
+            return {path: np.asarray(array) for path, array in flatten(gradient(_nest(params))).items()}
 
         with conv.native():  # quicker to compile
             ours = gradients(shared, values)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables
 
 from halvit_jax import capture
 from halvit_jax.analysis.macs import count_macs
@@ -15,7 +15,7 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import create_model, fold
 from halvit_jax.models.nextvit import PARTITION_RULES, NextViT
 from halvit_jax.models.vit import HC
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5
@@ -65,7 +65,7 @@ def test_folding_the_norms_and_factors_changes_no_output(fields: dict[str, Any])
     blocks = [f"stage{stage}/block{i}" for stage, i in ((1, 0), (2, 0), (2, 1))]
     lone = {f"{block}/ffn_norm" for block in blocks} | {f"{blocks[2]}/attention_norm", "norm"}
     lone.add(f"{blocks[2]}/attention/pooled_norm")
-    norms = {path for path in flat(fewer["params"]) if "norm" in path}
+    norms = {path for path in flatten(fewer["params"]) if "norm" in path}
     assert norms == {f"{path}/{leaf}" for path in lone for leaf in ("scale", "bias")}
     jax.tree.map(np.testing.assert_array_equal, variables, before)
     with pytest.raises(ValueError, match="is folded and cannot be trained"):
@@ -79,7 +79,7 @@ def test_deployed_counts_of_the_compact_models(name: str) -> None:
     shapes, images = variable_shapes(model), jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
     # The host is counted with its norms, which have as many scales as the convolutions that they are folded into have
     # biases; of the compact layers no norm is left.
-    scales = [leaf for path, leaf in flat(shapes["params"]).items() if path.endswith("conv/bias")]
+    scales = [leaf for path, leaf in flatten(shapes["params"]).items() if path.endswith("conv/bias")]
     assert _size(shapes) + _size(scales) == params
     with conv.native():
         macs = count_macs(lambda v, x: model.apply(v, x, train=False), shapes, images)
@@ -162,7 +162,7 @@ def test_initial_values_are_the_released_ones() -> None:
     model = NextViT(**SMALL | {"depths": (1, 1)})
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the default's time
     with conv.native():
-        params = flat(jax.jit(lambda: model.init(key, _images(model), train=False))()["params"])
+        params = flatten(jax.jit(lambda: model.init(key, _images(model), train=False))()["params"])
     kernels = {path: a for path, a in params.items() if path.endswith("kernel")}
     for path, a in kernels.items():
         assert float(a.std()) == pytest.approx(0.02, rel=0.25), path
@@ -176,8 +176,8 @@ def test_training_moves_every_statistic(fields: dict[str, Any]) -> None:
     variables, images = random_variables(model), _images(model, 4)
     with conv.native():
         _, changed = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
-    stats = flat(changed["batch_stats"])
-    assert [path for path, old in flat(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []
+    stats = flatten(changed["batch_stats"])
+    assert [path for path, old in flatten(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []
 
 
 def test_both_formulations_are_one_network() -> None:
@@ -211,7 +211,7 @@ def test_attention_maps_can_be_had() -> None:
 @pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("fields", [{}, HC])
 def test_every_parameter_has_a_rule_of_its_shape(fields: dict[str, Any], folded: bool) -> None:
-    for path, leaf in flat(variable_shapes(NextViT(**SMALL, **fields, folded=folded))["params"]).items():
+    for path, leaf in flatten(variable_shapes(NextViT(**SMALL, **fields, folded=folded))["params"]).items():
         spec = next(spec for pattern, spec in PARTITION_RULES if re.search(pattern, path))
         assert len(spec) == (leaf.ndim if path.endswith("kernel") else 0), path
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import variable_shapes
 
 import halvit_jax
 from halvit_jax.layers import conv
@@ -16,7 +15,7 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.ffn import Compact, gelu
 from halvit_jax.models import create_model
 from halvit_jax.models.pvt import ConvMlp, resampled
-from halvit_jax.trees import flat, map_paths
+from halvit_jax.trees import flatten, map_paths, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {
@@ -163,7 +162,7 @@ def _initial(name: str, layers: dict[str, float]) -> dict[str, jax.Array]:
 
     @jax.jit
     def initial() -> dict[str, jax.Array]:
-        params = flat(model.init(jax.random.key(0), _images(), train=False)["params"])
+        params = flatten(model.init(jax.random.key(0), _images(), train=False)["params"])
         return {f"{layer}/{part}": params[f"stage1/{layer}/{part}"] for layer in layers for part in ("kernel", "bias")}
 
     return initial()
@@ -187,9 +186,9 @@ def test_heads_are_hallucinated_in_the_stages_that_have_two_and_more() -> None:
     params = variable_shapes(create_model("pvt_tiny_hc"))["params"]
     stages = [params[f"stage{i}"]["block0"] for i in (1, 2, 3, 4)]
     assert [stage["attention"]["query"]["kernel"].shape[1] // 64 for stage in stages] == [1, 1, 3, 4]
-    made = [flat(stage["attention"]).get("maps/hallucination/across") for stage in stages]
+    made = [flatten(stage["attention"]).get("maps/hallucination/across") for stage in stages]
     assert [None if maps is None else maps.shape for maps in made] == [None, (1, 1), (3, 2), (4, 4)]
-    assert [flat(stage["ffn"])["reduce/first0/dense/kernel"].shape[1] for stage in stages] == [32, 64, 160, 256]
+    assert [flatten(stage["ffn"])["reduce/first0/dense/kernel"].shape[1] for stage in stages] == [32, 64, 160, 256]
 
 
 @pytest.mark.parametrize("name", ["pvt_tiny_hc", "pvt_v2_b2_hc"])
@@ -215,7 +214,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
         with conv.native():  # quicker to compile
             traced = jax.jit(jax.value_and_grad(loss)).trace(params)
         assert str(traced.jaxpr).count("= remat") == remat  # one in each block
-        results.append(flat(traced.lower().compile()(params)))
+        results.append(flatten(traced.lower().compile()(params)))
     plain, recomputed = results
     assert plain.keys() == recomputed.keys()
     for path, value in plain.items():

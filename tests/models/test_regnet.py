@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables
 
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import fold
 from halvit_jax.models.regnet import PARTITION_RULES, SIZES, RegNet
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "num_classes": 5, "image_size": 32}
@@ -37,14 +37,14 @@ def test_depths_and_widths_are_those_of_the_quantised_line(name: str) -> None:
 
 
 def test_the_hidden_channels_of_squeeze_excite_are_a_quarter_of_what_the_block_is_given() -> None:
-    params = flat(variable_shapes(RegNet(**SIZES["regnety_160"]))["params"])
+    params = flatten(variable_shapes(RegNet(**SIZES["regnety_160"]))["params"])
     hidden = {path.split("/squeeze")[0]: a.shape[-1] for path, a in params.items() if path.endswith("reduce/kernel")}
     expected = {"stage1/block0": 8, "stage1/block1": 56, "stage2/block0": 56, "stage4/block0": 308}
     assert {path: hidden[path] for path in expected} == expected
 
 
 def test_paths_are_the_ones_checkpoints_know() -> None:
-    params = flat(variable_shapes(RegNet(**SMALL))["params"])
+    params = flatten(variable_shapes(RegNet(**SMALL))["params"])
     for path in ("stem/conv/kernel", "stage1/block0/shortcut/norm/scale", "stage3/block1/conv2/conv/kernel"):
         assert path in params
     assert "stage3/block1/shortcut/conv/kernel" not in params
@@ -94,7 +94,7 @@ def test_folding_the_norms_changes_no_output() -> None:
     expected = model.apply(variables, images, train=False)
     folded, fewer = fold(model, variables)
     assert fewer.keys() == {"params"}
-    assert not [path for path in flat(fewer["params"]) if "norm" in path]
+    assert not [path for path in flatten(fewer["params"]) if "norm" in path]
     assert jax.tree.map(jnp.shape, fewer["params"]) == jax.tree.map(jnp.shape, variable_shapes(folded)["params"])
     found = folded.apply(fewer, images, train=False)
     assert np.abs(found - expected).max() / expected.std() <= 1e-5

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables
 from helpers.tiers import tiered
 
 from halvit_jax.layers import conv
@@ -14,7 +14,7 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.initializers import torch_uniform
 from halvit_jax.models import fold
 from halvit_jax.models.resnet import KERNEL_INITS, PARTITION_RULES, SIZES, STAGES, Bottleneck, ResNet
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 SIZE, CLASSES = 32, 5
 TIED = ("halvit_resnet50", "halvit_resnext101_32x8d")
@@ -49,14 +49,14 @@ def _loss(output: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize("name", TIED)
 def test_a_stage_owns_one_kernel(name: str) -> None:
-    params = flat(variable_shapes(ResNet(**SIZES[name]))["params"])
+    params = flatten(variable_shapes(ResNet(**SIZES[name]))["params"])
     assert [path for path in params if "tied" in path] == ["stage3/tied/kernel", "stage4/tied/kernel"]
     blocks = {path.split("/")[-2] for path in params if re.match(r"stage[34]/block", path)}
     assert blocks == {"norm1", "conv2", "norm2", "norm3"}
 
 
 def test_paths_are_the_ones_checkpoints_know() -> None:
-    params = flat(variable_shapes(_small("halvit_resnet50"))["params"])
+    params = flatten(variable_shapes(_small("halvit_resnet50"))["params"])
     for path in ("stem/conv/kernel", "stage1/block0/shortcut/norm/scale", "stage3/block0/conv2/kernel", "head/kernel"):
         assert path in params
     rules = [[spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)] for path in params]
@@ -68,7 +68,7 @@ def test_weights_start_as_in_the_released_networks() -> None:
     model = _small("halvit_resnet50", depths=(1, 1, 1, 1))
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the default's time
     variables = jax.jit(lambda: model.init(key, _images(), train=False))()
-    params = flat(variables["params"])
+    params = flatten(variables["params"])
     assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     assert float(params["stage3/tied/kernel"].std()) == pytest.approx((2 / (256 + 1024)) ** 0.5, rel=0.02)
     conv2 = params["stage3/block0/conv2/kernel"]
@@ -77,7 +77,7 @@ def test_weights_start_as_in_the_released_networks() -> None:
     assert all(bool((a == (1 if path.endswith("scale") else 0)).all()) for path, a in params.items() if "norm" in path)
     plain = KERNEL_INITS[ResNet.kernel_init](jax.random.key(0), (3, 3, 8, 256))
     assert float(plain.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
-    assert not any(a.any() for path, a in flat(variables["batch_stats"]).items() if path.endswith("mean"))
+    assert not any(a.any() for path, a in flatten(variables["batch_stats"]).items() if path.endswith("mean"))
 
 
 @pytest.mark.parametrize("name", tiered(["resnet18", "resnet50", *TIED], DEFAULT))
@@ -109,8 +109,8 @@ def test_training_moves_every_statistic(name: str) -> None:
     model = _small(name)
     variables = random_variables(model)
     _, changed = jax.jit(lambda v: model.apply(v, _images(4), train=True, mutable=["batch_stats"]))(variables)
-    stats = flat(changed["batch_stats"])
-    unmoved = [path for path, old in flat(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])]
+    stats = flatten(changed["batch_stats"])
+    unmoved = [path for path, old in flatten(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])]
     assert unmoved == []
 
 
@@ -165,7 +165,7 @@ def test_remat_recomputes_each_block(name: str) -> None:
 def test_remat_computes_the_same(step: tuple[ResNet, Any, Any]) -> None:
     model, variables, reference = step
     ours = _loss_and_gradients(model.clone(remat=True), variables, _images(4))
-    for (path, a), b in zip(flat({"all": ours}).items(), jax.tree.leaves({"all": reference}), strict=True):
+    for (path, a), b in zip(flatten({"all": ours}).items(), jax.tree.leaves({"all": reference}), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max()), err_msg=path)
 
 
@@ -208,5 +208,5 @@ def test_folding_the_norms_changes_no_output(name: str) -> None:
     assert np.abs(found - expected).max() / expected.std() <= 1e-5
     with pytest.raises(ValueError, match="is folded and cannot be trained"):
         folded.apply(fewer, images, train=True)
-    tied = [path for path in flat(fewer["params"]) if "norm" in path]
+    tied = [path for path in flatten(fewer["params"]) if "norm" in path]
     assert bool(tied) == ("halvit" in name)  # only norms around a shared W stay, as scale and bias

@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.shapes import random_variables, variable_shapes
+from helpers.shapes import random_variables
 
 from halvit_jax import capture
 from halvit_jax.analysis.macs import count_macs
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model, fold, shvit
 from halvit_jax.models.shvit import KINDS, PARTITION_RULES, SHViT, multiple_of_8
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 CLASSES = 5
@@ -54,7 +54,7 @@ def test_folding_the_norms_and_shortcuts_changes_no_output(distilled: bool) -> N
     expected = _apply(model, variables, method="heads")
     for name, found in _apply(folded, fewer, method="heads").items():
         assert np.abs(found - expected[name]).max() / expected[name].std() <= 1e-5
-    norms = {path for path in flat(fewer["params"]) if "norm" in path}
+    norms = {path for path in flatten(fewer["params"]) if "norm" in path}
     assert norms == {f"stage2/block{i}/attention/norm/{leaf}" for i in (0, 1) for leaf in ("scale", "bias")}
     jax.tree.map(np.testing.assert_array_equal, variables, before)
     with pytest.raises(ValueError, match="is folded and cannot be trained"):
@@ -125,7 +125,7 @@ def test_the_published_maps_are_of_strides_16_32_and_64(size: int, sides: tuple[
 def test_squeeze_excite_is_a_quarter_wide_in_multiples_of_8() -> None:
     widths = {}
     for name in FOLDED:
-        params = flat(variable_shapes(create_model(name))["params"])
+        params = flatten(variable_shapes(create_model(name))["params"])
         widths[name] = [params[f"stage{i}/merge/excite/reduce/bias"].size for i in (2, 3)]
     assert widths == {
         "shvit_s1": [128, 224],
@@ -140,7 +140,7 @@ def test_blocks_begin_as_their_shortcuts() -> None:
     model = SHViT(**SMALL | {"depths": (1, 1)})
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the default's time
     variables = jax.jit(lambda: model.init(key, _images(model), train=False))()
-    params = flat(variables["params"])
+    params = flatten(variables["params"])
     zero = {path for path, a in params.items() if path.endswith("scale") and not a.any()}
     ffns = {f"{block}/ffn/reduce" for block in ("stage1/block0", "stage2/before", "stage2/after", "stage2/block0")}
     others = {"stage1/block0/local", "stage2/block0/local", "stage2/block0/attention/output"}
@@ -158,8 +158,8 @@ def test_training_moves_every_statistic() -> None:
     model = SHViT(**SMALL)
     variables, images = random_variables(model), _images(model, 4)
     _, changed = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
-    stats = flat(changed["batch_stats"])
-    assert [path for path, old in flat(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []
+    stats = flatten(changed["batch_stats"])
+    assert [path for path, old in flatten(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []
 
 
 def test_both_formulations_are_one_network() -> None:
@@ -194,7 +194,7 @@ def test_attention_maps_can_be_had() -> None:
 
 
 def test_every_parameter_has_a_rule_of_its_shape() -> None:
-    params = flat(variable_shapes(SHViT(**SMALL, distilled=True))["params"])
+    params = flatten(variable_shapes(SHViT(**SMALL, distilled=True))["params"])
     for path, leaf in params.items():
         (spec,) = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]
         assert len(spec) in (0, leaf.ndim), path

@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from helpers.shapes import shapes_of
 
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
 from halvit_jax.models import create_model
 from halvit_jax.models.swin import PatchMerging, SwinTransformer
-from halvit_jax.trees import count, flat
+from halvit_jax.trees import count, flatten, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
 SMALL = {"width": 16, "depths": (2, 1), "head_width": 8, "window_size": 4, "image_size": 32, "num_classes": 5}
@@ -25,7 +24,9 @@ def _images(size: int = 32, width: int | None = None) -> jax.Array:
 
 def _params(model: SwinTransformer) -> Any:
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes_of(model))
+    return jax.tree.map(
+        lambda leaf: (0.2 * rng.standard_normal(leaf.shape)).astype(np.float32), variable_shapes(model)["params"]
+    )
 
 
 def _apply(model: SwinTransformer, params: Any, images: jax.Array, **keywords: Any) -> Any:
@@ -33,9 +34,9 @@ def _apply(model: SwinTransformer, params: Any, images: jax.Array, **keywords: A
 
 
 def test_at_384_windows_are_of_twelve() -> None:
-    shapes = shapes_of(create_model("swin_base", image_size=384, window_size=12))
+    shapes = variable_shapes(create_model("swin_base", image_size=384, window_size=12))["params"]
     assert count(shapes) == 87_903_584
-    tables = {leaf.shape[0] for path, leaf in flat(shapes).items() if path.endswith("table")}
+    tables = {leaf.shape[0] for path, leaf in flatten(shapes).items() if path.endswith("table")}
     assert tables == {23**2}
 
 
@@ -87,7 +88,9 @@ def test_a_block_sees_its_window_and_the_shifted_one_the_parts_of_its_neighbours
 
 def test_a_window_larger_than_the_map_is_the_map_and_not_shifted() -> None:
     model = create_model("swin_tiny", **SMALL | {"image_size": 16, "depths": (2, 2), "window_size": 7})
-    tables = {path: leaf.shape for path, leaf in flat(shapes_of(model)).items() if path.endswith("table")}
+    tables = {
+        path: leaf.shape for path, leaf in flatten(variable_shapes(model)["params"]).items() if path.endswith("table")
+    }
     assert tables["stage1/block1/position_bias/table"] == (7**2, 2)
     assert tables["stage2/block1/position_bias/table"] == (3**2, 4)
     assert _reached(2, size=16, window=7).all()
@@ -108,7 +111,7 @@ def test_images_of_other_sizes_than_it_was_built_for_give_maps_of_theirs() -> No
 
 def test_the_matrices_of_a_tied_swins_blocks_are_half_of_a_plain_ones() -> None:
     def matrices(**fields: Any) -> int:
-        params = flat(shapes_of(create_model("swin_tiny", **fields)))
+        params = flatten(variable_shapes(create_model("swin_tiny", **fields))["params"])
         return sum(leaf.size for path, leaf in params.items() if "block" in path and path.endswith("kernel"))
 
     tied = {"attention": "tied", "ffn": "tied", "attention_bias": False}
@@ -128,7 +131,7 @@ def test_epsilons_and_stochastic_depth_are_those_of_the_reference(name: str) -> 
             rates.append(context.module.rate)
         return call(*args, **kwargs)
 
-    shapes = shapes_of(model)
+    shapes = variable_shapes(model)["params"]
     with nn.intercept_methods(watch):
         jax.eval_shape(lambda p, x: model.apply({"params": p}, x, train=False), shapes, _images())
     assert set(epsilons) == {1e-5}
@@ -154,7 +157,7 @@ def test_remat_changes_neither_outputs_nor_gradients(name: str) -> None:
         with conv.native():  # quicker to compile
             traced = jax.jit(jax.value_and_grad(loss)).trace(_params(model))
         assert str(traced.jaxpr).count("= remat") == 2 * remat  # one in each layer
-        results.append(flat(traced.lower().compile()(_params(model))))
+        results.append(flatten(traced.lower().compile()(_params(model))))
     plain, recomputed = results
     assert plain.keys() == recomputed.keys()
     for path, value in plain.items():

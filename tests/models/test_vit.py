@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from helpers.runs import classification
 
 from halvit_jax.config import default_config
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import abstract_state
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 D, F, DEPTH, SIZE, CLASSES = 32, 128, 1, 16, 5
 SMALL = {"width": D, "depth": DEPTH, "num_heads": 2, "image_size": SIZE, "patch_size": 8, "num_classes": CLASSES}
@@ -94,8 +94,8 @@ def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
         def loss(model: VisionTransformer, params: dict[str, Any]) -> jax.Array:
             return jnp.sum(weights * model.apply({"params": params}, images, train=True))
 
-        ours = flat(jax.jit(jax.grad(lambda p: loss(tied, p)))(params))
-        expected = flat(_added_up(jax.jit(jax.grad(lambda p: loss(untied, p)))(_untied(params))))
+        ours = flatten(jax.jit(jax.grad(lambda p: loss(tied, p)))(params))
+        expected = flatten(_added_up(jax.jit(jax.grad(lambda p: loss(untied, p)))(_untied(params))))
     assert {leaf.dtype for leaf in ours.values()} == {jnp.dtype(jnp.float64)}
     assert ours.keys() == expected.keys()
     for path, gradient in ours.items():
@@ -104,9 +104,9 @@ def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
 
 
 def test_a_tied_kernel_is_held_once_in_parameters_moments_and_averages() -> None:
-    task = Classification(create_model("halvit_tiny", **SMALL), **default_config().task)
+    task = classification(create_model("halvit_tiny", **SMALL))
     optimizer = make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
-    state = flat(abstract_state(task, optimizer, mesh=make_mesh(), use_ema=True))
+    state = flatten(abstract_state(task, optimizer, mesh=make_mesh(), use_ema=True))
     for kernel in ("ffn/tied", "attention/query_output", "attention/key_value"):
         holders = [path.removesuffix(f"/block0/{kernel}/kernel") for path in state if f"block0/{kernel}" in path]
         assert holders == ["ema/params", "opt_state/1/mu", "opt_state/1/nu", "params"]
@@ -116,7 +116,7 @@ def test_a_tied_kernel_is_held_once_in_parameters_moments_and_averages() -> None
 
 def test_the_matrices_of_a_halvits_blocks_are_half_of_a_deits() -> None:
     def matrices(name: str) -> int:
-        params = flat(_params(create_model(name, **SMALL)))
+        params = flatten(_params(create_model(name, **SMALL)))
         return sum(leaf.size for path, leaf in params.items() if path.startswith("block") and leaf.ndim == 2)
 
     assert 2 * matrices("halvit_tiny") == matrices("deit_small") == 12 * D * D * DEPTH
@@ -210,10 +210,10 @@ def test_each_kind_of_position_gives_other_logits_and_only_learned_ones_are_para
 
 
 def test_attention_bias_adds_biases_to_tied_attention_and_takes_them_from_full() -> None:
-    with_bias = flat(_params(create_model("halvit_tiny", **SMALL, attention_bias=True)))
+    with_bias = flatten(_params(create_model("halvit_tiny", **SMALL, attention_bias=True)))
     added = {path for path in with_bias if path.startswith("block0/attention/") and path.endswith("bias")}
     assert added == {f"block0/attention/{name}_bias" for name in ("query", "key", "value", "output")}
-    without = flat(_params(create_model("deit_tiny", **SMALL, attention_bias=False)))
+    without = flatten(_params(create_model("deit_tiny", **SMALL, attention_bias=False)))
     assert not {path for path in without if path.startswith("block0/attention/") and path.endswith("bias")}
 
 
@@ -228,7 +228,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
 
         traced = jax.jit(jax.value_and_grad(loss)).trace(_params(model))
         assert ("remat" in str(traced.jaxpr)) == remat
-        results.append(flat(traced.lower().compile()(_params(model))))
+        results.append(flatten(traced.lower().compile()(_params(model))))
     plain, recomputed = results
     assert plain.keys() == recomputed.keys()
     for path, value in plain.items():
@@ -304,7 +304,7 @@ def test_all_heads_real_and_the_whole_rank_are_the_plain_model_bit_for_bit(name:
 
 def test_each_part_of_hallucinated_and_compact_models_is_a_field() -> None:
     def paths(name: str, **fields: Any) -> set[str]:
-        return {re.sub(r"\d", "", path) for path in flat(_params(create_model(name, **SMALL, **fields)))}
+        return {re.sub(r"\d", "", path) for path in flatten(_params(create_model(name, **SMALL, **fields)))}
 
     plain, made = paths("deit_tiny"), {f"block/attention/maps/hallucination/{part}" for part in ("across", "within")}
     compact = {
@@ -326,7 +326,7 @@ def test_every_array_of_a_compact_model_has_a_rule_of_its_shape(fields: dict[str
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), "float32")
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     assert ("batch_stats" in shapes) != model.folded
-    for path, leaf in flat(shapes).items():
+    for path, leaf in flatten(shapes).items():
         (spec,) = [spec for pattern, spec in partition_rules(model) if re.search(pattern, path)]
         assert len(spec) in (0, leaf.ndim), path
         assert (spec != ()) == path.endswith("kernel"), path
@@ -348,7 +348,7 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
     np.testing.assert_allclose(again, loss, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), moved, once)
     assert all(jax.tree.leaves(jax.tree.map(lambda new, old: bool((new != old).any()), moved, stats)))
-    assert [path for path, grad in flat(grads).items() if not bool(jnp.isfinite(grad).all())] == []
+    assert [path for path, grad in flatten(grads).items() if not bool(jnp.isfinite(grad).all())] == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 import ast
 import importlib.util
+import json
 import pathlib
+from typing import Any
 
 import jax
 import pytest
@@ -15,7 +17,7 @@ from halvit_jax.models import create_model
 from halvit_jax.recipes import digits, imagenet
 from halvit_jax.training.optim import path_mask
 from halvit_jax.training.sharding import make_mesh
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -54,7 +56,7 @@ def test_what_a_config_decays_is_what_it_was(name: str) -> None:
     """Every parameter with how it is treated; the golden file is this text."""
     config = load(ROOT / "configs" / f"{name}.py")
     params = jax.eval_shape(build_task(config).init, jax.random.key(0))[0]
-    mask = flat(path_mask(params, config.optim.no_decay))
+    mask = flatten(path_mask(params, config.optim.no_decay))
     text = "".join(f"{'decayed' if decayed else 'spared '} {name}\n" for name, decayed in mask.items())
     assert text == (GOLDEN / "decay" / f"{name}.txt").read_text()
 
@@ -84,8 +86,8 @@ def test_epochs_are_an_argument_of_the_config_file() -> None:
 )
 def test_distillation_as_published_is_an_argument(name: str, teacher: str, kind: str, layers: tuple[int, ...]) -> None:
     config = load(ROOT / "configs" / f"{name}.py", "distilled")
-    assert (config.task.name, config.teacher.name, config.distill.kind) == ("distill", teacher, kind)
-    assert config.distill.student_layers == layers
+    assert (config.task.name, config.teacher.name, config.distillation.kind) == ("distillation", teacher, kind)
+    assert config.distillation.student_layers == layers
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
@@ -105,7 +107,7 @@ def test_fine_tuning_at_384_is_an_argument(name: str, rate: float, schedule: str
     config = load(ROOT / "configs" / f"{name}.py", "384")
     assert (config.model.name, config.model.image_size, config.num_epochs) == (name, 384, 30)
     assert config.optim.learning_rate * config.batch_size / config.optim.base_batch_size == pytest.approx(rate)
-    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classify")
+    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classification")
     validate(config)
     assert create_model(**config.model).image_size == 384
 
@@ -149,26 +151,35 @@ def test_json_brings_back_the_same_config() -> None:
     assert to_json(from_json(to_json(config))) == to_json(config)
 
 
-@pytest.mark.parametrize("text", ['{"modell": {}}', '{"batch_size": "many"}', "[]", '{"model": 3}'])
-def test_a_text_that_is_no_config_is_refused(text: str) -> None:
+@pytest.mark.parametrize("fields", [{"modell": {}}, {"batch_size": "many"}, {"model": 3}])
+def test_a_text_that_is_no_config_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="not a config of this library"):
-        from_json(text)
+        from_json(json.dumps({"format": 1} | fields))
+    with pytest.raises(ValueError, match="not a config of this library"):
+        from_json("[]")
+
+
+def test_a_config_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.json has format=None, .* format=1"):
+        from_json("{}")
+    with pytest.raises(ValueError, match=r"config\.json has format=2, .* format=1"):
+        from_json(to_json(default_config()).replace('"format": 1', '"format": 2'))
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("batch_size", 0, "batch_size=0 must be at least 1"),
-        ("keep_checkpoints", 0, "keep_checkpoints=0 must be at least 1"),
+        ("save.keep", 0, "save.keep=0 must be at least 1"),
         ("seed", -1, "seed=-1 must not be negative"),
         ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
-        ("ema_decay", 1.0, r"ema_decay=1.0 must lie in \[0, 1\)"),
+        ("loop.ema_decay", 1.0, r"loop.ema_decay=1.0 must lie in \[0, 1\)"),
         ("compute_dtype", "half", "compute_dtype='half' is not one of auto, float32, bfloat16"),
     ],
 )
 def test_impossible_values_are_refused(field: str, value: object, message: str) -> None:
     config = imagenet.deit("halvit_tiny")
-    config[field] = value
+    config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         validate(config)
 

@@ -15,18 +15,28 @@ NUMERIC = {"jax", "flax.linen", "numpy", "halvit_jax.trees"}
 OURS = "halvit_jax"
 PACKAGES: dict[str, set[str] | None] = {
     "protocols": {"numpy"},
+    "text": set(),
     "config": {"ml_collections"},
     "trees": {"jax", "numpy", "halvit_jax.protocols"},
-    "distributed": {"jax", "absl", "halvit_jax.protocols"},
+    "distributed": {"jax", "absl", "halvit_jax.protocols", "halvit_jax.text"},
     "recipes": {"ml_collections", "halvit_jax.config"},
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC | {"halvit_jax.layers"},
     "tasks": NUMERIC | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
-    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols"},
-    "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu", "halvit_jax.protocols", "halvit_jax.trees"},
+    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols", "halvit_jax.text"},
+    "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
+    | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},
     # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.
-    "convert": {"numpy", "jax", "torch", "halvit_jax.models", "halvit_jax.layers", "halvit_jax.trees"},
+    "convert": {
+        "numpy",
+        "jax",
+        "torch",
+        "halvit_jax.models",
+        "halvit_jax.layers",
+        "halvit_jax.trees",
+        "halvit_jax.text",
+    },
     "experiment": {"jax", "numpy", "flax.linen", "ml_collections"}
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
     | {f"{OURS}.{name}" for name in ("convert", "distributed")},

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
@@ -18,7 +19,7 @@ KEY = jax.random.key(5)
 
 
 def _task(model: str = "halvit_tiny", fields: dict[str, Any] = TINY, **changes: Any) -> Classification:
-    return Classification(create_model(model, **fields), **default_config().task.to_dict() | changes)
+    return classification(create_model(model, **fields), **changes)
 
 
 def _batch(b: int = B) -> dict[str, jax.Array]:
@@ -119,7 +120,7 @@ def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(mixup, "random_erase", erase)
     monkeypatch.setattr(mixup, "mixup_or_cutmix", blend)
-    _task(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mix_switch=0.4, mix_per="image", erase=0.25).summary_images(
+    _task(label_smoothing=0.1, mixup=0.8, cutmix=1.0, mixup_switch=0.4, mixup_mode="elem", erase=0.25).summary_images(
         _batch()
     )
     assert calls == [
@@ -159,13 +160,12 @@ def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_no
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"name": "detect"}, "task.name='detect' is not one of classify, distill"),
-        ({"loss": "hinge"}, "task.loss='hinge' is not one of cross_entropy, binary_cross_entropy"),
-        ({"label_smoothing": 1.5}, "task.label_smoothing=1.5 must lie between 0 and 1"),
-        ({"mix_switch": -0.5}, "task.mix_switch=-0.5 must lie between 0 and 1"),
-        ({"erase": 2.0}, "task.erase=2.0 must lie between 0 and 1"),
-        ({"mixup": -0.1}, "task.mixup=-0.1 must not be negative"),
-        ({"cutmix": -1.0}, "task.cutmix=-1.0 must not be negative"),
+        ({"loss": "hinge"}, "classification.loss='hinge' is not one of cross_entropy, binary_cross_entropy"),
+        ({"label_smoothing": 1.5}, "classification.label_smoothing=1.5 must lie between 0 and 1"),
+        ({"mixup_switch": -0.5}, "classification.mixup_switch=-0.5 must lie between 0 and 1"),
+        ({"erase": 2.0}, "classification.erase=2.0 must lie between 0 and 1"),
+        ({"mixup": -0.1}, "classification.mixup=-0.1 must not be negative"),
+        ({"cutmix": -1.0}, "classification.cutmix=-1.0 must not be negative"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from halvit_jax.protocols import Loss
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.tasks.losses import cross_entropy, soft_teaching
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 B, SIZE, CLASSES = 6, 8, 7
 VIT = {"width": 16, "depth": 2, "num_heads": 2, "image_size": SIZE, "patch_size": 4, "num_classes": CLASSES}
@@ -40,7 +40,9 @@ def _teacher(name: str = "deit_tiny", **fields: Any) -> Teacher:
 
 
 def _task(name: str = "deit_tiny_distilled", teacher: Teacher | None = None, **changes: Any) -> Distillation:
-    fields = default_config().task.to_dict() | default_config().distill.to_dict() | {"name": "distill"}
+    config = default_config()
+    images = {"mean": config.task.mean, "std": config.task.std}
+    fields = images | config.classification.to_dict() | config.distillation.to_dict()
     student = changes.pop("model", None) or create_model(name, **VIT)
     return Distillation(student, teacher=teacher or _teacher(), **fields | changes)
 
@@ -138,7 +140,7 @@ def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None
     before = jax.tree.map(np.copy, task.frozen)
     run = jax.value_and_grad(lambda params: task.loss(params, {}, task.frozen, _batch(), KEY).value)
     _, grads = jax.jit(run)(_params(task))
-    assert flat(grads).keys() == flat(_params(task)).keys()
+    assert flatten(grads).keys() == flatten(_params(task)).keys()
     jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
 
 
@@ -160,8 +162,8 @@ def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
         run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.frozen, _batch(), KEY).value))
         values.append(run(_params(task)))
     assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-5)
-    for path, gradient in flat(values[0][1]).items():
-        np.testing.assert_allclose(flat(values[1][1])[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+    for path, gradient in flatten(values[0][1]).items():
+        np.testing.assert_allclose(flatten(values[1][1])[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
 def test_only_training_differs_from_classification() -> None:
@@ -174,50 +176,60 @@ def test_only_training_differs_from_classification() -> None:
 @pytest.mark.parametrize(
     ("name", "teacher", "fields", "message"),
     [
-        ("deit_tiny_distilled", {}, {"kind": "firm"}, "distill.kind='firm' is not one of hard, soft, soft_cross_"),
-        ("deit_tiny_distilled", {}, {"alpha": 1.5}, "distill.alpha=1.5 must lie between 0 and 1"),
-        ("deit_tiny_distilled", {}, {"tau": 0.0}, "distill.tau=0.0 must be above 0"),
-        ("deit_tiny_distilled", {}, {"hidden_weight": -1.0}, "distill.hidden_weight=-1.0 must not be negative"),
-        ("deit_tiny", {}, SOFT | {"alpha": 0.0}, "nothing is learned of the teacher; set distill.alpha, distill.qkv_"),
-        ("deit_tiny_distilled", {}, {"alpha": 1.0}, "distill.alpha=1.0 leaves the class head untrained"),
+        ("deit_tiny_distilled", {}, {"kind": "firm"}, "distillation.kind='firm' is not one of hard, soft, soft_cross_"),
+        ("deit_tiny_distilled", {}, {"alpha": 1.5}, "distillation.alpha=1.5 must lie between 0 and 1"),
+        ("deit_tiny_distilled", {}, {"tau": 0.0}, "distillation.tau=0.0 must be above 0"),
+        ("deit_tiny_distilled", {}, {"hidden_weight": -1.0}, "distillation.hidden_weight=-1.0 must not be negative"),
+        (
+            "deit_tiny",
+            {},
+            SOFT | {"alpha": 0.0},
+            "nothing is learned of the teacher; set distillation.alpha",
+        ),
+        ("deit_tiny_distilled", {}, {"alpha": 1.0}, "distillation.alpha=1.0 leaves the class head untrained"),
         (
             "deit_tiny_distilled",
             {},
             {"alpha": 0.0, "qkv_weight": 1.0},
-            "distill.alpha=0.0 leaves the distillation head untrained",
+            "distillation.alpha=0.0 leaves the distillation head untrained",
         ),
-        ("deit_tiny", {}, {}, "distill.kind='hard' needs a student with a head for the teacher's label"),
+        ("deit_tiny", {}, {}, "distillation.kind='hard' needs a student with a head for the teacher's label"),
         (
             "deit_tiny_distilled",
             {"num_classes": 9},
             {},
             "the teacher has 9 classes, the student model.num_classes=7; give a teacher of the student's classes",
         ),
-        ("deit_tiny", {}, SOFT | {"qkv_weight": 1.0}, "distill.student_layers=() and distill.teacher_layers=() must"),
+        (
+            "deit_tiny",
+            {},
+            SOFT | {"qkv_weight": 1.0},
+            "distillation.student_layers=() and distillation.teacher_layers=()",
+        ),
         (
             "deit_tiny",
             {},
             SOFT | PAIRS | {"teacher_layers": (0,)},
-            "distill.student_layers=(0, 1) and distill.teacher_layers=(0,) must name as many layers",
+            "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many layers",
         ),
-        ("deit_tiny", {}, SOFT | PAIRS, "distill.teacher_layers has [2], but the teacher's are 0 to 1"),
+        ("deit_tiny", {}, SOFT | PAIRS, "distillation.teacher_layers has [2], but the teacher's are 0 to 1"),
         (
             "deit_tiny",
             {},
             SOFT | PAIRS | {"student_layers": (-1, 5), "teacher_layers": (0, 1)},
-            "distill.student_layers has [-1, 5], but the student's are 0 to 1",
+            "distillation.student_layers has [-1, 5], but the student's are 0 to 1",
         ),
         (
             "deit_tiny",
             {"name": "regnety_002"},
             SOFT | PAIRS,
-            "the teacher keeps no query_key_value of its layers; set distill.qkv_weight",
+            "the teacher keeps no query_key_value of its layers; set distillation.qkv_weight",
         ),
         (
             "deit_tiny",
             {"pool": "mean", "depth": 3},
             SOFT | PAIRS,
-            "the tokens of layer 0 in distill.student_layers are (1, 5), those of layer 2 in distill.teacher_",
+            "the tokens of layer 0 in distillation.student_layers are (1, 5), those of layer 2 in distillation.tea",
         ),
     ],
 )

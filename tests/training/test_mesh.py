@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 
 from halvit_jax.analysis.hlo import collectives
-from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.sharding import AXES, BATCH, make_mesh, partition
-from halvit_jax.trees import flat, map_paths
+from halvit_jax.trees import flatten, map_paths
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (2, 1, 4), "all": (2, 2, 2)}
 VIT = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 2, "num_heads": 2}
@@ -35,7 +35,7 @@ BATCH_SIZE = 16
 
 def _task(name: str) -> Classification:
     model = create_model(name, num_classes=8, **MODELS[name])
-    return Classification(model, **default_config().task)
+    return classification(model)
 
 
 def _batch(size: int) -> dict[str, np.ndarray]:
@@ -100,7 +100,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "mesh"), CASES)
 def test_loss_gradients_and_statistics_are_those_of_one_device(name: str, mesh: str) -> None:
-    expected, ours = (flat(_step(name, shape)[0]) for shape in ((1, 1, 1), MESHES[mesh]))
+    expected, ours = (flatten(_step(name, shape)[0]) for shape in ((1, 1, 1), MESHES[mesh]))
     assert expected.keys() == ours.keys()
     for path, value in expected.items():
         difference = np.linalg.norm(ours[path] - value)
@@ -112,7 +112,7 @@ def test_parameters_are_split_and_no_device_sees_the_whole_batch(name: str, mesh
     _, grads, program = _step(name, MESHES[mesh])
     sizes = dict(zip(AXES, MESHES[mesh], strict=True))
     both = ("tied/kernel", "query_output/kernel", "key_value/kernel", "qkv/kernel", "head/kernel")
-    for path, leaf in flat(grads).items():
+    for path, leaf in flatten(grads).items():
         parts = leaf.nbytes // leaf.addressable_shards[0].data.nbytes
         if path.endswith(both):
             assert parts == sizes["fsdp"] * sizes["tensor"], path

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.shapes import shallow, shapes_of
+from helpers.shapes import shallow
 from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.models import FAMILIES
 from halvit_jax.recipes import imagenet
 from halvit_jax.training.optim import Optimizer, layer_numbers, make_optimizer, path_mask
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten, variable_shapes
 
 DEIT = imagenet.deit("halvit_tiny").optim.to_dict()
 STEPS_PER_EPOCH = 1251
@@ -208,9 +208,9 @@ FIRST = [next(iter(family.sizes)) for family in FAMILIES.values()]  # all sizes 
 
 @pytest.mark.parametrize("name", tiered(FIRST, {"deit_tiny", "resnet18", "shvit_s1"}))
 def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name: str) -> None:
-    shapes = shapes_of(shallow(name))
-    mask = flat(path_mask(shapes, default_config().optim.no_decay))
-    assert mask == {path: leaf.ndim > 1 and path != "position/embedding" for path, leaf in flat(shapes).items()}
+    shapes = variable_shapes(shallow(name))["params"]
+    mask = flatten(path_mask(shapes, default_config().optim.no_decay))
+    assert mask == {path: leaf.ndim > 1 and path != "position/embedding" for path, leaf in flatten(shapes).items()}
 
 
 # Refusals.

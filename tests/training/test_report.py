@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from helpers.runs import classification
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.fault_tolerance.preemption import Signals
@@ -50,7 +50,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
     """What TensorBoard reads of a short run of the real loop, and the run's result."""
     workdir, config = tmp_path_factory.mktemp("run"), default_config()
     model = create_model("halvit_tiny", width=16, depth=1, num_heads=2, image_size=8, patch_size=4, num_classes=10)
-    task = Classification(model, **config.task)
+    task = classification(model)
     shapes, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     task.init = lambda key: (jax.tree.map(lambda shape: np.full(shape.shape, 0.1, np.float32), shapes), {})
     fields = config.optim.to_dict() | {"scaling": "none", "warmup_epochs": 2.0}

@@ -5,17 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 from helpers.shapes import shallow
 from helpers.tiers import KINDS, tiered
 from jax.sharding import PartitionSpec as P
 
 from halvit_jax.config import default_config
 from halvit_jax.models import list_models
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 RULES = (
@@ -118,10 +118,10 @@ def test_an_array_that_no_rule_names_is_refused() -> None:
 
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_the_rules_of_every_model_name_its_whole_state_and_split_most_of_it(name: str) -> None:
-    task = Classification(shallow(name), **default_config().task)
+    task = classification(shallow(name))
     state = abstract_state(task, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
-    params = flat(state.params)
-    followers = flat(state)
+    params = flatten(state.params)
+    followers = flatten(state)
     for path, leaf in params.items():
         for holder in ("params", "opt_state/1/mu", "opt_state/1/nu", "ema/params"):
             assert followers[f"{holder}/{path}"].sharding == leaf.sharding, path
@@ -151,7 +151,7 @@ def test_a_fresh_state_is_born_in_its_shardings() -> None:
     abstract, state = _fresh(use_ema=True, **CUBE)
 
     def described(tree: TrainState) -> dict[str, Any]:
-        return {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in flat(tree).items()}
+        return {path: (leaf.shape, leaf.dtype, leaf.sharding) for path, leaf in flatten(tree).items()}
 
     assert described(state) == described(abstract)
     assert int(state.step) == 0
@@ -160,7 +160,7 @@ def test_a_fresh_state_is_born_in_its_shardings() -> None:
 
 def test_averages_begin_as_copies_with_buffers_of_their_own() -> None:
     _, state = _fresh(use_ema=True)
-    raw, averages = flat(state.raw), flat(state.ema)
+    raw, averages = flatten(state.raw), flatten(state.ema)
     assert raw.keys() == averages.keys()
     values = {path: np.array(leaf) for path, leaf in raw.items()}
     for leaf in raw.values():

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.runs import classification
 from jax.sharding import Mesh
 
 from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Batch, Loss
-from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_devices
 from halvit_jax.training.state import TrainState, abstract_state, init_state
 from halvit_jax.training.step import make_eval_step, make_train_step
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 BATCH = 16
 
@@ -140,8 +140,8 @@ def test_an_accumulated_step_is_the_whole_step() -> None:
         state, step, batch = _tiny(make_mesh(), accumulate=parts, **SGD)
         results.append(jax.device_get(step(state, {}, batch)))
     (whole, outcome), (cut, cut_outcome) = results
-    for path, value in flat(whole.params).items():
-        np.testing.assert_allclose(flat(cut.params)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
+    for path, value in flatten(whole.params).items():
+        np.testing.assert_allclose(flatten(cut.params)[path], value, rtol=1e-5, atol=1e-6, err_msg=path)
     for name, value in outcome.sums.items():
         assert float(cut_outcome.sums[name]) == pytest.approx(float(value), rel=1e-5), name
 
@@ -164,7 +164,7 @@ def _tiny(
     """The fresh state of a tiny ViT, its step and a batch."""
     size = {"width": 48, "depth": 1, "num_heads": 3, "image_size": 8, "patch_size": 4, "num_classes": 4}
     model = create_model("halvit_tiny", **size, drop_path=drop_path)
-    task = Classification(model, **default_config().task.to_dict() | {"label_smoothing": 0.1, "cutmix": cutmix})
+    task = classification(model, label_smoothing=0.1, cutmix=cutmix)
     shapes, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda shape: 0.1 * rng.standard_normal(shape.shape, np.float32), shapes)

@@ -1,8 +1,9 @@
 """Where examples come from: one file a kind of source."""
 
-from halvit_jax.data.sources.base import Source, some
+from halvit_jax.data.sources.base import Source
 from halvit_jax.data.sources.image_folder import Folder
 from halvit_jax.data.sources.tfds import open_tfds
+from halvit_jax.text import first_few
 
 
 def open_sources(
@@ -19,7 +20,7 @@ def open_sources(
     if differing:
         raise ValueError(
             f"data.train_split={train_split!r} of {root or name} and data.eval_split={eval_split!r} of "
-            f"{root or eval_name} must have the same classes; only one of them has {some(differing)}"
+            f"{root or eval_name} must have the same classes; only one of them has {first_few(differing)}"
         )
     return train, evaluation
 

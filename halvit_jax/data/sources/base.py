@@ -56,11 +56,6 @@ def bounds(size: int, part: tf.Tensor | int, parts: int) -> tuple[tf.Tensor, tf.
     return start, stop
 
 
-def some(names: list[str]) -> str:
-    """The first of the names, and how many more there are."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
 def checked(image: tf.Tensor, label: tf.Tensor, name: tf.Tensor, classes: int) -> Record:
     """The record; an error where the label is no class, which would train the model on nonsense without a word."""
     message = [name, "has the label", label, "outside of", classes, "classes"]

@@ -5,7 +5,8 @@ import os
 
 import tensorflow as tf
 
-from halvit_jax.data.sources.base import Entry, Reader, Record, positions, some
+from halvit_jax.data.sources.base import Entry, Reader, Record, positions
+from halvit_jax.text import first_few
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what TensorFlow decodes; of a GIF the first frame
 
@@ -37,7 +38,7 @@ class Folder:
         images = {name: _images(os.path.join(folder, name)) for name in self.class_names}
         empty = [name for name in self.class_names if not images[name]]
         if empty:
-            found = some([_describe(os.path.join(folder, name)) for name in empty])
+            found = first_few([_describe(os.path.join(folder, name)) for name in empty])
             raise ValueError(f"{folder} of data.root has classes without images ({', '.join(SUFFIXES)}): {found}")
         paths = [path for name in self.class_names for path in images[name]]
         labels = [label for label, name in enumerate(self.class_names) for _ in images[name]]

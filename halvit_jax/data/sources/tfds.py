@@ -20,9 +20,9 @@ from halvit_jax.data.sources.base import (
     bounds,
     checked,
     positions,
-    some,
 )
 from halvit_jax.protocols import DataError
+from halvit_jax.text import first_few
 
 EMBEDDED = (digits.Digits.name,)  # made on the spot where they are missing, in seconds
 MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
@@ -221,7 +221,7 @@ def _check(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None
     if lost:
         raise ValueError(
             f"split {split!r} of data.name={builder.name!r} lacks {len(lost)} of {len(files)} files in "
-            f"{builder.data_dir}: {some(lost)}; remove that folder and prepare again with: "
+            f"{builder.data_dir}: {first_few(lost)}; remove that folder and prepare again with: "
             f"{_command(builder, data_dir)}"
         )
 

@@ -17,12 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from halvit_jax.protocols import PyTree
+from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
 from halvit_jax.training.checkpoint.manifest import DamagedError
 from halvit_jax.training.checkpoint.metadata import another_model, compare, described
 from halvit_jax.training.sharding import bytes_of, from_first_process
-from halvit_jax.trees import flat, map_paths
+from halvit_jax.trees import flatten, map_paths, unflatten
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
 MOST_LISTED = 40  # differences named before the rest is only counted
@@ -130,12 +131,12 @@ class Checkpointer:
             self._manager = self._new_manager()
         if step == self._saved:
             return
-        leaves = flat(state)
+        leaves = flatten(state)
         self._saved, self._needed = step, bytes_of(state)
         facts = {"step": step, "score": score, "evaluated": evaluated}
         facts["arrays"] = described(leaves)
         try:
-            arrays = ocp.args.StandardSave(_nested(leaves))
+            arrays = ocp.args.StandardSave(unflatten(leaves))
             metadata = {"facts": facts, "sha256": manifest.sha256_of(facts)}
             self._manager.save(step, args=arrays, custom_metadata=metadata, force=True)
         except Exception as error:  # whatever the file system and Orbax answer; it is counted, and raised in the end
@@ -201,7 +202,7 @@ class Checkpointer:
     def _restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
         sealed = self._verified_by_first_process(step)
         facts = self.facts(step)
-        wanted = flat(abstract)
+        wanted = flatten(abstract)
         differences = compare(facts["arrays"], wanted)
         if differences:
             listed = differences[:MOST_LISTED]
@@ -209,7 +210,7 @@ class Checkpointer:
                 listed.append(f"... and {len(differences) - MOST_LISTED} more")
             raise ValueError(another_model(step, self._folder, listed))
         try:
-            arrays = flat(self._manager.restore(step, args=ocp.args.StandardRestore(_nested(wanted))))
+            arrays = flatten(self._manager.restore(step, args=ocp.args.StandardRestore(unflatten(wanted))))
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
@@ -272,14 +273,14 @@ class Checkpointer:
     def _failed(self, error: BaseException) -> None:
         step, self._saved = self._saved, None
         self._failures += 1
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         free = shutil.disk_usage(self._folder if self._folder.is_dir() else self._folder.parent).free
         message = (
             f"the checkpoint of step {step} could not be written to {self._folder} ({type(error).__name__}: {reason}); "
             f"it needs {self._needed:,} bytes, {free:,} are free"
         )
         if self._failures >= self._attempts:
-            raise SaveError(f"{message}; given up after {self._failures} of save_attempts={self._attempts}") from error
+            raise SaveError(f"{message}; given up after {self._failures} of save.attempts={self._attempts}") from error
         self._say(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
 
     def _new_manager(self) -> ocp.CheckpointManager:
@@ -295,15 +296,3 @@ class Checkpointer:
 
 def _listed(steps: list[int]) -> str:
     return f"those of {', '.join(map(str, steps))}" if steps else "none"
-
-
-def _nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

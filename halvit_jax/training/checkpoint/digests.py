@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flat
+from halvit_jax.trees import flatten
 
 LANES = (0x9E3779B9, 0x85EBCA6B)  # one constant for each of the two sums
 BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -20,7 +20,7 @@ BITS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 def digests(tree: PyTree) -> dict[str, str]:
     """{path: 16 hexadecimal digits} of all arrays of a tree; waits until they are computed."""
     sums = {}
-    for path, array in flat(tree).items():
+    for path, array in flatten(tree).items():
         sums[path] = _sums(array)
         if jax.default_backend() == "cpu":  # where many small programs that exchange something may block each other
             sums[path].block_until_ready()

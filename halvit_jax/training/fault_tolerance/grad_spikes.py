@@ -43,25 +43,26 @@ class Limit(NamedTuple):
     def exceeded(self, step: int) -> SpikesError:
         """The error that ends the run."""
         return SpikesError(
-            f"more than spikes.most={self.most} updates left out within spikes.window={self.window} at step {step}"
+            f"more than skip_updates.max_skipped={self.most} updates left out within skip_updates.window={self.window} "
+            f"at step {step}"
         )
 
 
 NO_LIMIT = Limit()
 
 
-def make_limit(*, factor: float, most: int, window: int) -> Limit:
-    """The limit of `config.spikes`.
+def make_limit(*, norm_factor: float, max_skipped: int, window: int) -> Limit:
+    """The limit of `config.skip_updates`.
 
     Raises:
         ValueError: a value that is not allowed.
     """
-    if factor and factor <= 1.0:
-        raise ValueError(f"spikes.factor={factor} must be 0 (off) or above 1")
-    for name, value in {"most": most, "window": window}.items():
+    if norm_factor and norm_factor <= 1.0:
+        raise ValueError(f"skip_updates.norm_factor={norm_factor} must be 0 (off) or above 1")
+    for name, value in {"max_skipped": max_skipped, "window": window}.items():
         if value < 1:
-            raise ValueError(f"spikes.{name}={value} must be at least 1")
-    return Limit(factor, most, window)
+            raise ValueError(f"skip_updates.{name}={value} must be at least 1")
+    return Limit(norm_factor, max_skipped, window)
 
 
 class Verdict(NamedTuple):

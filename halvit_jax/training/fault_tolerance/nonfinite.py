@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flat
-
-MOST_NAMED = 5
+from halvit_jax.text import first_few
+from halvit_jax.trees import flatten
 
 
 class NotFiniteError(ArithmeticError):
@@ -25,7 +24,7 @@ class NotFiniteError(ArithmeticError):
 
 def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     """{"parts/path": whether all of it is finite} for the floating-point arrays of all parts."""
-    leaves = flat(dict(parts))
+    leaves = flatten(dict(parts))
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
@@ -48,8 +47,7 @@ def check(step: int, finite: Mapping[str, Array]) -> None:
     bad = not_finite(finite)
     if not bad:
         return
-    named = ", ".join(bad[:MOST_NAMED]) + (f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else "")
-    raise NotFiniteError(f"not finite at step {step}: {named}")
+    raise NotFiniteError(f"not finite at step {step}: {first_few(bad)}")
 
 
 def not_finite(finite: Mapping[str, Array]) -> list[str]:

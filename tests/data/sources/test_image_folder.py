@@ -57,7 +57,12 @@ def own(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def _loaders(root: pathlib.Path, **changes: Any) -> Loaders:
-    fields = default_config().data.to_dict() | {"name": "folder", "root": str(root), "eval_split": "val", "readers": 8}
+    fields = default_config().data.to_dict() | {
+        "name": "folder",
+        "root": str(root),
+        "eval_split": "val",
+        "virtual_shards": 8,
+    }
     fields |= {"crop": "whole", "shift": 1}
     return make_loaders(**fields | {"batch_size": BATCH, "image_size": 8, "seed": 0} | changes)
 
@@ -142,7 +147,7 @@ def _noted(source: Any, entry: dict[str, tf.Tensor], read: list[int]) -> dict[st
 
 @pytest.mark.parametrize("hosts", tiered([1, 3], {3}))
 def test_evaluation_counts_every_image_once(root: pathlib.Path, hosts: int) -> None:
-    loaders = [_loaders(root, batch_size=48, readers=48, host=Host(i, hosts)).eval for i in range(hosts)]
+    loaders = [_loaders(root, batch_size=48, virtual_shards=48, host=Host(i, hosts)).eval for i in range(hosts)]
     labels = [batch["label"][batch["mask"]] for loader in loaders for batch in loader.batches()]
     assert np.bincount(np.concatenate(labels)).tolist() == [VAL] * 10
 
@@ -156,7 +161,7 @@ def test_all_kinds_of_images_are_read_and_other_files_passed_over(own: pathlib.P
         (own / "val/cat" / name).write_bytes(b"no image")
     (own / "val/.hidden").mkdir()
     (own / "val/README.txt").write_text("read me")
-    loaders = _loaders(own, batch_size=2, readers=2)
+    loaders = _loaders(own, batch_size=2, virtual_shards=2)
     (batch, *more) = loaders.eval.batches()
     images = np.concatenate([batch["image"], *(b["image"] for b in more)])
     masks = np.concatenate([batch["mask"], *(b["mask"] for b in more)])
@@ -167,7 +172,7 @@ def test_all_kinds_of_images_are_read_and_other_files_passed_over(own: pathlib.P
 
 
 def test_a_file_that_is_gone_is_named(own: pathlib.Path) -> None:
-    loaders = _loaders(own, batch_size=2, readers=2)
+    loaders = _loaders(own, batch_size=2, virtual_shards=2)
     (own / "val/dog/1.png").unlink()
     with pytest.raises(DataError, match=r"val/dog/1\.png; No such file or directory; put it right"):
         list(loaders.eval.batches())
@@ -226,7 +231,7 @@ def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
             "model.depth": 1,
             "model.num_heads": 2,
             "optim.warmup_epochs": 0.0,
-            "log_every": 1,
+            "loop.log_every": 1,
         }
         | changes
     )
@@ -249,7 +254,7 @@ def spoilt(root: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path / "images"
 
 
-EVERY_IMAGE = {"batch_size": 48, "data.readers": 16}  # in every epoch
+EVERY_IMAGE = {"batch_size": 48, "data.virtual_shards": 16}  # in every epoch
 
 
 @pytest.mark.slow  # half a minute to compile

@@ -84,7 +84,7 @@ def records(source: Source, part: int = 0, parts: int = 1, seed: int | None = No
 
 
 def train_loader(source: Source, **changes: Any) -> TrainLoader:
-    return TrainLoader(source, TRANSFORM, **{"batch_size": 48, "seed": 0, "readers": 8, **changes})
+    return TrainLoader(source, TRANSFORM, **{"batch_size": 48, "seed": 0, "virtual_shards": 8, **changes})
 
 
 def test_both_formats_hold_the_same_split_in_the_same_order(prepared: dict[str, pathlib.Path]) -> None:

@@ -16,7 +16,7 @@ from halvit_jax.training.checkpoint.metadata import compare
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
-from halvit_jax.trees import flat, sha256
+from halvit_jax.trees import flatten, sha256
 
 CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -82,8 +82,8 @@ def test_a_state_comes_back_bit_for_bit_in_the_shardings_asked_for(
     restored = _restore(workdir, abstract)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert sha256(to_host(restored)) == sha256(to_host(state))
-    for path, leaf in flat(restored).items():
-        wanted = flat(abstract)[path]
+    for path, leaf in flatten(restored).items():
+        wanted = flatten(abstract)[path]
         assert (leaf.dtype, leaf.sharding) == (wanted.dtype, wanted.sharding), path
 
 
@@ -379,6 +379,6 @@ def test_a_failed_save_is_said_tried_again_and_given_up(
     checkpointer.save(4, state)
     assert not checkpointer.wait()
     checkpointer.save(5, state, again=True)
-    with pytest.raises(SaveError, match="given up after 2 of save_attempts=2"):
+    with pytest.raises(SaveError, match=r"given up after 2 of save\.attempts=2"):
         checkpointer.wait()
     checkpointer.close()

@@ -71,9 +71,9 @@ def test_more_than_the_allowed_number_in_a_window_are_too_many() -> None:
 
 
 def test_off_it_remembers_nothing_and_wrong_values_are_refused() -> None:
-    assert make_limit(factor=0.0, most=10, window=1000).init() == {}
-    with pytest.raises(ValueError, match=r"spikes.factor=0.5 must be 0 \(off\) or above 1"):
-        make_limit(factor=0.5, most=10, window=1000)
-    for field in ("most", "window"):
-        with pytest.raises(ValueError, match=f"spikes.{field}=0 must be at least 1"):
-            make_limit(**{"factor": 3.0, "most": 1, "window": 1} | {field: 0})
+    assert make_limit(norm_factor=0.0, max_skipped=10, window=1000).init() == {}
+    with pytest.raises(ValueError, match=r"skip_updates.norm_factor=0.5 must be 0 \(off\) or above 1"):
+        make_limit(norm_factor=0.5, max_skipped=10, window=1000)
+    for field in ("max_skipped", "window"):
+        with pytest.raises(ValueError, match=f"skip_updates.{field}=0 must be at least 1"):
+            make_limit(**{"norm_factor": 3.0, "max_skipped": 1, "window": 1} | {field: 0})
