@@ -12,6 +12,7 @@ import pytest
 from halvit_jax.detection.boxes import rescale
 from halvit_jax.detection.mask_rcnn import MaskRCNN
 from halvit_jax.detection.paste import paste, paste_torchvision
+from halvit_jax.detection.retinanet import RetinaNet
 from halvit_jax.trees import flatten
 
 
@@ -178,3 +179,23 @@ def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, refere
     for ours, theirs in names.items():
         np.testing.assert_allclose(made.losses[ours], info["losses"][theirs], rtol=1e-4)
     _check_norms(info["grad_norm"], paths, gradients)
+
+
+def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
+    info, arrays = case("retinanet")
+    variables, paths = _variables(info, reference_weights, state_names.MMDET, first=8)
+    images = _images(reference_weights, 2, info["canvas"])
+    model = RetinaNet(
+        backbones.resnet18(), num_classes=6, width=48, head_depth=2, test_candidates=100, detections=25
+    )
+    truth = _truth(arrays, info, masks=False)
+    made, gradients = _losses_and_gradients(model, variables, images, truth)
+    for ours, theirs in {"class": "loss_cls", "box": "loss_bbox"}.items():
+        np.testing.assert_allclose(made.losses[ours], info["losses"][theirs], rtol=1e-4)
+    assert set(gradients) == set(paths.values())
+    _check_norms(info["grad_norm"], paths, gradients)
+    found = jax.jit(model.apply)(variables, images, truth["size"])
+    for i in range(2):
+        np.testing.assert_array_equal(found["labels"][i], arrays[f"labels{i}"])
+        np.testing.assert_allclose(found["boxes"][i], arrays[f"boxes{i}"], atol=1e-2)
+        np.testing.assert_allclose(found["scores"][i], arrays[f"scores{i}"], atol=1e-4)
