@@ -88,7 +88,9 @@ class MaskRCNN(Detector):
         losses, metrics = self._rpn_losses(logits, deltas, anchors, shapes(maps), truth, rpn_keys)
         numbers = self.train_candidates, self.train_proposals
         proposals = self._propose(logits, deltas, anchors, truth["size"], *numbers)
-        boxes, code, weight, recall = _mapped(self._match, proposals, truth["boxes"], truth["real"], counted(truth), roi_keys)
+        boxes, code, weight, recall = _mapped(
+            self._match, proposals, truth["boxes"], truth["real"], counted(truth), roi_keys
+        )
         truth_of = jnp.maximum(code, 0)  # [b, n], a ground-truth row
         positive = (code >= 0).astype(jnp.float32)
         logits, deltas = self._second_stage(maps, boxes)
@@ -123,7 +125,13 @@ class MaskRCNN(Detector):
         return list(logits), list(deltas)
 
     def _propose(
-        self, logits: list[jax.Array], deltas: list[jax.Array], anchors: list[Any], size: jax.Array, before: int, count: int
+        self,
+        logits: list[jax.Array],
+        deltas: list[jax.Array],
+        anchors: list[Any],
+        size: jax.Array,
+        before: int,
+        count: int,
     ) -> Proposals:
         def one(logits: list[jax.Array], deltas: list[jax.Array], size: jax.Array) -> Proposals:
             return propose(
@@ -186,7 +194,8 @@ class MaskRCNN(Detector):
         self, proposals: Proposals, boxes: jax.Array, real: jax.Array, counts: jax.Array, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """The samples of one image: boxes [n, 4], the ground-truth row each stands for or a negative number [n], which
-        count [n], and which ground truth is covered by a proposal [g]."""
+        count [n], and which ground truth is covered by a proposal [g].
+        """
         choices = self.choices
         matching = Matching(0.5, 0.5, 0.5, choices.roi_low_quality, choices.low_quality_to_last)
         overlaps = iou(boxes, proposals.boxes)

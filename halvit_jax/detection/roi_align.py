@@ -22,6 +22,7 @@ Shapes: `n` boxes, `p` bins a side, `h w` a map, `c` channels, `q` window pixels
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,14 +53,25 @@ def roi_align(
     """
     boxes = lax.stop_gradient(boxes.astype(jnp.float32))
     strides = sorted(maps)
+    levels = [maps[stride] for stride in strides]
     if not boxes.shape[0]:
-        return jnp.zeros((0, bins, bins, maps[strides[0]].shape[-1]), maps[strides[0]].dtype)
-    level = roi_level(boxes, len(strides), inside=level_inside)
+        return jnp.zeros((0, bins, bins, levels[0].shape[-1]), levels[0].dtype)
     if formulation is None:
-        small = math.prod(maps[strides[0]].shape[:2]) <= DENSE_PIXELS
+        small = math.prod(levels[0].shape[:2]) <= DENSE_PIXELS
         formulation = "dense" if small else FORMULATIONS.get(jax.default_backend(), "window")
-    pool = ROI_ALIGN_IMPLS[formulation]
-    return pool([maps[stride] for stride in strides], strides, boxes, level, bins, samples, aligned)
+    level = roi_level(boxes, len(strides), inside=level_inside)
+    # Everything in pixels of the box's own level, whose first pixel is at 0.
+    scaled = boxes / jnp.asarray(strides, jnp.float32)[level][:, None] - (0.5 if aligned else 0.0)
+    length = jnp.maximum(scaled[:, 2:] - scaled[:, :2], 0.0 if aligned else 1.0)  # (width, height)
+    axes = []
+    for axis, i in ((0, 1), (1, 0)):  # rows and y, columns and x
+        sizes = [values.shape[axis] for values in levels]
+        start, reach, size = scaled[:, i], length[:, i], jnp.asarray(sizes)[level]
+        weights = axis_weights(start, reach, bins, size, samples=samples, at=jnp.arange(max(sizes)))
+        first = jnp.clip(jnp.floor(start), 0, size - 1).astype(jnp.int32)
+        last = jnp.clip(jnp.floor(start + reach) + 1, 0, size - 1).astype(jnp.int32)
+        axes.append(Axis(weights, first, last))
+    return ROI_ALIGN_IMPLS[formulation](levels, strides, level, *axes)
 
 
 def roi_level(boxes: jax.Array, levels: int, *, inside: bool = True) -> jax.Array:
@@ -74,17 +86,32 @@ def roi_level(boxes: jax.Array, levels: int, *, inside: bool = True) -> jax.Arra
     return (ratio[..., None] >= powers).sum(-1, dtype=jnp.int32)
 
 
+class Axis(NamedTuple):
+    """What boxes need of the rows, or of the columns, of the maps of their levels."""
+
+    weights: jax.Array  # [n, p, most rows of any map]
+    first: jax.Array  # [n] int32: the pixels from here ...
+    last: jax.Array  # [n] ... to here have all weights that are not 0
+
+
 def axis_weights(
-    start: jax.Array, length: jax.Array, bins: int, size: int, *, samples: int = 0, at: jax.Array | None = None
+    start: jax.Array,
+    length: jax.Array,
+    bins: int,
+    size: int | jax.Array,
+    *,
+    samples: int = 0,
+    at: jax.Array | None = None,
 ) -> jax.Array:
     """The weight of each pixel of an axis in each bin of an interval: [...], [...] -> [..., p, size].
 
     The interval is [start, start + length] in coordinates where pixel j is at j. It is cut into `bins`, each sampled
     at `samples` points (0: ceil(length / bins)). Samples outside of [-1, size] count 0, the others are moved into
-    [0, size - 1]. `at` [..., q] asks for these pixels instead of all: -> [..., p, q].
+    [0, size - 1]. With `at` [q], the pixels asked for, `size` may be an array [...]: -> [..., p, q].
     """
     start, length = start[..., None, None], length[..., None, None]  # [..., 1, 1]
-    pixel = jnp.arange(size, dtype=jnp.float32) if at is None else at[..., None, :].astype(jnp.float32)
+    pixel = (jnp.arange(size) if at is None else at).astype(jnp.float32)
+    size = jnp.asarray(size)[..., None, None]
     width = length / bins
     count = jnp.ceil(width) if samples == 0 else jnp.full_like(width, samples)
     origin = start + jnp.arange(bins, dtype=jnp.float32)[:, None] * width  # [..., p, 1]
@@ -104,69 +131,45 @@ def axis_weights(
     return total / jnp.maximum(count, 1)
 
 
-def dense(
-    maps: list[jax.Array],
-    strides: list[int],
-    boxes: jax.Array,
-    level: jax.Array,
-    bins: int,
-    samples: int,
-    aligned: bool,
-) -> jax.Array:
+def dense(maps: list[jax.Array], strides: list[int], level: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """Two matrix products a level, over all of its map."""
     out = jnp.zeros((), maps[0].dtype)
-    for i, (values, stride) in enumerate(zip(maps, strides, strict=True)):
-        x, width, y, height = _intervals(boxes, stride, aligned)
-        rows = axis_weights(y, height, bins, values.shape[0], samples=samples)  # [n, p, h]
-        columns = axis_weights(x, width, bins, values.shape[1], samples=samples)  # [n, p, w]
-        rows = jnp.where((level == i)[:, None, None], rows, 0)
-        rows, columns = (weights.astype(values.dtype) for weights in (rows, columns))
-        out += jnp.einsum("nqw,npwc->npqc", columns, jnp.einsum("nph,hwc->npwc", rows, values))
+    for i, values in enumerate(maps):
+        own = jnp.where((level == i)[:, None, None], rows.weights[..., : values.shape[0]], 0).astype(values.dtype)
+        across = columns.weights[..., : values.shape[1]].astype(values.dtype)
+        out += jnp.einsum("nqw,npwc->npqc", across, jnp.einsum("nph,hwc->npwc", own, values))
     return out
 
 
-def window(
-    maps: list[jax.Array],
-    strides: list[int],
-    boxes: jax.Array,
-    level: jax.Array,
-    bins: int,
-    samples: int,
-    aligned: bool,
-) -> jax.Array:
+def window(maps: list[jax.Array], strides: list[int], level: jax.Array, rows: Axis, columns: Axis) -> jax.Array:
     """The pixels a box needs as one list, and one product with their weights [p p, q]."""
     shapes = [values.shape[:2] for values in maps]
-    starts = [sum(math.prod(shape) for shape in shapes[:i]) for i in range(len(maps))]
-    flat = jnp.concatenate([values.reshape(-1, values.shape[-1]) for values in maps])  # [all pixels, c]
-    q = window_pixels(shapes, strides[0])
-    height, width, start, stride = (
-        jnp.asarray(numbers)[level]
-        for numbers in ([s[0] for s in shapes], [s[1] for s in shapes], starts, [float(s) for s in strides])
-    )
-    tallest, widest = (jnp.arange(max(shape[i] for shape in shapes)) for i in (0, 1))
-    n = boxes.shape[0]
-    chunk = min(CHUNK, n)
-    padding = -n % chunk
+    q, channels = window_pixels(shapes, strides[0]), maps[0].shape[-1]
+    flat = jnp.concatenate([values.reshape(-1, channels) for values in maps])  # [all pixels, c]
+    starts = jnp.asarray([sum(math.prod(shape) for shape in shapes[:i]) for i in range(len(maps))])[level]
+    widths = jnp.asarray([shape[1] for shape in shapes])[level]
 
-    def pool(box: jax.Array, height: jax.Array, width: jax.Array, start: jax.Array, stride: jax.Array) -> jax.Array:
-        x, length_x, y, length_y = _intervals(box, stride, aligned)
-        top, bottom = _extent(y, length_y, height)
-        left, right = _extent(x, length_x, width)
-        across = right - left + 1
-        number = jnp.arange(q)
-        row, column = top + number // across, left + number % across
-        used = row <= bottom
-        rows = axis_weights(y, length_y, bins, height, samples=samples, at=tallest)  # [p, most rows]
-        columns = axis_weights(x, length_x, bins, width, samples=samples, at=widest)  # [p, most columns]
-        weights = jnp.where(used, rows[:, None, row] * columns[:, column], 0)  # [p, p, q]
-        pixels = flat[jnp.where(used, start + row * width + column, start)]  # [q, c]
+    def pool(rows: Axis, columns: Axis, start: jax.Array, width: jax.Array) -> jax.Array:
+        across = columns.last - columns.first + 1
+        row, column = rows.first + jnp.arange(q) // across, columns.first + jnp.arange(q) % across
+        used = row <= rows.last
+        row = jnp.where(used, row, rows.first)
+        weights = jnp.where(used, rows.weights[:, None, row] * columns.weights[:, column], 0)  # [p, p, q]
+        pixels = flat[start + row * width + column]  # [q, c]
         return jnp.einsum("ijq,qc->ijc", weights.astype(pixels.dtype), pixels)
 
-    arrays = [boxes, height, width, start, stride]
-    arrays = [jnp.pad(a, ((0, padding), *((0, 0),) * (a.ndim - 1)), mode="edge") for a in arrays] if padding else arrays
-    arrays = [a.reshape(-1, chunk, *a.shape[1:]) for a in arrays]  # [n, ...] -> [chunks, chunk, ...]
-    out = lax.map(jax.checkpoint(lambda part: jax.vmap(pool)(*part)), arrays)
-    return out.reshape(-1, bins, bins, flat.shape[-1])[:n]  # [chunks, chunk, p, p, c] -> [n, p, p, c]
+    n = len(level)
+    chunk = min(CHUNK, n)
+
+    def chunks(a: jax.Array) -> jax.Array:
+        a = jnp.pad(a, ((0, -n % chunk), *((0, 0),) * (a.ndim - 1)), mode="edge")
+        return a.reshape(-1, chunk, *a.shape[1:])  # [n, ...] -> [chunks, chunk, ...]
+
+    # Only a chunk's pixels are in memory at a time, in the backward pass too.
+    out = lax.map(
+        jax.checkpoint(lambda part: jax.vmap(pool)(*part)), jax.tree.map(chunks, (rows, columns, starts, widths))
+    )
+    return out.reshape(-1, *out.shape[2:])[:n]  # [chunks, chunk, p, p, c] -> [n, p, p, c]
 
 
 def window_pixels(shapes: Sequence[tuple[int, int]], first_stride: int) -> int:
@@ -182,21 +185,6 @@ def window_pixels(shapes: Sequence[tuple[int, int]], first_stride: int) -> int:
             down = math.ceil(limit / (across - 3)) + 2 if across > 3 else rows
             most = max(most, across * min(down, rows))
     return most
-
-
-def _intervals(boxes: jax.Array, stride: float, aligned: bool) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(x, width, y, height) in pixels of a map, whose first pixel is at 0."""
-    scaled = boxes / stride - (0.5 if aligned else 0.0)
-    x1, y1, x2, y2 = (scaled[..., i] for i in range(4))
-    least = 0.0 if aligned else 1.0
-    return x1, jnp.maximum(x2 - x1, least), y1, jnp.maximum(y2 - y1, least)
-
-
-def _extent(start: jax.Array, length: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first and last pixel that samples of an interval can touch."""
-    first = jnp.clip(jnp.floor(start), 0, size - 1)
-    last = jnp.clip(jnp.floor(start + length) + 1, 0, size - 1)
-    return first.astype(jnp.int32), last.astype(jnp.int32)
 
 
 ROI_ALIGN_IMPLS: dict[str, Callable[..., jax.Array]] = {"dense": dense, "window": window}

@@ -1,4 +1,4 @@
-"""Variables of our detectors out of the states of mmdetection and torchvision, as far as the reference cases need it."""
+"""Variables of our detectors out of the states of mmdetection and torchvision, for the reference cases."""
 
 import re
 from collections.abc import Mapping

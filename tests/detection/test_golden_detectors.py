@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from halvit_jax.detection.boxes import rescale
 from halvit_jax.detection.mask_rcnn import MaskRCNN
@@ -109,7 +108,9 @@ def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> No
     maps, proposals, found = jax.jit(run)(variables, images)
     np.testing.assert_allclose(maps[32], arrays["map3"], atol=1e-4)
     for i, level in enumerate(maps.values()):
-        np.testing.assert_allclose([level.mean(), level.std()], [info[f"map{i}"][k] for k in ("mean", "std")], rtol=1e-3)
+        np.testing.assert_allclose(
+            [level.mean(), level.std()], [info[f"map{i}"][k] for k in ("mean", "std")], rtol=1e-3
+        )
     assert not found["truncated"].any()
     for i in range(2):
         original = info["original_shapes"][i]
@@ -185,9 +186,7 @@ def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
     info, arrays = case("retinanet")
     variables, paths = _variables(info, reference_weights, state_names.MMDET, first=8)
     images = _images(reference_weights, 2, info["canvas"])
-    model = RetinaNet(
-        backbones.resnet18(), num_classes=6, width=48, head_depth=2, test_candidates=100, detections=25
-    )
+    model = RetinaNet(backbones.resnet18(), num_classes=6, width=48, head_depth=2, test_candidates=100, detections=25)
     truth = _truth(arrays, info, masks=False)
     made, gradients = _losses_and_gradients(model, variables, images, truth)
     for ours, theirs in {"class": "loss_cls", "box": "loss_bbox"}.items():
