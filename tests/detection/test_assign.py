@@ -20,6 +20,9 @@ CASES = {
 }
 
 
+_direct = jax.jit(assign, static_argnums=2)
+
+
 def _assign(truth: np.ndarray, candidates: np.ndarray, matching: Matching, padding: int = 3, **more: Any) -> np.ndarray:
     """With rows of padding that would be good matches, were they real."""
     rows = np.concatenate([truth, candidates[:padding]])
@@ -67,23 +70,23 @@ def test_golden_assignment_without_boxes_is_all_background(case: Any) -> None:
 
 def test_ties_within_rounding_count_as_equal() -> None:
     overlaps = jnp.asarray([[0.5, 0.5 - 4e-7, 0.4], [0.1, 0.6, 0.6]])
-    code = assign(overlaps, jnp.ones(2, bool), Matching(0.7, 0.3, 0.3))
+    code = _direct(overlaps, jnp.ones(2, bool), Matching(0.7, 0.3, 0.3))
     assert code.tolist() == [0, 1, 1]
 
 
 def test_a_box_without_overlap_claims_nothing() -> None:
-    code = assign(jnp.zeros((1, 4)), jnp.ones(1, bool), RETINA)
+    code = _direct(jnp.zeros((1, 4)), jnp.ones(1, bool), RETINA)
     assert code.tolist() == [BACKGROUND] * 4
 
 
 def test_unusable_candidates_claim_nothing_and_train_nothing() -> None:
     overlaps, usable = jnp.asarray([[0.9, 0.4]]), jnp.asarray([False, True])
-    assert assign(overlaps, jnp.ones(1, bool), RPN, usable).tolist() == [NEITHER, 0]
+    assert _direct(overlaps, jnp.ones(1, bool), RPN, usable).tolist() == [NEITHER, 0]
 
 
 def test_every_image_of_a_batch_by_itself(case: Any) -> None:
     _, arrays = case("assign")
     overlaps = jnp.stack([iou(arrays["gt"], arrays["proposals"])] * 2)
     real = jnp.stack([jnp.ones(8, bool), jnp.zeros(8, bool)])
-    code = jax.vmap(lambda overlaps, real: assign(overlaps, real, RCNN))(overlaps, real)
+    code = jax.jit(jax.vmap(lambda overlaps, real: assign(overlaps, real, RCNN)))(overlaps, real)
     np.testing.assert_array_equal(code, [arrays["rcnn"], np.full(60, BACKGROUND)])

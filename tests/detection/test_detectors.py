@@ -49,7 +49,8 @@ SMALL: dict[type, dict[str, Any]] = {
         "score_threshold": 0.001,
     },
 }
-both = pytest.mark.parametrize("kind", SMALL)
+# The golden cases train Mask R-CNN in the default tier.
+both = pytest.mark.parametrize("kind", [pytest.param(MaskRCNN, marks=pytest.mark.slow), RetinaNet])
 
 
 def _model(kind: type, **fields: Any) -> Any:
@@ -67,6 +68,7 @@ def _batch(b: int = 4, canvas: tuple[int, int] = CANVAS) -> tuple[jax.Array, dic
         "label": rng.integers(0, CLASSES, (b, ROWS)),
         "real": np.arange(ROWS) < rng.integers(1, ROWS + 1, (b, 1)),
         "crops": rng.integers(0, 2, (b, ROWS, 14, 14)).astype(np.uint8) * 255,
+        "mask": np.ones(b, bool),
     }
     images = rng.standard_normal((b, *canvas, 3)).astype(np.float32)
     return jnp.asarray(images), jax.tree.map(jnp.asarray, truth)
@@ -137,9 +139,17 @@ def test_images_that_only_fill_a_batch_change_nothing(kind: type) -> None:
     other, others = _training(kind)(_variables(kind), images.at[2:].set(9), empty, key)
     for a, b in zip(jax.tree.leaves((made, gradients)), jax.tree.leaves((other, others)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    half, _ = _training(kind)(_variables(kind), images[:2], jax.tree.map(lambda a: a[:2], truth), key)
+
+
+@pytest.mark.slow
+@both
+def test_losses_of_a_filled_batch_are_those_of_its_images(kind: type) -> None:
+    images, truth = _batch()
+    key, filled = jax.random.key(1), truth | {"mask": jnp.asarray([True, True, False, False])}
+    made, _ = _training(kind)(_variables(kind), images, filled, key)
+    alone, _ = _training(kind)(_variables(kind), images[:2], jax.tree.map(lambda a: a[:2], truth), key)
     for name, loss in made.losses.items():
-        np.testing.assert_allclose(loss, half.losses[name], rtol=1e-5)
+        np.testing.assert_allclose(loss, alone.losses[name], rtol=1e-5)
 
 
 @both
@@ -153,6 +163,7 @@ def test_images_without_boxes_train_as_background(kind: type) -> None:
     assert all(np.isfinite(gradient).all() for gradient in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow
 @both
 def test_detections_of_an_image_do_not_depend_on_its_batch(kind: type) -> None:
     images, truth = _batch()

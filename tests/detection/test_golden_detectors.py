@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from halvit_jax.detection.boxes import rescale
 from halvit_jax.detection.mask_rcnn import MaskRCNN
@@ -92,6 +93,7 @@ def _check_norms(expected: dict[str, float], paths: dict[str, str], gradients: d
     return worst
 
 
+@pytest.mark.slow
 def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_inference")
     variables, _ = _variables(info, reference_weights, state_names.MMDET)
@@ -146,6 +148,7 @@ def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: 
     _check_norms(info["grad_norm"], paths, gradients)
 
 
+@pytest.mark.slow
 def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
     variables, _ = _variables(info, reference_weights, state_names.TORCHVISION)
@@ -161,6 +164,7 @@ def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weight
     assert np.mean(drawn == bits) >= 0.999
 
 
+@pytest.mark.slow
 def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
     variables, paths = _variables(info, reference_weights, state_names.TORCHVISION)
@@ -182,6 +186,7 @@ def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, refere
     _check_norms(info["grad_norm"], paths, gradients)
 
 
+@pytest.mark.slow
 def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
     info, arrays = case("retinanet")
     variables, paths = _variables(info, reference_weights, state_names.MMDET, first=8)

@@ -25,14 +25,14 @@ def test_counts_and_shapes(head: nn.Module, shape: tuple[int, ...], count: int, 
 def test_an_anchor_is_its_row_column_and_number() -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 2, 3, 4)), jnp.float32)
     head = RPNHead(4, anchors=2)
-    variables = head.init(jax.random.key(0), x)
+    variables = jax.jit(head.init)(jax.random.key(0), x)
     # The middle of a 3x3 kernel alone, so that a position sees itself.
     middle = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
     variables["params"]["conv"]["kernel"] = middle
-    logits, deltas = head.apply(variables, x)
-    params = variables["params"]
+    logits, deltas = jax.jit(head.apply)(variables, x)
+    params, x = jax.tree.map(np.asarray, (variables["params"], x))
     for row, column, k in np.ndindex(2, 3, 2):
-        seen = nn.relu(x[0, row, column])
+        seen = np.maximum(x[0, row, column], 0)
         number = (row * 3 + column) * 2 + k
         np.testing.assert_allclose(logits[0, number], seen @ params["score"]["kernel"][0, 0, :, k], atol=1e-6)
         own = params["delta"]["kernel"][0, 0, :, 4 * k : 4 * k + 4]
@@ -41,7 +41,7 @@ def test_an_anchor_is_its_row_column_and_number() -> None:
 
 def test_untrained_retinanet_expects_background() -> None:
     x = jnp.zeros((1, 2, 2, 8))
-    logits, _ = RetinaNetHead(3, 8, 1).init_with_output(jax.random.key(0), x)[0]
+    logits, _ = jax.jit(RetinaNetHead(3, 8, 1).init_with_output)(jax.random.key(0), x)[0]
     np.testing.assert_allclose(jax.nn.sigmoid(logits), 0.01, rtol=1e-5)
 
 

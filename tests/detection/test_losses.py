@@ -18,9 +18,9 @@ def test_golden_losses_of_the_rpn_and_their_gradients(case: Any) -> None:
         return classes / factor, smooth_l1(deltas, target, code >= 0) / factor
 
     given = arrays["rpn_logit"], arrays["rpn_delta"]
-    found = losses(*given)
+    found = jax.jit(losses)(*given)
     np.testing.assert_allclose(found, [info["rpn"][name] for name in ("loss_cls", "loss_box")], rtol=1e-5)
-    gradients = jax.grad(lambda *given: sum(losses(*given)), argnums=(0, 1))(*given)
+    gradients = jax.jit(jax.grad(lambda *given: sum(losses(*given)), argnums=(0, 1)))(*given)
     np.testing.assert_allclose(gradients[0], arrays["rpn_grad_logit"], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(gradients[1], arrays["rpn_grad_delta"], rtol=1e-5, atol=1e-7)
     smooth = smooth_l1(given[1], target, code >= 0, beta=1 / 9) / sampled.sum()
@@ -38,9 +38,9 @@ def test_golden_losses_of_the_boxes_and_their_gradients(case: Any) -> None:
         return classes / n, smooth_l1(own, arrays["roi_targets"], positive) / n
 
     given = arrays["roi_logits"], arrays["roi_deltas"]
-    found = losses(*given)
+    found = jax.jit(losses)(*given)
     np.testing.assert_allclose(found, [info["roi"][name] for name in ("loss_cls", "loss_box")], rtol=1e-5)
-    gradients = jax.grad(lambda *given: sum(losses(*given)), argnums=(0, 1))(*given)
+    gradients = jax.jit(jax.grad(lambda *given: sum(losses(*given)), argnums=(0, 1)))(*given)
     np.testing.assert_allclose(gradients[0], arrays["roi_grad_logits"], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(gradients[1], arrays["roi_grad_deltas"], rtol=1e-5, atol=1e-7)
 
@@ -50,7 +50,8 @@ def test_golden_loss_of_the_masks_and_its_gradient(case: Any) -> None:
     n = info["mask"]["n"]
     targets = np.unpackbits(arrays["mask_target_bits"])[: n * 28 * 28].reshape(n, 28, 28)
     own = arrays["mask_logits_own_class"].astype(np.float32)
-    loss, gradient = jax.value_and_grad(lambda x: sigmoid_cross_entropy(x, targets, jnp.ones(())) / targets.size)(own)
+    mean = jax.value_and_grad(lambda x: sigmoid_cross_entropy(x, targets, jnp.ones(())) / targets.size)
+    loss, gradient = jax.jit(mean)(own)
     np.testing.assert_allclose(loss, info["mask"]["loss"], rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(gradient), info["mask"]["grad_norm"], rtol=1e-5)
 
@@ -72,7 +73,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
         lambda x: softmax_cross_entropy(x, labels, jnp.ones(2)),
         lambda x: focal(x, labels, jnp.ones(2)),
     ):
-        value, gradient = jax.value_and_grad(loss)(logits)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
         assert np.isfinite(value)
         assert np.isfinite(gradient).all()
 
@@ -80,5 +81,6 @@ def test_extreme_logits_give_finite_losses_and_gradients(size: float) -> None:
 def test_losses_of_bfloat16_are_float32() -> None:
     x = jnp.zeros((2, 4), jnp.bfloat16)
     labels, weights = jnp.zeros(2, jnp.int32), jnp.ones(2)
-    found = [softmax_cross_entropy(x, labels, weights), focal(x, labels, weights), smooth_l1(x, x, weights)]
-    assert {loss.dtype for loss in found} == {jnp.dtype("float32")}
+    for loss, target in ((softmax_cross_entropy, labels), (focal, labels), (smooth_l1, x)):
+        assert jax.eval_shape(loss, x, target, weights).dtype == jnp.float32
+    assert jax.eval_shape(sigmoid_cross_entropy, x, x, x).dtype == jnp.float32
