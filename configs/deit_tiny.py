@@ -3,14 +3,16 @@
 python -m halvit_jax.main --config=configs/deit_tiny.py --workdir=runs/deit_tiny
 
 Hardware: a TPU v5e-4 or 4 GPUs of 16 GB and more. Expected time: not measured.
-Published top-1: 72.2 (raw weights). Measured here: not yet.
+Published top-1: 72.2 (non-EMA weights). Measured here: not yet.
 """
 
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of DeiT-Ti."""
-    return imagenet.deit("deit_tiny", epochs=int(epochs))
+    choose(variant)
+    return imagenet.deit("deit_tiny")

@@ -2,17 +2,19 @@
 
 python -m halvit_jax.main --config=configs/finetune_digits.py --workdir=runs/finetune_digits
 
-It begins with runs/halvit_digits; `--config.init_from=SOURCE` names another workdir or a weight file. The positions are
+It starts from runs/halvit_digits; `--config.init_from=SOURCE` names another workdir or a weight file. The positions are
 resampled from 4x4 to 6x6.
 """
 
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import digits
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """An eighth of the quickstart's steps, at a third of its learning rate."""
+    choose(variant)
     config = digits.vit("halvit_tiny")
     config.init_from = "runs/halvit_digits"
     config.model.image_size = 12

@@ -10,8 +10,12 @@ that recipe is the natural reading. Measured here: not yet.
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
+
+VARIANTS = (tuple(imagenet.RESNET_RECIPES),)
 
 
-def get_config(recipe: str = "v1") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-ResNet-50."""
-    return imagenet.resnet("halvit_resnet50", recipe)
+    (recipe,) = choose(variant, *VARIANTS)
+    return imagenet.RESNET_RECIPES[recipe]("halvit_resnet50")

@@ -10,8 +10,10 @@ Published top-1: 81.3 (the paper's recipe is not public). Measured here: not yet
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-M."""
-    return imagenet.deit("halvit_small", epochs=int(epochs))
+    choose(variant)
+    return imagenet.deit("halvit_small")

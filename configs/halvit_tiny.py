@@ -1,4 +1,4 @@
-"""HaLViT-T on ImageNet-1k with the recipe of DeiT, 300 epochs, or another number: --config=configs/halvit_tiny.py:600
+"""HaLViT-T on ImageNet-1k with the recipe of DeiT, 300 epochs, or 600 by adding --config.num_epochs=600
 
 python -m halvit_jax.main --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny
 
@@ -9,8 +9,10 @@ Published top-1: 77.3 after 300 epochs, 78.8 after 600 (the paper's recipe is no
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
 
 
-def get_config(epochs: str = "300") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-T."""
-    return imagenet.deit("halvit_tiny", epochs=int(epochs))
+    choose(variant)
+    return imagenet.deit("halvit_tiny")

@@ -9,8 +9,12 @@ Published top-1: 76.13 (V1), 79.8 (A2). Measured here: not yet.
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import imagenet
+from halvit_jax.recipes.variants import choose
+
+VARIANTS = (tuple(imagenet.RESNET_RECIPES),)
 
 
-def get_config(recipe: str = "v1") -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of ResNet-50."""
-    return imagenet.resnet("resnet50", recipe)
+    (recipe,) = choose(variant, *VARIANTS)
+    return imagenet.RESNET_RECIPES[recipe]("resnet50")

@@ -1,4 +1,4 @@
-"""The plain twin of halvit_digits: the same shape and recipe with untied kernels.
+"""The baseline of halvit_digits: the same shape and recipe with untied kernels.
 
 python -m halvit_jax.main --config=configs/vit_digits.py --workdir=runs/vit_digits
 """
@@ -6,8 +6,10 @@ python -m halvit_jax.main --config=configs/vit_digits.py --workdir=runs/vit_digi
 from ml_collections import ConfigDict
 
 from halvit_jax.recipes import digits
+from halvit_jax.recipes.variants import choose
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The digits run of the untied model."""
+    choose(variant)
     return digits.vit("deit_small")

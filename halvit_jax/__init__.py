@@ -67,5 +67,5 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
         return trained.task.model, trained.model_variables
     from halvit_jax.convert import readers, weights_file
 
-    found = weights_file.of_any(os.fspath(source), readers.read(source), name, overrides)
+    found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

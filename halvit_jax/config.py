@@ -2,8 +2,8 @@
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
 `classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
-Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog,
-`skip_updates` of make_limit. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
+Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
+`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
 The tree is locked: a name that is not below is refused.
 """
 
@@ -19,16 +19,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def default_config() -> ConfigDict:
-    """A locked config with every field; a file of `configs/` starts from it and sets what its run is about."""
+    """The locked config with every field at its default; the recipes start from it."""
     config = ConfigDict(
         {
             "seed": 0,  # of initial values, order, augmentation and stochastic depth
             "batch_size": 128,  # examples of a step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
-            "recipe_batch_size": 0,  # the batch_size the recipe was made for; another one is said loudly. 0: any
+            "recipe_batch_size": 0,  # the batch_size of the recipe; a different one is logged as a warning; 0 disables
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
-            "init_from": "",  # weights to begin with: a workdir, or a file of halvit_jax.convert or of PyTorch's names
-            "init_exclude": (),  # paths (regular expressions) that begin fresh all the same, e.g. ("^head/",)
+            "init_from": "",  # initial weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
+            "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
@@ -49,7 +49,7 @@ def default_config() -> ConfigDict:
 
 
 def _model() -> dict[str, Any]:
-    """Name and fields of the model; a field left at None has the value of the model's table of sizes."""
+    """Name and fields of the model; None leaves a field at its value in the family's table of sizes."""
     optional = config_dict.placeholder
     return {
         "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
@@ -57,43 +57,51 @@ def _model() -> dict[str, Any]:
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
-        # Fields of single families.
-        "patch_size": optional(int),  # ViT, Swin: pixels of a patch's side
-        "width": optional(int),  # ViT, Swin: width of the tokens; Swin: of the first stage
-        "depth": optional(int),  # ViT: number of blocks
-        "num_heads": optional(int),  # ViT: attention heads; divides width
-        "ffn_ratio": optional(float),  # ViT, Swin: hidden width / width of the feed-forward layer
-        "attention": optional(str),  # ViT, Swin: full or tied
-        "ffn": optional(str),  # ViT, Swin: dense or tied
-        "attention_bias": optional(bool),  # ViT, Swin: biases of queries, keys, values and output
-        "real_heads": optional(float),  # ViT, PVT, Next-ViT: share of the heads that make their own maps
-        "hallucinate": optional(str),  # ViT, PVT, Next-ViT: what of them makes the others' maps: logits or maps
-        "ffn_rank": optional(float),  # ViT, PVT, Next-ViT: rank / width of an FFN's second matrix; below 1 it is two
-        "ffn_branches": optional(int),  # ViT, PVT, Next-ViT: products in the sum that each of the two is in training
-        "pool": optional(str),  # ViT: token or mean
-        "distilled": optional(bool),  # ViT, SHViT: a second classifier, for the words of a teacher
-        "position": optional(str),  # ViT: learned, sincos or none
-        "share": optional(int),  # Mini-DeiT: layers in a row with the same matrices; divides depth
-        "depths": optional(tuple),  # ResNet, RegNet, SHViT, Swin, PVT, Next-ViT: blocks of each stage
-        "stages": optional(tuple),  # their kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
+        # ViT (DeiT, HaLViT); Swin where it is named
+        "patch_size": optional(int),  # also Swin: side of a patch in pixels
+        "width": optional(int),  # width of the tokens; also Swin: that of the first stage
+        "depth": optional(int),  # number of blocks
+        "num_heads": optional(int),  # attention heads; divides width
+        "ffn_ratio": optional(float),  # also Swin: hidden width / width of the feed-forward layer
+        "attention": optional(str),  # also Swin: full or tied
+        "ffn": optional(str),  # also Swin: dense or tied
+        "attention_bias": optional(bool),  # also Swin: biases of queries, keys, values and output
+        "pool": optional(str),  # token or mean
+        "position": optional(str),  # learned, sincos or none
+        "distilled": optional(bool),  # also SHViT: a second classifier, trained on the teacher's predictions
+        "attention_impl": optional(str),  # also PVT, Next-ViT: auto, xla or fused (without the maps in memory)
+        # Hallucinated attention and compact FFNs: ViT, PVT, Next-ViT
+        "real_heads": optional(float),  # fraction of the heads that compute their own maps
+        "hallucinate": optional(str),  # what the other heads' maps are made from: logits or maps
+        "ffn_rank": optional(float),  # rank / width of an FFN's second matrix; below 1 it is a product of two
+        "ffn_branches": optional(int),  # matrices whose sum each of the two is in training
+        # MiniViT
+        "share": optional(int),  # Mini-DeiT: consecutive layers with the same matrices; divides depth
+        "shares": optional(tuple),  # Mini-Swin: the same in each stage; divide depths
+        "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need
+        # Networks of stages: ResNet, RegNet, SHViT, Swin, PVT, Next-ViT
+        "depths": optional(tuple),  # blocks of each stage
+        "widths": optional(tuple),  # RegNet, SHViT, PVT, Next-ViT: channels of each stage
+        "stages": optional(tuple),  # kinds; ResNet: basic, bottleneck, halvit or halvit_prenorm; SHViT: i or s
+        "head_width": optional(int),  # Swin, PVT, Next-ViT: width of an attention head; divides width, or all widths
+        "reductions": optional(tuple),  # PVT: r, one key for r x r tokens; Next-ViT: for r*r tokens in a row
+        "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions
+        # ResNet and RegNet
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
-        "head_width": optional(int),  # Swin, PVT, Next-ViT: width of an attention head; divides width, or all widths
-        "window_size": optional(int),  # Swin: side of a window, in tokens
-        "shares": optional(tuple),  # Mini-Swin: layers in a row with the same matrices, in each stage; divide depths
-        "mask_unshifted": optional(bool),  # Mini-Swin: mask the unshifted layers too, as its released weights need it
-        "widths": optional(tuple),  # RegNet, SHViT, PVT, Next-ViT: channels of each stage
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
-        "partial": optional(tuple),  # SHViT: channels that take part in attention, in each stage of kind s
-        "stem_strides": optional(tuple),  # SHViT, Next-ViT: strides of the stem's 3x3 convolutions, one for each
-        "stem_widths": optional(tuple),  # Next-ViT: channels of the stem's convolutions
-        "periods": optional(tuple),  # Next-ViT: every how many blocks one attends, from a stage's last on; 0: none
-        "strides": optional(tuple),  # PVT: of each stage's map against the one before
-        "ffn_ratios": optional(tuple),  # PVT: hidden width / width of the feed-forward layers, in each stage
-        "reductions": optional(tuple),  # PVT: side of the square of tokens that makes one key, in each stage; Next-ViT:
-        # the side of as many tokens in a row
+        # SHViT
+        "partial_dims": optional(tuple),  # channels that take part in attention, in each stage of kind s
+        # Swin
+        "window_size": optional(int),  # side of a window, in tokens
+        # PVT
+        "strides": optional(tuple),  # of each stage's map against the one before
+        "ffn_ratios": optional(tuple),  # hidden width / width of the feed-forward layers, in each stage
         "pool_size": optional(int),  # PVTv2: side of the map that all tokens attend to; 0: as reductions say
+        # Next-ViT
+        "stem_widths": optional(tuple),  # channels of the stem's convolutions
+        "periods": optional(tuple),  # of these many blocks one attends, counted from a stage's last; 0: none
     }
 
 
@@ -107,18 +115,18 @@ def _data() -> dict[str, Any]:
         "eval_split": "validation",
         "evals": (),  # further sets to evaluate on: "name=tfds_name:split" each; of a folder: "name=:split"
         "crop": "random_resized",  # in training: random_resized, or whole (the whole image, resized)
-        "min_crop_area": 0.08,  # smallest share of the image that a random crop takes
-        "flip": True,  # mirror at random
-        "shift": 0,  # move by up to so many pixels at random
+        "min_crop_area": 0.08,  # smallest fraction of the image's area that a random crop takes
+        "flip": True,  # random horizontal flip
+        "shift": 0,  # random translation, at most this many pixels
         "color_jitter": 0.0,  # how far brightness, contrast and saturation change at random; 0 is off
         "augment": "",  # trivial, three, or RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1; "" is off
         "interpolation": "bicubic",  # bilinear or bicubic
         "antialias": False,  # of the training crop's resize; halves the loader's speed. Evaluation always has it
-        "eval_crop": 0.875,  # evaluation cuts this share out of the resized image
+        "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
-        "bad_image_budget": 1e-4,  # the largest share of an epoch that may be replaced; one image always may
-        "repeated_aug": 1,  # repeated augmentation: copies of an example in a row, of which an epoch has as many fewer
-        "virtual_shards": 64,  # parts of the training split, each filling a fixed part of a batch; hosts divide them
+        "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
+        "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has that many times fewer examples
+        "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
         "shuffle_buffer": 16384,  # records in memory to draw from, over all virtual shards
     }
 
@@ -147,7 +155,7 @@ def _distillation() -> dict[str, Any]:
     """The losses against the teacher where task.name is distillation."""
     return {
         "kind": "hard",  # of the loss over classes: hard, soft or soft_cross_entropy
-        "alpha": 0.5,  # the teacher's share of the loss over classes, the truth having the rest
+        "alpha": 0.5,  # weight of the teacher in the loss over classes; the labels have 1 - alpha
         "tau": 1.0,  # temperature of soft labels
         "qkv_weight": 0.0,  # of the relations among queries, keys and values in pairs of layers; 0 is off
         "hidden_weight": 0.0,  # of the relations among the outputs of pairs of blocks; 0 is off
@@ -160,7 +168,7 @@ def _teacher() -> dict[str, Any]:
     """The teacher where task.name is distillation."""
     optional = config_dict.placeholder
     return {
-        "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or of PyTorch's names
+        "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
         "name": "",  # its model, where the weights have PyTorch's names; a workdir or a file of ours knows it
         "mean": optional(tuple),  # of the colours that it was trained with; None: as the file says, or the student's
         "std": optional(tuple),
@@ -172,7 +180,7 @@ def _loop() -> dict[str, Any]:
         "log_every": 50,  # steps between two points of the training curves
         "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
         "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
-        "ema_decay": 0.0,  # of the averages of parameters and BatchNorm statistics; 0 keeps none
+        "ema_decay": 0.0,  # decay of the EMA of parameters and BatchNorm statistics; 0 keeps none
         "accumulate": 1,  # parts of a batch that are run one after the other to save memory; the update is the same
     }
 
@@ -197,7 +205,7 @@ def _optim() -> dict[str, Any]:
             r"scale$",
             r"position/embedding$",
             r"(class|distill)_token$",
-        ),  # spared from weight decay
+        ),  # without weight decay
         "frozen": (),  # paths that are not trained; BatchNorm's statistics still follow the data
         "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
         "layers": (
@@ -246,9 +254,9 @@ def _watchdog() -> dict[str, float]:
 
 def _skip_updates() -> dict[str, Any]:
     return {
-        "norm_factor": 0.0,  # skip an update whose gradient is not finite or so many times longer than usual; 0: never
-        "max_skipped": 10,  # how many updates may be skipped
-        "window": 1000,  # in so many steps
+        "norm_factor": 0.0,  # skip updates whose gradient norm exceeds this times its average or is not finite; 0: off
+        "max_skipped": 10,  # more skipped updates than this within the window end the run
+        "window": 1000,  # in steps
     }
 
 
@@ -288,8 +296,6 @@ def validate(config: ConfigDict) -> None:
             f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
             "the one or clear the other"
         )
-    if config.model.num_classes < 1:
-        raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -309,10 +315,19 @@ def from_json(text: str) -> ConfigDict:
         given = fields.pop("format", None)
         if given != FORMAT:
             raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")
+        task = fields.get("task", {}).get("name")
+        if task not in config and isinstance(fields.get(task), dict):
+            add_task_fields(config, task, fields.pop(task))
         config.update(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a config of this library: {error}") from error
     return config
+
+
+def add_task_fields(config: ConfigDict, task: str, fields: Mapping[str, Any]) -> None:
+    """Add the sub-tree of a task that is registered in `experiment.tasks.TASKS` from outside this package."""
+    with config.unlocked():
+        config[task] = ConfigDict(dict(fields))
 
 
 def _named(tree: str, fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ if not builder.is_prepared():
     config = tfds.download.DownloadConfig(manual_dir=tars, try_download_gcs=False)
     builder.download_and_prepare(download_config=config, file_format=file_format)
 try:
-    train, val = (open_source("imagenet2012", data, split).num_examples for split in ("train", "validation"))
+    train, val = (open_source("imagenet2012", data, split).info.num_examples for split in ("train", "validation"))
 except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +27,11 @@ for threads in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THR
     os.environ.setdefault(threads, "2")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The switch that writes generated golden files."""
+    parser.addoption("--update-golden", action="store_true", help="write golden configs and parameters; read the diff")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,7 +57,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     """
     from helpers.runs import tiny
 
-    from halvit_jax.main import work
+    from halvit_jax.main import run_experiment
 
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
@@ -59,7 +65,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     with (shared / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not returned.exists():
-            returned.write_text(json.dumps(work(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
+            returned.write_text(json.dumps(run_experiment(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
     workdir = shutil.copytree(made, tmp_path_factory.mktemp("copy") / "finished")
     return workdir, json.loads(returned.read_text())
 
@@ -68,6 +74,26 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
 def golden() -> pathlib.Path:
     """The folder of reference outputs."""
     return GOLDEN
+
+
+@pytest.fixture
+def recorded(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
+    """The content of a generated file of tests/golden; with --update-golden, `found` is written to it first."""
+
+    def read(name: str, found: dict[str, Any] | None = None) -> dict[str, Any]:
+        if found is not None and request.config.getoption("--update-golden"):
+            (GOLDEN / name).write_text(_text(found) + "\n")
+        return json.loads((GOLDEN / name).read_text())
+
+    return read
+
+
+def _text(tree: Any, indent: str = "") -> str:
+    """JSON with a line for each leaf, a list being one."""
+    if not isinstance(tree, dict):
+        return json.dumps(tree)
+    lines = [f"{indent} {json.dumps(key)}: {_text(value, indent + ' ')}" for key, value in tree.items()]
+    return "{\n" + ",\n".join(lines) + "\n" + indent + "}" if lines else "{}"
 
 
 @pytest.fixture(scope="session")

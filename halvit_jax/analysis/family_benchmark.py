@@ -1,6 +1,6 @@
 """All families side by side: small models of each, trained on the embedded digits by one recipe, in one table.
 
-`python -m halvit_jax.bench --what=families` calls `measure`, and `draw` makes a picture of what it found.
+`python -m halvit_jax.bench --what=families` calls `measure`, and `plot` makes a picture of what it found.
 """
 
 import json
@@ -14,17 +14,18 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from halvit_jax import main
+from halvit_jax.analysis.counts import counts_of
 from halvit_jax.convert import weights_file
 from halvit_jax.experiment import workdir as files
-from halvit_jax.experiment.trained import load_trained, stored_state
+from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
-from halvit_jax.summary import counts_of
 from halvit_jax.training.sharding import bytes_of
 
-# label -> its model on digits. Those of one shape stand together, the host first.
-ENTRIES: dict[str, Callable[[], ConfigDict]] = {
+Train = Callable[[ConfigDict, pathlib.Path], Any]  # trains a config in a workdir to the end, as `main` does
+
+# label -> its model on digits. Those of one shape stand together, the baseline first.
+RUNS: dict[str, Callable[[], ConfigDict]] = {
     "ViT": lambda: digits.vit("deit_small"),
     "HaLViT": lambda: digits.vit("halvit_tiny"),
     "ViT hc": lambda: digits.vit("deit_small_hc"),
@@ -39,22 +40,22 @@ ENTRIES: dict[str, Callable[[], ConfigDict]] = {
     "Next-ViT": lambda: digits.nextvit("nextvit_small"),
     "Next-ViT hc": lambda: digits.nextvit("nextvit_small_hc"),
 }
-MORE = ("HaLViT h", "Mini-HaLViT", "Swin", "Mini-Swin")  # measured where they are named
-DEFAULT = tuple(label for label in ENTRIES if label not in MORE)
+OPTIONAL = ("HaLViT h", "Mini-HaLViT", "Swin", "Mini-Swin")  # measured where they are named
+DEFAULT = tuple(label for label in RUNS if label not in OPTIONAL)
 STEPS_PER_EPOCH = 11  # of the digits, in batches of 128
 WEIGHTS_FILE = "weights.safetensors"  # in each workdir: the folded model's, for its size
 
 
-def check(labels: Sequence[str]) -> None:
-    """Raise a ValueError unless all labels are of ENTRIES."""
+def validate_labels(labels: Sequence[str]) -> None:
+    """Raise a ValueError unless all labels are of RUNS."""
     for label in labels:
-        if label not in ENTRIES:
-            raise ValueError(f"--families has {label!r}, which is not one of {', '.join(ENTRIES)}")
+        if label not in RUNS:
+            raise ValueError(f"--families has {label!r}, which is not one of {', '.join(RUNS)}")
 
 
 def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
     """The config of one run: the entry's model, and for all the same optimizer, schedule and augmentation."""
-    config = ENTRIES[label]()
+    config = RUNS[label]()
     config.seed = seed
     config.total_steps = config.loop.eval_every = config.loop.checkpoint_every = steps
     config.loop.log_every, config.loop.ema_decay = 100, 0.0
@@ -63,23 +64,23 @@ def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
 
 
 def measure(
-    labels: Sequence[str], workdir: pathlib.Path, *, seeds: int, steps: int, repeats: int
+    labels: Sequence[str], workdir: pathlib.Path, *, train: Train, seeds: int, steps: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """One row for each family: what it weighs, how fast it answers, and how well it does.
+    """One row for each family: what it weighs, how fast it inference_fns, and how well it does.
 
     `params`, `bytes_on_disk` and `gmacs` are those of the folded model, which is what is deployed; `top1` is the mean
     over the seeds, in percent, of the weights without averaging. `latency_ms` is of one image; the families take turns.
-    Runs are kept in `workdir`; a finished one is not repeated.
+    Runs are kept in `workdir`; a finished one is not repeated, another one is trained by `train`.
     """
-    rows, answers = [], {}
+    rows, inference_fns = [], {}
     for label in labels:
-        runs = [_trained(recipe(label, steps=steps, seed=seed), workdir, label) for seed in range(seeds)]
+        runs = [_trained(recipe(label, steps=steps, seed=seed), workdir, label, train) for seed in range(seeds)]
         top1 = [100 * result["eval"]["top1"] for _, result in runs]
         folder, result = runs[0]
-        row, answers[label] = _weigh(folder)
+        row, inference_fns[label] = _measure_size(folder)
         rows.append({"family": label, "trained_params": result["params"], **row})
         rows[-1] |= {"top1": round(statistics.mean(top1), 2), "top1_of_seeds": [round(each, 2) for each in top1]}
-    for row, latency in zip(rows, _latencies(list(answers.values()), repeats), strict=True):
+    for row, latency in zip(rows, _latencies(list(inference_fns.values()), repeats), strict=True):
         row["latency_ms"] = round(1e3 * latency, 3)
     return rows
 
@@ -98,7 +99,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     """A PNG of accuracy against parameters, with a bar from the worst seed to the best.
 
     Raises:
@@ -119,24 +120,26 @@ def draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_xlabel("parameters of the deployed model, thousands")
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)
-    axes.margins(0.15)  # room for the names
+    axes.margins(0.15)  # space for the names
     picture.savefig(path, dpi=120)
 
 
-def _trained(config: ConfigDict, workdir: pathlib.Path, label: str) -> tuple[pathlib.Path, dict[str, Any]]:
+def _trained(
+    config: ConfigDict, workdir: pathlib.Path, label: str, train: Train
+) -> tuple[pathlib.Path, dict[str, Any]]:
     """The workdir of a finished run, which is trained unless it is there, and its result."""
     name = label.lower().replace(" ", "_").replace("-", "_")
     folder = workdir / f"{name}_{config.total_steps}_{config.seed}"
     result = folder / files.RESULT_FILE
     if not result.is_file():
-        main.work(config, folder)
+        train(config, folder)
     return folder, json.loads(result.read_text())
 
 
-def _weigh(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What the model of a run weighs, and a function that answers one image."""
+def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The size of a run's model, and a function that classifies one image."""
     trained = load_trained(folder)
-    state = stored_state(trained.task, trained.config)
+    state = abstract_checkpoint_state(trained.task, trained.config)
     model, variables = fold(trained.task.model, trained.model_variables)
     fields = {**trained.config.model, "folded": True} if model is not trained.task.model else trained.config.model
     name, weights = fields["name"], folder / WEIGHTS_FILE
@@ -154,11 +157,11 @@ def _weigh(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
     return row, lambda: jax.block_until_ready(answer(variables, image))
 
 
-def _latencies(answers: Sequence[Callable[[], None]], repeats: int, *, calls: int = 50) -> list[float]:
+def _latencies(inference_fns: Sequence[Callable[[], None]], repeats: int, *, calls: int = 50) -> list[float]:
     """Seconds of each call, the median over rounds in which all take turns, after one that warms up."""
-    times: list[list[float]] = [[] for _ in answers]
+    times: list[list[float]] = [[] for _ in inference_fns]
     for round_number in range(repeats + 1):
-        for answer, found in zip(answers, times, strict=True):
+        for answer, found in zip(inference_fns, times, strict=True):
             started = time.perf_counter()
             for _ in range(calls):
                 answer()

@@ -1,4 +1,4 @@
-"""What XLA tells of a compiled program: the memory it needs, and what the devices send each other."""
+"""Memory and collectives of a compiled program, read from XLA."""
 
 import math
 import re
@@ -38,7 +38,7 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def bytes_named(message: str) -> int | None:
-    """All bytes that the compiler says it would need, None where it does not say.
+    """The bytes that the compiler says it would need, None where it does not say.
 
     It calls them "HLO temporaries (16.13G) exceeds ...", but arguments and outputs are counted in.
     """

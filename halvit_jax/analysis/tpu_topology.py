@@ -1,4 +1,4 @@
-"""TPUs by name: what a device of each kind has, how it is laid out, and devices to compile for that are not there."""
+"""TPUs by name: their memory and speed, their topologies, and absent devices to compile for."""
 
 import importlib.util
 import math
@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     peak_flops: float  # floating-point operations per second, bfloat16
     bandwidth: float  # bytes per second between the device and its HBM
     dimensions: int  # of a topology
-    most: int  # chips of the largest pod
+    max_chips: int  # of the largest pod
 
 
 CHIPS: dict[str, Chip] = {
@@ -36,7 +36,7 @@ TWO_CORES = {"v4", "v5p"}  # on a chip, which the runtime makes one device of; l
 
 
 class Topology(NamedTuple):
-    """So many chips of one kind, and how they are laid out."""
+    """Chips of one kind and their layout."""
 
     kind: str  # a key of CHIPS
     shape: tuple[int, ...]
@@ -67,15 +67,15 @@ def parse_topology(text: str) -> Topology:
     if len(topology.shape) != chip.dimensions:
         example = f"{topology.kind}:{'x'.join(['4'] * chip.dimensions)}"
         raise ValueError(f"--topology={text!r} must have {chip.dimensions} lengths for this kind, e.g. {example}")
-    if not 1 <= count <= chip.most:
-        raise ValueError(f"--topology={text!r} asks for {count} chips; {topology.kind} has 1 to {chip.most}")
+    if not 1 <= count <= chip.max_chips:
+        raise ValueError(f"--topology={text!r} asks for {count} chips; {topology.kind} has 1 to {chip.max_chips}")
     if any(size > 1 and size % 2 for size in topology.shape):
-        raise ValueError(f"--topology={text!r}: every length must be 1 or even, for a host holds 2x2 chips")
+        raise ValueError(f"--topology={text!r}: every length must be 1 or even, because a host holds 2x2 chips")
     return topology
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices that can be compiled for, and do not exist; four chips make a host.
+    """Devices to compile for, which need not exist; four chips make a host.
 
     Raises:
         ValueError: the compiler is not installed, or does not know this topology.
@@ -85,7 +85,7 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     from jax.experimental.topologies import get_topology_desc
 
     # Without these libtpu asks the metadata server of a TPU VM, and waits for it, where there is none; and it lets one
-    # process at a time in, for there is one TPU, which is not touched here.
+    # process at a time in, because there is one TPU, which is not touched here.
     here = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     here["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for name, value in here.items():

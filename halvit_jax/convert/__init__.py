@@ -4,7 +4,7 @@ variables = from_torch("deit_tiny", state)        # state: {official PyTorch nam
 state = to_torch("deit_tiny", variables)          # the same names, values and types
 state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_small_patch16_224 loads
 
-`files` reads and writes the files, `native` keeps a model's variables in one, `transfer` fits weights to another
+`readers` reads and writes files, `weights_file` keeps a model's variables in one, `transfer` adapts weights to another
 classifier or resolution; `python -m halvit_jax.convert` converts from a shell.
 """
 
@@ -19,7 +19,8 @@ from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
 from halvit_jax.models.nextvit import NextViT
-from halvit_jax.models.pvt import PVT, PVTv2
+from halvit_jax.models.pvt import PVT
+from halvit_jax.models.pvt_v2 import PVTv2
 from halvit_jax.models.regnet import RegNet
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.shvit import SHViT
@@ -56,10 +57,10 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
         BatchNorm's `num_batches_tracked` is not kept: nothing here reads it.
 
     Raises:
-        ValueError: all ambiguous, missing, left-over and misshapen entries by name, or what `create_model` refuses.
+        ValueError: all ambiguous, missing, unexpected and misshapen entries by name, or what `create_model` refuses.
     """
     model = create_model(name, **overrides)
-    return unflatten(_owned(engine.to_ours(name, rules_of(name, model), state, shapes_of(model))))
+    return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
 
 
 def to_torch(
@@ -77,7 +78,7 @@ def to_torch(
         float32 arrays of their own, and BatchNorm's `num_batches_tracked` as an int64 0.
 
     Raises:
-        ValueError: all missing, left-over and misshapen arrays by path, or a model that cannot be written as a DeiT.
+        ValueError: all missing, unexpected and misshapen arrays by path, or a model that cannot be written as a DeiT.
     """
     model = create_model(name, **overrides)
     rules, arrays = rules_of(name, model), flatten(jax.tree.map(np.asarray, dict(variables)))
@@ -88,7 +89,7 @@ def to_torch(
         if isinstance(model, MiniDeit):
             raise ValueError(f"as_deit=True: {name} mixes its heads and has relative positions, which no DeiT does")
         arrays = vit.as_deit(model, arrays)
-    return _owned(engine.to_torch(rules, arrays))
+    return _copied(engine.to_torch(rules, arrays))
 
 
 def torch_shapes(name: str, **overrides: Any) -> dict[str, tuple[int, ...]]:
@@ -114,7 +115,7 @@ def rules_of(name: str, model: Any) -> tuple[Rule, ...]:
     return TABLES[type(model)](model)
 
 
-def _owned(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _copied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Copies: what is changed in a state later does not change the variables made of it."""
     return {
         path: np.array(array, array.dtype if array.dtype == np.int64 else np.float32, order="C")

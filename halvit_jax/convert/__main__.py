@@ -3,10 +3,10 @@
 python -m halvit_jax.convert IN OUT --model=NAME [--to=jax|torch|deit] [--num_classes=N] [--image_size=N]
 
 IN is a state under the official PyTorch names (.safetensors, .npz, or .pth with PyTorch installed) or a file that this
-door wrote, which knows its model by itself. OUT is a .safetensors file: with --to=jax under our paths, with --to=torch
+command wrote, which names its model. OUT is a .safetensors file: with --to=jax under our paths, with --to=torch
 under the official names, with --to=deit a HaLViT written out as the plain DeiT that gives the same logits.
 
-The receipt has a line for each: arrays, numbers in them, and a digest of names, shapes, types and values, which is the
+The output has a line for each: arrays, numbers in them, and a digest of names, shapes, types and values, which is the
 same for the same arrays whatever kind of file they are in.
 """
 
@@ -23,7 +23,7 @@ TARGETS = ("jax", "torch", "deit")
 
 
 def define_flags() -> None:
-    """The flags of this door."""
+    """Define the command-line flags."""
     flags.DEFINE_string("model", None, "The model's name; may be left out where IN knows it.")
     flags.DEFINE_enum("to", "jax", TARGETS, "What to write.")
     flags.DEFINE_integer("num_classes", None, "Size of the classifier; 0: there is none.")
@@ -31,13 +31,13 @@ def define_flags() -> None:
 
 
 def convert(source: str, target: str, *, name: str | None, to: str, fields: dict[str, Any]) -> list[str]:
-    """Read `source`, write `target`, and return the lines of the receipt.
+    """Read `source`, write `target`, and return the lines to print.
 
     Raises:
         ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
     """
     weights = readers.read(source)
-    name, fields, variables = weights_file.of_any(source, weights, name, fields)
+    name, fields, variables = weights_file.load_any(source, weights, name, fields)
     if to == "jax":
         weights_file.save(target, name, variables, **fields)
         written = flatten(variables)
@@ -49,8 +49,8 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
 
 
 def main(argv: list[str]) -> None:
-    """Convert one file and print the receipt."""
-    with app.bad_input():
+    """Convert one file and print what was read and written."""
+    with app.report_user_errors():
         if len(argv) != 3:
             raise ValueError("give a file to read and one to write: python -m halvit_jax.convert IN OUT --model=NAME")
         given = flags.FLAGS

@@ -16,25 +16,26 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Layout(NamedTuple):
-    """One array as ours and as PyTorch's; each function undoes the other."""
+    """The layout of an array here and in PyTorch; each function undoes the other."""
 
-    ours: Callable[[np.ndarray], np.ndarray]
-    torch: Callable[[np.ndarray], np.ndarray]
+    to_jax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
 
 
 # PyTorch on the left: `o` out, `i` in, `h w` space, `n` tokens, `d` width.
 LAYOUTS: dict[str, Layout] = {
     "same": Layout(lambda a: a, lambda a: a),
-    "matrix": Layout(lambda a: a.T, lambda a: a.T),  # [o, i] -> [i, o]
+    "linear": Layout(lambda a: a.T, lambda a: a.T),  # [o, i] -> [i, o]
     # [o, i, h, w] -> [h, w, i, o]
     "conv": Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "pointwise": Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # [o, i, 1, 1] -> [i, o]
     "token": Layout(lambda a: a[0, 0], lambda a: a[None, None]),  # [1, 1, d] -> [d]
     "position": Layout(lambda a: a[0], lambda a: a[None]),  # [1, n, d] -> [n, d]
 }
-COUNTER = "counter"  # of updates, which we do not keep: ignored on the way in, 0 on the way out
-CACHE = "cache"  # of what follows from the fields, such as indices: ignored on the way in, not written on the way out
-ASIDE = (COUNTER, CACHE)
+# PyTorch's buffers that are not kept. A counter of updates is ignored when read and 0 when written; a cache of what
+# follows from the fields, such as indices, is ignored when read and not written.
+COUNTER, CACHE = "counter", "cache"
+BUFFERS = (COUNTER, CACHE)
 FLOATS = ("float32", "float16", "bfloat16")  # what float32 holds without loss
 
 
@@ -55,8 +56,8 @@ class Rule:
     layout: str = "same"
 
     def __post_init__(self) -> None:
-        if self.layout not in LAYOUTS and self.layout not in ASIDE:
-            allowed = ", ".join((*LAYOUTS, *ASIDE))
+        if self.layout not in LAYOUTS and self.layout not in BUFFERS:
+            allowed = ", ".join((*LAYOUTS, *BUFFERS))
             raise ValueError(f"layout {self.layout!r} of {self.source} is not one of {allowed}")
         if _numbers(self.source) != _numbers(self.target):
             raise ValueError(f"{self.source} and {self.target} do not name the same numbers; rules read both ways")
@@ -72,7 +73,7 @@ class Rule:
 
 def dense(source: str, target: str) -> tuple[Rule, ...]:
     """A linear layer."""
-    return Rule(f"{source}.weight", f"params/{target}/kernel", "matrix"), _bias(source, target)
+    return Rule(f"{source}.weight", f"params/{target}/kernel", "linear"), _bias(source, target)
 
 
 def conv(source: str, target: str) -> tuple[Rule, ...]:
@@ -95,7 +96,7 @@ def batch_norm(source: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def to_ours(
+def from_torch_arrays(
     model: str, rules: Sequence[Rule], state: Mapping[str, Any], wanted: Shapes, *, free: Set[str] = frozenset()
 ) -> dict[str, np.ndarray]:
     """The arrays of a PyTorch state under our paths and in our layouts.
@@ -104,7 +105,7 @@ def to_ours(
     too, and may have other sizes.
 
     Raises:
-        ValueError: every ambiguous, missing, left-over and misshapen entry and every unfit type, by name.
+        ValueError: every ambiguous, missing, unexpected and misshapen entry and every unfit type, by name.
     """
     problems = Problems(f"these weights do not fit {model}")
     arrays: dict[str, np.ndarray] = {}
@@ -112,21 +113,21 @@ def to_ours(
     for name, value in state.items():
         places = [(rule, path) for rule in rules if (path := rule.path(name)) is not None and path in wanted]
         if not places:
-            problems.add("left over", name)
+            problems.add("unexpected", name)
             continue
         if len(places) > 1:
             problems.add("ambiguous", f"{name} (is {' and '.join(path for _, path in places)})")
         rule, path = places[0]
-        if rule.layout in ASIDE:
+        if rule.layout in BUFFERS:
             continue
         names[path].append(name)
         array, shape = np.asarray(value), torch_shape(rule, wanted[path])
         if array.shape != shape and not (path in free and array.ndim == len(shape)):
-            problems.add("misshapen", f"{name} (is {array.shape}, must be {shape})")
+            problems.add("shape mismatch", f"{name} (is {array.shape}, must be {shape})")
         elif array.dtype.name not in FLOATS:
             problems.add("of a wrong type", f"{name} (is {array.dtype.name}, must be {' or '.join(FLOATS)})")
         else:
-            arrays[path] = LAYOUTS[rule.layout].ours(array)
+            arrays[path] = LAYOUTS[rule.layout].to_jax(array)
     for path, found in names.items():
         if len(found) > 1:
             problems.add("ambiguous", f"{path} (is {' and '.join(found)})")
@@ -145,11 +146,11 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
     problems = Problems("the table of names does not fit this model")
     state: dict[str, np.ndarray] = {}
     for path, array in arrays.items():
-        carrier = next((rule for rule in rules if rule.layout not in ASIDE and rule.name(path)), None)
+        carrier = next((rule for rule in rules if rule.layout not in BUFFERS and rule.name(path)), None)
         if carrier is None:
             problems.add("missing", f"{path} (no rule names it)")
             continue
-        entries = {str(carrier.name(path)): LAYOUTS[carrier.layout].torch(array)}
+        entries = {str(carrier.name(path)): LAYOUTS[carrier.layout].to_torch(array)}
         counter = next((name for rule in rules if rule.layout == COUNTER and (name := rule.name(path))), None)
         if counter:
             entries[counter] = np.zeros((), np.int64)
@@ -161,17 +162,17 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
 
 
 def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> None:
-    """Whether these are the arrays of the model.
+    """Check that these are the arrays of the model.
 
     Raises:
-        ValueError: every missing, left-over and misshapen array and every unfit type, by path.
+        ValueError: every missing, unexpected and misshapen array and every unfit type, by path.
     """
     problems = Problems(f"these variables do not fit {model}")
     for path, array in arrays.items():
         if path not in wanted:
-            problems.add("left over", path)
+            problems.add("unexpected", path)
         elif array.shape != wanted[path]:
-            problems.add("misshapen", f"{path} (is {array.shape}, must be {wanted[path]})")
+            problems.add("shape mismatch", f"{path} (is {array.shape}, must be {wanted[path]})")
         elif array.dtype.name not in FLOATS:
             problems.add("of a wrong type", f"{path} (is {array.dtype.name}, must be {' or '.join(FLOATS)})")
     for path in wanted:
@@ -182,16 +183,16 @@ def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> 
 
 def torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape PyTorch gives to an array that has this shape here."""
-    return LAYOUTS[rule.layout].torch(np.broadcast_to(np.float32(0), shape)).shape
+    return LAYOUTS[rule.layout].to_torch(np.broadcast_to(np.float32(0), shape)).shape
 
 
 def first_name(rules: Sequence[Rule], path: str) -> str | None:
     """PyTorch's name of the array at this path."""
-    return next((name for rule in rules if rule.layout not in ASIDE and (name := rule.name(path))), None)
+    return next((name for rule in rules if rule.layout not in BUFFERS and (name := rule.name(path))), None)
 
 
 class Problems:
-    """Collects what is wrong, to say it all at once."""
+    """Collects problems, to raise them all at once."""
 
     def __init__(self, what: str) -> None:
         self._what = what

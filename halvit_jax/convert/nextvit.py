@@ -16,7 +16,7 @@ def rules(model: NextViT) -> tuple[Rule, ...]:
         table += _conv_norm(f"stem.{i}", f"stem/conv{i}")
     number = 0
     for stage in range(len(model.depths)):
-        for i, attends in enumerate(model.attends(stage)):
+        for i, attends in enumerate(model.is_transformer_block(stage)):
             block = _transformer_block if attends else _conv_block
             table += block(f"features.{number}", f"stage{stage + 1}/block{i}", model.ffn_branches)
             number += 1
@@ -46,7 +46,7 @@ def _transformer_block(source: str, target: str, branches: int) -> list[Rule]:
 
 
 def _both(source: str, target: str, branches: int) -> list[Rule]:
-    """What blocks of both kinds have."""
+    """The part of the table that both kinds of block have."""
     table = [
         *_conv_norm(f"{source}.patch_embed", f"{target}/embed"),
         *conv(f"{source}.mhca.group_conv3x3", f"{target}/local/heads/conv"),

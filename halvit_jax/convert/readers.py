@@ -30,7 +30,7 @@ DTYPES: dict[str, np.dtype] = {
     "I8": np.dtype("<i1"),
     "U8": np.dtype("<u1"),
 }
-MAX_HEADER = 2**20  # bytes; room for nine thousand arrays, and read whole it stays small beside any weights
+MAX_HEADER = 2**20  # bytes; enough for nine thousand arrays, and small beside any weights
 PYTORCH = (".pt", ".pth", ".bin", ".tar")
 WRAPPERS = ("model", "state_dict")  # what training scripts put a state under
 
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     about its size is refused before memory is taken for it.
 
     Raises:
-        ValueError: not a file, of no kind that is read here, damaged, or PyTorch is needed and missing.
+        ValueError: not a file, of a kind that is not read here, damaged, or PyTorch is needed and missing.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -62,7 +62,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
         case suffix if suffix in PYTORCH:
             return Weights(_read_pytorch(path), {})
     kinds = f".safetensors, .npz, and with PyTorch {', '.join(PYTORCH)}"
-    raise ValueError(f"{path} is of no kind that is read here: {kinds}; save the weights as safetensors")
+    raise ValueError(f"{path} is of a kind that is not read here: {kinds}; save the weights as safetensors")
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
@@ -158,7 +158,7 @@ def _parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _check_entry(name: str, entry: Any, size: int) -> tuple[int, int]:
-    """Where the array lies among `size` bytes of data, if that is so."""
+    """The offsets of an array among `size` bytes of data, checked."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise _Refused(f"{name} is not described by dtype, shape and data_offsets alone")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

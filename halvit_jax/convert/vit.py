@@ -8,7 +8,8 @@ them: `blocks.0.attn.query_output.weight`, `blocks.0.attn.key_value.weight` and 
 import numpy as np
 
 from halvit_jax.convert.engine import Rule, conv, dense, layer_norm
-from halvit_jax.models.vit import Position, VisionTransformer
+from halvit_jax.layers.embed import PositionEmbedding
+from halvit_jax.models.vit import VisionTransformer
 
 
 def matrices(source: str, target: str) -> tuple[Rule, ...]:
@@ -88,8 +89,8 @@ def _untie_ffn(arrays: dict[str, np.ndarray], path: str) -> None:
 
 
 def _positions(model: VisionTransformer) -> np.ndarray:
-    """What the model adds to its tokens, [n, d]: it is added to zeros."""
+    """The positions that the model adds to its tokens, [n, d]: they are added to zeros."""
     side = model.image_size // model.patch_size
     tokens = side**2 + (model.pool == "token") + model.distilled
-    added = Position(model.position, (side, side)).apply({}, np.zeros((1, tokens, model.width), np.float32))
+    added = PositionEmbedding(model.position, (side, side)).apply({}, np.zeros((1, tokens, model.width), np.float32))
     return np.asarray(added)[0]

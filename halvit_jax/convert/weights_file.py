@@ -13,15 +13,15 @@ from halvit_jax.convert import engine, from_torch, readers, shapes_of
 from halvit_jax.models import create_model
 from halvit_jax.trees import flatten, unflatten
 
-NOTHING: Mapping[str, str] = types.MappingProxyType({})
+EMPTY: Mapping[str, str] = types.MappingProxyType({})
 FORMAT = "halvit_jax"  # marks the files that are ours
 
 
-class Native(NamedTuple):
-    """What a native file holds."""
+class StoredModel(NamedTuple):
+    """The content of a weight file: a model's name, fields and variables."""
 
     name: str
-    fields: dict[str, Any]  # what `create_model` was given beside the name
+    fields: dict[str, Any]  # the overrides given to `create_model`
     variables: dict[str, Any]
 
 
@@ -30,10 +30,10 @@ def save(
     name: str,
     variables: Mapping[str, Any],
     *,
-    about: Mapping[str, str] = NOTHING,
+    metadata: Mapping[str, str] = EMPTY,
     **overrides: Any,
 ) -> None:
-    """Write the variables of the model `name` with these overrides; `about` is kept beside them, for other readers.
+    """Write the variables of the model `name` with these overrides; `metadata` is kept beside them, for other readers.
 
     Raises:
         ValueError: variables that are not this model's, by path, or fields that JSON cannot hold.
@@ -45,14 +45,14 @@ def save(
         text = json.dumps(fields)
     except TypeError as error:
         raise ValueError(f"the fields {fields} of {name} cannot be written as JSON: {error}") from error
-    readers.write(path, arrays, {**about, "format": FORMAT, "model": name, "fields": text})
+    readers.write(path, arrays, {**metadata, "format": FORMAT, "model": name, "fields": text})
 
 
-def load(path: str | os.PathLike[str]) -> Native:
+def load(path: str | os.PathLike[str]) -> StoredModel:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: not a native file, or one whose arrays are not its model's.
+        ValueError: not such a file, or one whose arrays are not its model's.
     """
     native = from_weights(readers.read(path))
     if native is None:
@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str]) -> Native:
     return native
 
 
-def of_any(path: str, weights: readers.Weights, name: str | None, fields: Mapping[str, Any]) -> Native:
+def load_any(path: str, weights: readers.Weights, name: str | None, fields: Mapping[str, Any]) -> StoredModel:
     """The variables in a weight file's content: of the model it says, or, of a PyTorch state, of the model `name`.
 
     Raises:
@@ -72,7 +72,7 @@ def of_any(path: str, weights: readers.Weights, name: str | None, fields: Mappin
     if known is None:
         if name is None:
             raise ValueError(f"{path} does not say which model it is of; name it (--model=NAME)")
-        return Native(name, given, from_torch(name, weights.arrays, **given))
+        return StoredModel(name, given, from_torch(name, weights.arrays, **given))
     if name not in (None, known.name):
         raise ValueError(f"{path} is of {known.name}, not of {name}")
     fields = known.fields | given
@@ -80,8 +80,8 @@ def of_any(path: str, weights: readers.Weights, name: str | None, fields: Mappin
     return known._replace(fields=fields)
 
 
-def from_weights(weights: readers.Weights) -> Native | None:
-    """The variables in the content of a file; None where it is not a native one.
+def from_weights(weights: readers.Weights) -> StoredModel | None:
+    """The variables in the content of a file; None where it is not such a file.
 
     Raises:
         ValueError: its description cannot be read, or its arrays are not its model's.
@@ -97,7 +97,7 @@ def from_weights(weights: readers.Weights) -> Native | None:
     except Exception as error:  # fields of wrong types may end in nearly any error
         raise ValueError(f"the model {name!r} with the fields {fields} cannot be built: {error}") from error
     engine.check_tree(name, weights.arrays, wanted)
-    return Native(name, fields, unflatten(weights.arrays))
+    return StoredModel(name, fields, unflatten(weights.arrays))
 
 
 def _fields(text: str) -> dict[str, Any] | None:

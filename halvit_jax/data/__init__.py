@@ -1,4 +1,4 @@
-"""Data: where batches come from. TensorFlow lives here and only here."""
+"""Data: from sources to batches. The one package that imports TensorFlow."""
 
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
@@ -8,7 +8,7 @@ __all__ = ["Host", "eval_transform", "hide_accelerators", "make_loaders", "open_
 
 
 def hide_accelerators() -> None:
-    """Keep TensorFlow off every accelerator, whose memory it would otherwise take. Call before the first batch."""
+    """Keep TensorFlow off the accelerators, or it would take their memory. Call before the first batch."""
     import tensorflow as tf
 
     for kind in ("GPU", "TPU"):

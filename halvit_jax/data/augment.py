@@ -1,4 +1,4 @@
-"""Random changes to one training image: RandAugment, TrivialAugment, 3-Augment and colour jitter.
+"""Random augmentation of one training image: RandAugment, TrivialAugment, 3-Augment and colour jitter.
 
 Everything is a pure function of (image, seed), the same eagerly and inside `tf.data.Dataset.map`. An image is a uint8
 tensor [h, w, 3], a seed an integer tensor [2]; every draw is stateless, so one seed gives one result on any host.
@@ -38,7 +38,7 @@ def rand_augment(
 
     `ops` operations in turn, each drawn uniformly from 15 and applied with `probability`, at a magnitude
     N(`magnitude`, `magnitude_std`) clipped to [0, 10] (an infinite deviation: uniform in [0, `magnitude`]).
-    `increasing`: a larger magnitude always changes the image more. `fill` is the colour of what a warp uncovers.
+    `increasing`: a larger magnitude always changes the image more. `fill` is the colour of pixels from outside.
     """
     table = RAND_AUGMENT if increasing else RAND_AUGMENT_PLAIN
     draws = draw_rand_augment(seed, ops=ops, magnitude=magnitude, magnitude_std=magnitude_std, probability=probability)
@@ -48,7 +48,7 @@ def rand_augment(
 def draw_rand_augment(
     seed: tf.Tensor, *, ops: int, magnitude: float, magnitude_std: float, probability: float
 ) -> dict[str, tf.Tensor]:
-    """What `rand_augment` draws, each [ops]: `op` (place in RAND_AUGMENT; its length: none), `magnitude`, `sign`."""
+    """The draws of `rand_augment`, each [ops]: `op` (index in RAND_AUGMENT; its length: none), `magnitude`, `sign`."""
     uniform = _uniform([4, ops], seed)
     if math.isinf(magnitude_std):
         magnitudes = magnitude * uniform[3]
@@ -108,7 +108,7 @@ def trivial_augment(
 
 
 def draw_trivial_augment(seed: tf.Tensor) -> dict[str, tf.Tensor]:
-    """What `trivial_augment` draws, each [1]: `op` (place in TRIVIAL_AUGMENT), `magnitude` (0, 1, ... 30), `sign`."""
+    """The draws of `trivial_augment`, each [1]: `op` (index in TRIVIAL_AUGMENT), `magnitude` (0, 1, ... 30), `sign`."""
     uniform = _uniform([3, 1], seed)
     return {
         "op": tf.cast(uniform[0] * len(TRIVIAL_AUGMENT), tf.int32),

@@ -1,4 +1,4 @@
-"""How many images a second this machine prepares: bare tf.data, each transform set, and the loader around them."""
+"""Images per second that this machine prepares: bare tf.data, each transform, and the loader around them."""
 
 import statistics
 import time
@@ -11,27 +11,28 @@ from sklearn.datasets import load_sample_images
 
 from halvit_jax.data import ops
 from halvit_jax.data.pipeline import TrainLoader
-from halvit_jax.data.sources.base import Entry, Reader, Record, positions
+from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
 from halvit_jax.data.transforms import Transform, train_transform
+from halvit_jax.protocols import DatasetInfo
 
 CROP = {"crop": "random_resized", "min_area": 0.08, "flip": True, "shift": 0, "color_jitter": 0.0}
 CROP |= {"policy": "", "method": "bicubic", "antialias": False}
 DEIT = CROP | {"antialias": True, "policy": "rand-m9-mstd0.5-inc1"}
 
 
-def measure(*, batch: int, rounds: int, batches: int = 6, image_size: int = 224) -> list[dict[str, Any]]:
-    """One row for each way of preparing the same JPEGs of 500x375 pixels, which take turns within every round.
+def measure_input(*, batch: int, rounds: int, batches: int = 6, image_size: int = 224) -> list[dict[str, Any]]:
+    """One row for each way of preparing the same JPEGs of 500x375 pixels; the ways take turns within every round.
 
-    `images_per_s` is of the clock, `images_per_s_per_core` of the processor time used, which other work on a shared
-    machine disturbs less; both are medians over the rounds.
+    `images_per_s` counts wall-clock time, `images_per_s_per_core` processor time, which other work on a shared machine
+    disturbs less; both are medians over the rounds.
     """
-    encoded = photographs(64)
-    images = Memory(encoded, examples=100 * batch)  # an epoch outlasts the measurement, as it does in training
-    deit = train_transform(image_size, **DEIT)
+    encoded, size = photographs(64), (image_size, image_size)
+    images = InMemoryImages(encoded, examples=100 * batch)  # an epoch outlasts the measurement, as it does in training
+    deit = train_transform(size, **DEIT)
     ways: dict[str, Callable[[], Iterator[Any]]] = {
-        "bare tf.data": lambda: _bare(encoded, batch, image_size),
-        "crop": lambda: _mapped(encoded, batch, train_transform(image_size, **CROP)),
-        "crop, antialias": lambda: _mapped(encoded, batch, train_transform(image_size, **CROP | {"antialias": True})),
+        "bare tf.data": lambda: _bare(encoded, batch, size),
+        "crop": lambda: _mapped(encoded, batch, train_transform(size, **CROP)),
+        "crop, antialias": lambda: _mapped(encoded, batch, train_transform(size, **CROP | {"antialias": True})),
         "DeiT": lambda: _mapped(encoded, batch, deit),
         "loader, DeiT": lambda: TrainLoader(images, deit, batch_size=batch, seed=0).batches(),
     }
@@ -68,17 +69,16 @@ def photographs(count: int) -> list[bytes]:
     return found
 
 
-class Memory:
-    """Encoded images in memory, over and over, as a `Source` of one class."""
+class InMemoryImages(Source):
+    """Encoded images in memory, repeated up to `examples`, as a source of one class."""
 
     def __init__(self, encoded: list[bytes], *, examples: int) -> None:
-        self.num_examples = examples
-        self.class_names = ["photograph"]
+        self.info = DatasetInfo(["photograph"], examples)
         self._encoded = tf.constant(encoded)
 
-    def reader(self, parts: int) -> Reader:
-        """The positions of a part."""
-        return positions(self.num_examples, parts)
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The positions of a shard."""
+        return position_shard(self.info.num_examples, index, count, seed)
 
     def fetch(self, entry: Entry) -> Record:
         """The image at the entry's position."""
@@ -88,13 +88,13 @@ class Memory:
 
 def _mapped(encoded: list[bytes], batch: int, transform: Transform) -> Iterator[Any]:
     def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-        return transform(image, tf.stack([number, 0]))["image"]
+        return transform({"image": image}, tf.stack([number, 0]))["image"]
 
     return _batches(encoded, batch, prepare)
 
 
-def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
-    """What decoding, cropping and resizing the same boxes costs with nothing else of ours around it."""
+def _bare(encoded: list[bytes], batch: int, size: tuple[int, int]) -> Iterator[Any]:
+    """Decoding, cropping and resizing the same boxes by TensorFlow alone."""
 
     def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
         shape = tf.image.extract_jpeg_shape(image)
@@ -102,7 +102,7 @@ def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
         box = ops.random_box(shape[0], shape[1], seed, CROP["min_area"])
         crop = tf.io.decode_and_crop_jpeg(image, box, channels=3)
         crop = tf.image.stateless_random_flip_left_right(crop, tf.stack([number, 1]))
-        resized = tf.image.resize(crop, (size, size), method="bicubic")
+        resized = tf.image.resize(crop, size, method="bicubic")
         return tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8)
 
     return _batches(encoded, batch, prepare)
@@ -110,5 +110,5 @@ def _bare(encoded: list[bytes], batch: int, size: int) -> Iterator[Any]:
 
 def _batches(encoded: list[bytes], batch: int, prepare: Callable[..., tf.Tensor]) -> Iterator[Any]:
     images = tf.data.Dataset.from_tensor_slices(encoded).repeat().enumerate()
-    prepared = images.map(ops.plain(prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    prepared = images.map(ops.no_autograph(prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return prepared.batch(batch, drop_remainder=True).as_numpy_iterator()

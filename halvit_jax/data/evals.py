@@ -1,10 +1,10 @@
-"""Further evaluation sets, as `data.evals` names them."""
+"""Further evaluation sets (`data.evals`)."""
 
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-ENTRY = re.compile(r"(?P<key>\w+)=(?P<name>[^=]*):(?P<split>[^:=\[\]]+(?:\[[^\]]*\])?)")
+ENTRY = re.compile(r"(?P<key>\w+)=(?P<name>[^=]*):(?P<split>(?:[^:=\[\]]|\[[^\]]*\])+)")
 
 
 class EvalSet(NamedTuple):

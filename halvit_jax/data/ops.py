@@ -14,7 +14,7 @@ CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
 MAX_RATIO = 8  # of the sides: a longer image resized by its short side could be larger than there is memory
 PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
-HEAD = 26  # bytes in which these three say how large they are
+HEAD = 26  # bytes in which the size of these three stands
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -31,9 +31,9 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def random_resized_crop(
-    encoded: tf.Tensor, seed: tf.Tensor, *, size: int, method: str, antialias: bool, min_area: float
+    encoded: tf.Tensor, seed: tf.Tensor, *, size: tuple[int, int], method: str, antialias: bool, min_area: float
 ) -> tf.Tensor:
-    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to size x size.
+    """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to (height, width).
 
     Of a JPEG only the blocks the box needs are decoded. The box is drawn as in torchvision: up to ten tries, the first
     that fits, else the largest central box with an allowed ratio.
@@ -42,8 +42,20 @@ def random_resized_crop(
         tf.errors.InvalidArgumentError: as in `decode`; but what a JPEG lacks below the box is not missed.
     """
     shape = image_shape(encoded)
-    crop = _decode_box(encoded, random_box(shape[0], shape[1], seed, min_area))
-    return resize(crop, (size, size), method=method, antialias=antialias)
+    crop = decode_box(encoded, random_box(shape[0], shape[1], seed, min_area))
+    return resize(crop, size, method=method, antialias=antialias)
+
+
+def decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
+    """Decode a box (top, left, height, width) of an image; of a JPEG only the blocks that the box needs."""
+
+    def cut() -> tf.Tensor:
+        image = decode(encoded)
+        top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than its header
+        return image[top : top + box[2], left : left + box[3]]
+
+    crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
+    return tf.ensure_shape(crop, [None, None, 3])
 
 
 def random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: float) -> tf.Tensor:
@@ -66,40 +78,41 @@ def random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: f
     return tf.cast(tf.cond(fits[first], lambda: drawn, central), tf.int32)
 
 
-def attempt(
-    function: Callable[..., tf.Tensor], *arguments: tf.Tensor, instead: np.ndarray
+def try_or_default(
+    function: Callable[..., tf.Tensor], *arguments: tf.Tensor, default: np.ndarray
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """(function(*arguments), True), or (`instead`, False) where it fails.
+    """(function(*arguments), True), or (`default`, False) where it fails.
 
-    The function is mapped over a data set of one element, which is left out where it fails and then replaced: so
-    nothing is lost. In Python, which tf.data can run as well, it would take several times as long, and a process that
-    ends while images are read ahead would hang.
+    The function is mapped over a data set of one element, which is dropped where it fails and then replaced. In Python,
+    which tf.data can run as well, it would take several times as long, and a process that exits while images are read
+    ahead would hang.
     """
 
     def succeed(*arguments: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return tf.ensure_shape(function(*arguments), instead.shape), tf.constant(True)
+        return tf.ensure_shape(function(*arguments), default.shape), tf.constant(True)
 
-    one = tf.data.Dataset.from_tensors(arguments).map(plain(succeed))
-    other = tf.data.Dataset.from_tensors((tf.constant(instead), tf.constant(False)))
+    one = tf.data.Dataset.from_tensors(arguments).map(no_autograph(succeed))
+    other = tf.data.Dataset.from_tensors((tf.constant(default), tf.constant(False)))
     return one.ignore_errors(log_warning=False).concatenate(other).take(1).get_single_element()
 
 
-def central_crop(image: tf.Tensor, *, size: int, share: float, method: str) -> tf.Tensor:
-    """Resize the short side to size / share (rounded down, antialiased), then cut size x size out of the middle.
+def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, method: str) -> tf.Tensor:
+    """Resize to just cover size / fraction (rounded down, antialiased), then cut `size` (height, width) out of it.
 
     Of an image longer than MAX_RATIO times its width only the middle is resized.
     """
-    short = int(size / share)
+    least_height, least_width = (int(side / fraction) for side in size)
     height, width = tf.unstack(tf.shape(image)[:2])
     longest = MAX_RATIO * tf.minimum(height, width)
     top, left = tf.maximum(height - longest, 0) // 2, tf.maximum(width - longest, 0) // 2
     image = image[top : top + longest, left : left + longest]
     height, width = tf.unstack(tf.shape(image)[:2])
-    new_height = tf.where(height < width, short, short * height // width)
-    new_width = tf.where(height < width, short * width // height, short)
+    wide = height * least_width < width * least_height  # wider than what it has to cover
+    new_height = tf.where(wide, least_height, least_width * height // width)
+    new_width = tf.where(wide, least_height * width // height, least_width)
     image = resize(image, (new_height, new_width), method=method, antialias=True)
-    top, left = _round_half(new_height - size), _round_half(new_width - size)
-    return tf.ensure_shape(image[top : top + size, left : left + size], (size, size, 3))
+    top, left = _round_half(new_height - size[0]), _round_half(new_width - size[1])
+    return tf.ensure_shape(image[top : top + size[0], left : left + size[1]], (*size, 3))
 
 
 def resize(image: tf.Tensor, shape: tuple, *, method: str, antialias: bool) -> tf.Tensor:
@@ -122,13 +135,13 @@ def random_shift(image: tf.Tensor, seed: tf.Tensor, *, pixels: int) -> tf.Tensor
     return tf.ensure_shape(moved, image.shape)
 
 
-def plain(function: Callable) -> Callable:
-    """The function as it is: none of ours needs AutoGraph, whose rewriting takes seconds at every start."""
+def no_autograph(function: Callable) -> Callable:
+    """The function without AutoGraph, whose rewriting none of ours needs and takes seconds at every start."""
     return tf.autograph.experimental.do_not_convert(function)
 
 
 def fold_in(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
-    """A seed of its own for use number `data` of this seed."""
+    """An independent seed for use number `data` of this seed."""
     return tf.random.experimental.stateless_fold_in(seed, tf.cast(data, tf.int64))
 
 
@@ -150,7 +163,7 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _shape_of_others(encoded: tf.Tensor) -> tf.Tensor:
-    # Filled up, for TensorFlow quotes the bytes where there are too few, and Python cannot read its message.
+    # Padded, because TensorFlow quotes the bytes where there are too few, and Python cannot decode its message.
     head = tf.strings.substr(tf.strings.substr(encoded, 0, HEAD) + b"\0" * HEAD, 0, HEAD)
 
     def numbers(start: int, width: type, little: bool) -> Callable[[], tf.Tensor]:
@@ -168,12 +181,12 @@ def _shape_of_others(encoded: tf.Tensor) -> tf.Tensor:
             (first(GIF), lambda: numbers(6, np.uint16, True)()[::-1]),
             (first(BMP), lambda: tf.abs(numbers(18, np.int32, True)()[::-1])),
         ],
-        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),  # which says that it is none
+        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),  # raises for a non-JPEG
     )
 
 
 def reason(error: Exception) -> str:
-    """What an error says as one line; of TensorFlow's message without its own names of the place."""
+    """The message of an error as one line, without the node names that TensorFlow adds."""
     message = str(getattr(error, "message", error))
     checked = re.match(r"Expected '.*' to be true\. Summarized data: (.*)", message, re.DOTALL)  # what failed eagerly
     if checked:
@@ -182,16 +195,6 @@ def reason(error: Exception) -> str:
     line = re.sub(place, "", message.splitlines()[0]).strip()
     checked = re.match(r"assertion failed: (.*)", line)  # the same in a pipeline
     return re.sub(r"\[(.*?)\]", r"\1", checked[1]) if checked else line
-
-
-def _decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    def cut() -> tf.Tensor:
-        image = decode(encoded)
-        top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than it says
-        return image[top : top + box[2], left : left + box[3]]
-
-    crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
-    return tf.ensure_shape(crop, [None, None, 3])
 
 
 def _round_half(difference: tf.Tensor) -> tf.Tensor:

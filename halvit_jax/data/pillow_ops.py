@@ -1,7 +1,7 @@
-"""Changes to one image by a given amount, as Pillow makes them, to the rounding.
+"""Pillow's operations on one image, equal to the rounding.
 
-An image is a uint8 tensor [h, w, 3]. `OPS` and `WARPS` hold all by name; a warp also takes the colour of what it
-uncovers and the interpolation.
+An image is a uint8 tensor [h, w, 3]. `OPS` and `WARPS` hold all by name; a warp also takes the interpolation and the
+colour of pixels from outside of the image.
 """
 
 import functools
@@ -147,14 +147,14 @@ def translate_y(image: tf.Tensor, pixels: tf.Tensor, *, fill: Color, interpolati
     return _warp(image, None, v, fill=fill, interpolation=interpolation)
 
 
-def translate_x_rel(image: tf.Tensor, share: tf.Tensor, **warp: Any) -> tf.Tensor:
-    """Translate by a share of the image's width."""
-    return translate_x(image, tf.cast(share, tf.float64) * tf.cast(_sides(image)[1], tf.float64), **warp)
+def translate_x_rel(image: tf.Tensor, fraction: tf.Tensor, **warp: Any) -> tf.Tensor:
+    """Translate by a fraction of the image's width."""
+    return translate_x(image, tf.cast(fraction, tf.float64) * tf.cast(_sides(image)[1], tf.float64), **warp)
 
 
-def translate_y_rel(image: tf.Tensor, share: tf.Tensor, **warp: Any) -> tf.Tensor:
-    """Translate by a share of the image's height."""
-    return translate_y(image, tf.cast(share, tf.float64) * tf.cast(_sides(image)[0], tf.float64), **warp)
+def translate_y_rel(image: tf.Tensor, fraction: tf.Tensor, **warp: Any) -> tf.Tensor:
+    """Translate by a fraction of the image's height."""
+    return translate_y(image, tf.cast(fraction, tf.float64) * tf.cast(_sides(image)[0], tf.float64), **warp)
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:

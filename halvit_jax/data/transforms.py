@@ -1,4 +1,4 @@
-"""What happens to one image, from encoded bytes to the uint8 square a model is trained or evaluated on."""
+"""From a record to an example: decoding, cropping and augmenting the image; all other features travel along."""
 
 from collections.abc import Callable
 from typing import TypedDict
@@ -7,24 +7,27 @@ import numpy as np
 import tensorflow as tf
 
 from halvit_jax.data import augment, ops
+from halvit_jax.data.sources.base import Record
 
-
-class Picture(TypedDict):
-    """`image`: uint8 [size, size, 3]; `good`: False where the bytes could not be decoded and grey was taken instead."""
-
-    image: tf.Tensor
-    good: tf.Tensor
-
-
-Transform = Callable[[tf.Tensor, tf.Tensor], Picture]  # (encoded image, seed [2]) -> picture
-Change = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (image, seed [2]) -> image
+Example = dict[str, tf.Tensor]
+"""Named features of one row of a batch. `decoded` is False where grey replaces bytes that cannot be decoded; the loader
+takes `decoded` and `name` out of the batch."""
+Transform = Callable[[Record, tf.Tensor], Example]  # (record, seed [2]) -> example
+Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (image, seed [2]) -> image
 
 ON_BAD_IMAGE = ("error", "replace")
 GREY = 128
 
 
+class DecodedImage(TypedDict):
+    """`image`: uint8 [height, width, 3]; `decoded`: False where grey replaces bytes that cannot be decoded."""
+
+    image: tf.Tensor
+    decoded: tf.Tensor
+
+
 def train_transform(
-    size: int,
+    size: tuple[int, int],
     *,
     crop: str,
     min_area: float,
@@ -36,7 +39,9 @@ def train_transform(
     antialias: bool,
     on_bad_image: str = "error",
 ) -> Transform:
-    """Crop, flip, shift, colour jitter, augmentation policy, in this order; the fields of `config.data` say more.
+    """Crop to `size` (height, width), flip, shift, colour jitter, augmentation policy, in this order.
+
+    The fields of `config.data` explain each.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
@@ -48,7 +53,7 @@ def train_transform(
 
     def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return ops.resize(ops.decode(encoded), (size, size), method=method, antialias=antialias)
+        return ops.resize(ops.decode(encoded), size, method=method, antialias=antialias)
 
     crops = {"random_resized": cropped, "whole": whole}
     if crop not in crops:
@@ -58,53 +63,54 @@ def train_transform(
     for name, value in {"shift": shift, "color_jitter": color_jitter}.items():
         if value < 0:
             raise ValueError(f"data.{name}={value} must not be negative")
-    changes: list[tuple[int, Change]] = []  # the number is what the seed is folded with
+    augmentations: list[tuple[int, Augmentation]] = []  # the number is what the seed is folded with
     if flip:
-        changes.append((1, ops.random_flip))
+        augmentations.append((1, ops.random_flip))
     if shift:
-        changes.append((2, lambda image, seed: ops.random_shift(image, seed, pixels=shift)))
+        augmentations.append((2, lambda image, seed: ops.random_shift(image, seed, pixels=shift)))
     if color_jitter:
         strengths = dict.fromkeys(("brightness", "contrast", "saturation"), color_jitter)
-        changes.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
+        augmentations.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
     if policy:
-        changes.append((3, augment.parse_policy(policy, interpolation=method)))
-    take = _square(crops[crop], size, on_bad_image)
+        augmentations.append((3, augment.parse_policy(policy, interpolation=method)))
+    decode = _decoder(crops[crop], size, on_bad_image)
 
-    def transform(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
-        picture = take(encoded, ops.fold_in(seed, 0))
-        image = picture["image"]
-        for number, change in changes:
-            image = change(image, ops.fold_in(seed, number))
-        return {"image": image, "good": picture["good"]}
+    def transform(record: Record, seed: tf.Tensor) -> Example:
+        example = {**record, **decode(record["image"], ops.fold_in(seed, 0))}
+        for number, augmentation in augmentations:
+            example["image"] = augmentation(example["image"], ops.fold_in(seed, number))
+        return example
 
     return transform
 
 
-def eval_transform(size: int, *, share: float, method: str, on_bad_image: str = "error") -> Transform:
-    """Resize the short side, cut out the middle; the seed is not used.
+def eval_transform(size: tuple[int, int], *, fraction: float, method: str, on_bad_image: str = "error") -> Transform:
+    """Resize to cover `size` (height, width) / fraction, cut out the middle; the seed is not used.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
     """
     _check_method(method)
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"data.eval_crop={share} must lie in (0, 1]")
+    if not 0.0 < fraction <= 1.0:
+        raise ValueError(f"data.eval_crop={fraction} must lie in (0, 1]")
 
     def middle(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return ops.central_crop(ops.decode(encoded), size=size, share=share, method=method)
+        return ops.central_crop(ops.decode(encoded), size=size, fraction=fraction, method=method)
 
-    return _square(middle, size, on_bad_image)
+    decode = _decoder(middle, size, on_bad_image)
+    return lambda record, seed: {**record, **decode(record["image"], seed)}
 
 
 def read_image(path: str, transform: Transform) -> np.ndarray:
-    """The image of a file (JPEG, PNG, GIF, BMP), transformed: uint8 [size, size, 3].
+    """The image of a file (JPEG, PNG, GIF, BMP), transformed: uint8 [height, width, 3].
 
     Raises:
         ValueError: the file cannot be read, or is no such image.
     """
     try:
-        return transform(tf.io.read_file(path), tf.zeros(2, tf.int64))["image"].numpy()
+        record = {"image": tf.io.read_file(path), "name": tf.constant(path)}
+        return transform(record, tf.zeros(2, tf.int64))["image"].numpy()
     except tf.errors.OpError as error:
         raise ValueError(f"{path} is no image that can be read: {ops.reason(error)}") from error
 
@@ -121,20 +127,22 @@ def write_png(path: str, image: np.ndarray) -> None:
         raise ValueError(f"{path} cannot be written: {ops.reason(error)}") from error
 
 
-def _square(take: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: int, on_bad_image: str) -> Transform:
-    """What makes a square of the encoded image, as a transform that fails or gives grey where it cannot."""
+def _decoder(
+    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: tuple[int, int], on_bad_image: str
+) -> Callable[[tf.Tensor, tf.Tensor], DecodedImage]:
+    """(encoded image, seed) -> its crop; bytes that cannot be decoded raise an error or become grey."""
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"data.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
-    grey = np.full((size, size, 3), GREY, np.uint8)
+    grey = np.full((*size, 3), GREY, np.uint8)
 
-    def strict(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
-        return {"image": take(encoded, seed), "good": tf.constant(True)}
+    def raise_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
+        return {"image": crop(encoded, seed), "decoded": tf.constant(True)}
 
-    def forgiving(encoded: tf.Tensor, seed: tf.Tensor) -> Picture:
-        image, good = ops.attempt(take, encoded, seed, instead=grey)
-        return {"image": image, "good": good}
+    def replace_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
+        image, decoded = ops.try_or_default(crop, encoded, seed, default=grey)
+        return {"image": image, "decoded": decoded}
 
-    return strict if on_bad_image == "error" else forgiving
+    return raise_on_error if on_bad_image == "error" else replace_on_error
 
 
 def _check_method(method: str) -> None:

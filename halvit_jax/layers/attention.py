@@ -6,9 +6,10 @@ and takes the same fields, so that a block chooses one by name. Of single-head a
 and `p` those it attends with. A block may also hand over what it does around the softmax, such as relative positions, a
 mask or the mixing of heads:
 
-    before(logits [b, r, n, n], scaled queries [b, r, n, k]) -> logits;    after(weights [b, h, n, n]) -> weights
+    logits_fn(logits [b, r, n, n], scaled queries [b, r, n, k]) -> logits
+    weights_fn(weights [b, h, n, n]) -> weights
 
-`before` sees the real heads alone, ahead of any hallucination, and `after` sees all.
+`logits_fn` sees the real heads alone, before any hallucination, and `weights_fn` sees all heads.
 """
 
 import math
@@ -19,12 +20,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.conv import ConvNorm, depthwise_maps
+from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, choose
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
+from halvit_jax.layers.sow import sow
 from halvit_jax.layers.tied import TiedDense
 
-Before = Callable[[jax.Array, jax.Array], jax.Array]
-After = Callable[[jax.Array], jax.Array]
+LogitsFn = Callable[[jax.Array, jax.Array], jax.Array] | None
+WeightsFn = Callable[[jax.Array], jax.Array] | None
 GROUP_EPSILON = 1e-5  # of single-head attention's group normalisation
 
 
@@ -34,21 +36,20 @@ class SelfAttention(nn.Module):
     width: int  # d
     num_heads: int  # h
     bias: bool = True
-    real_heads: float = 1.0  # share of the heads; the maps of the others are hallucinated, see `AttentionMaps`
+    real_heads: float = 1.0  # fraction of the heads; the maps of the others are hallucinated, see `AttentionMaps`
     hallucinate: str = "logits"  # one of HALLUCINATE
+    attention_impl: str = "auto"  # one of CHOICES, see `attend`
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, logits_fn: LogitsFn = None, weights_fn: WeightsFn = None) -> jax.Array:
         dense = {"use_bias": self.bias, "kernel_init": normal_02, "dtype": self.dtype}
         maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
         part = maps.real_width(self.width)
         qkv = nn.Dense(2 * part + self.width, **dense, name="qkv")(x)
         query, key, value = jnp.split(qkv, (part, 2 * part), axis=-1)
-        keep(self, "query_key_value", query, key, value)
-        weights = maps(query, key, before=before)
-        keep(self, "weights", weights)
-        out = average(after(weights) if after else weights, value)
+        sow(self, "query_key_value", query, key, value)
+        out = attend(self, maps, query, key, value, logits_fn=logits_fn, weights_fn=weights_fn)
         return nn.Dense(self.width, **dense, name="output")(out)
 
 
@@ -60,10 +61,11 @@ class TiedAttention(nn.Module):
     bias: bool = False
     real_heads: float = 1.0  # as in SelfAttention; saves products but no matrix: of both, the other use needs all
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     dtype: Dtype = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, before: Before | None = None, after: After | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, logits_fn: LogitsFn = None, weights_fn: WeightsFn = None) -> jax.Array:
         query_output = TiedDense(self.width, self.width, dtype=self.dtype, name="query_output")
         key_value = TiedDense(self.width, self.width, dtype=self.dtype, name="key_value")
         maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
@@ -72,10 +74,9 @@ class TiedAttention(nn.Module):
         value = key_value.project_back(x)
         if self.bias:
             query, key, value = self._shift("query", query), self._shift("key", key), self._shift("value", value)
-        keep(self, "query_key_value", query, key, value)
-        weights = maps(query, key, before=before)
-        keep(self, "weights", weights)
-        out = query_output.project_back(average(after(weights) if after else weights, value))
+        sow(self, "query_key_value", query, key, value)
+        out = attend(self, maps, query, key, value, logits_fn=logits_fn, weights_fn=weights_fn)
+        out = query_output.project_back(out)
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
@@ -97,7 +98,7 @@ class SingleHeadAttention(nn.Module):
     partial: int  # p
     query_width: int = 16  # k
     dtype: Dtype = None
-    folded: bool = False  # see `layers.conv.fold`
+    folded: bool = False  # see `layers.batch_norm.fold`
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -110,8 +111,8 @@ class SingleHeadAttention(nn.Module):
         qkv = qkv.reshape(qkv.shape[0], -1, qkv.shape[-1])  # [b, n, 2 k + p]
         query, key, value = jnp.split(qkv, [widths[0], widths[0] + widths[1]], axis=-1)
         weights = attention_weights(query, key, num_heads=1)
-        keep(self, "weights", weights)
-        mixed = average(weights, value).reshape(mixed.shape)  # [b, n, p] -> [b, h, w, p]
+        sow(self, "weights", weights)
+        mixed = weighted_values(weights, value).reshape(mixed.shape)  # [b, n, p] -> [b, h, w, p]
         out = nn.relu(jnp.concatenate([mixed, rest], axis=-1))
         return ConvNorm(x.shape[-1], scale_init=nn.initializers.zeros, **common, name="output")(out, train=train)
 
@@ -149,21 +150,21 @@ class AttentionMaps(nn.Module):
         return width * self.real // self.num_heads
 
     @nn.compact
-    def __call__(self, query: jax.Array, key: jax.Array, *, before: Before | None = None) -> jax.Array:
+    def __call__(self, query: jax.Array, key: jax.Array, *, logits_fn: LogitsFn = None) -> jax.Array:
         if self.real == self.num_heads:
-            return attention_weights(query, key, num_heads=self.num_heads, before=before)
+            return attention_weights(query, key, num_heads=self.num_heads, logits_fn=logits_fn)
         more = Hallucination(self.num_heads - self.real, name="hallucination")
         if self.hallucinate == "maps":
-            weights = attention_weights(query, key, num_heads=self.real, before=before)
+            weights = attention_weights(query, key, num_heads=self.real, logits_fn=logits_fn)
             made = nn.relu(more(weights)).astype(jnp.float32)  # as the softmax
             made /= jnp.maximum(made.sum(-1, keepdims=True), FLOOR)
             return jnp.concatenate([weights, made.astype(weights.dtype)], axis=1)
 
         def all_logits(logits: jax.Array, query: jax.Array) -> jax.Array:
-            logits = before(logits, query) if before else logits
+            logits = logits_fn(logits, query) if logits_fn else logits
             return jnp.concatenate([logits, more(logits)], axis=1)
 
-        return attention_weights(query, key, num_heads=self.real, before=all_logits)
+        return attention_weights(query, key, num_heads=self.real, logits_fn=all_logits)
 
 
 HALLUCINATE = ("logits", "maps")
@@ -191,7 +192,7 @@ class Hallucination(nn.Module):
         return depthwise_maps(mixed, within.astype(maps.dtype))
 
 
-class HeadMix(nn.Module):
+class TalkingHeads(nn.Module):
     """Every head's map becomes a weighted sum of all: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
 
     A 1x1 convolution across the heads: the transformation of attention in MiniViT (arXiv 2204.07154), which gives each
@@ -210,7 +211,46 @@ class HeadMix(nn.Module):
         return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[:, None, None]
 
 
-def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, before: Before | None = None) -> jax.Array:
+def attend(
+    module: nn.Module,
+    maps: AttentionMaps,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    logits_fn: LogitsFn = None,
+    weights_fn: WeightsFn = None,
+) -> jax.Array:
+    """The values averaged with the weights that `maps` makes: [b, n, d], keys and values [b, m, d] -> [b, n, d].
+
+    Where nothing reads the weights, they need not exist: `module.attention_impl`, one of CHOICES, selects how the
+    average is computed ("auto": fused where this platform can, given the type and the width of the heads).
+
+    Raises:
+        ValueError: "fused" is required and not possible.
+    """
+    needs_map = ""
+    if maps.real < maps.num_heads:
+        needs_map = "maps are hallucinated (model.real_heads)"
+    elif logits_fn or weights_fn:
+        needs_map = "positions, a mask or the mixing of heads change it"
+    chosen = "xla"
+    if not (module.is_initializing() or module.is_mutable_collection("intermediates")):
+        chosen = choose(
+            module.attention_impl,
+            platform=jax.default_backend(),
+            dtype=query.dtype,
+            head_width=value.shape[-1] // maps.num_heads,
+            needs_map=needs_map,
+        )
+    if chosen != "xla":
+        return ATTENTION_IMPLS[chosen](query, key, value, num_heads=maps.num_heads)
+    weights = maps(query, key, logits_fn=logits_fn)
+    sow(module, "weights", weights)
+    return weighted_values(weights_fn(weights) if weights_fn else weights, value)
+
+
+def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, logits_fn: LogitsFn = None) -> jax.Array:
     """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] and [b, m, d] -> [b, h, n, m], whose rows sum to 1.
 
     The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens
@@ -220,11 +260,11 @@ def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, befor
     query, key = _split_heads(query, num_heads), _split_heads(key, num_heads)
     query *= query.shape[-1] ** -0.5
     logits = jnp.einsum("bhqk,bhnk->bhqn", query, key)
-    logits = before(logits, query) if before else logits
+    logits = logits_fn(logits, query) if logits_fn else logits
     return jax.nn.softmax(logits.astype(jnp.float32)).astype(query.dtype)
 
 
-def average(weights: jax.Array, value: jax.Array) -> jax.Array:
+def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
     """The values [b, m, d] averaged with the weights [b, h, n, m] of their head: [b, n, d]."""
     out = jnp.einsum("bhqn,bhnk->bhqk", weights, _split_heads(value, weights.shape[1])).transpose(0, 2, 1, 3)
     return out.reshape(*out.shape[:2], -1)  # [b, n, h, k] -> [b, n, d]

@@ -1,9 +1,9 @@
-"""Convolution, batch normalisation and pooling, channels last.
+"""Convolution and pooling, channels last.
 
-Two formulations of a convolution stand side by side. Accelerators get XLA's own. XLA's CPU backend is quick at matrix
-products and at ordinary convolutions, and slow (up to a hundred times, in the gradients) at 1x1, grouped and depthwise
-ones and at the gradient of max-pooling; there those are written as products and sums of shifted views. It is the same
-maths with the same number of multiplications, and agrees to float32 rounding. `FORMULATIONS` is the one switch.
+A convolution has two implementations. Accelerators get XLA's own. XLA's CPU backend is quick at matrix products and at
+ordinary convolutions, and slow (up to a hundred times, in the gradients) at 1x1, grouped and depthwise ones and at the
+gradient of max-pooling; there those are written as products and sums of shifted views. It is the same maths with the
+same number of multiplications, and agrees to float32 rounding. `CONV_IMPLS` is the one switch.
 
 Padding is a number of rows and columns on every side, as in PyTorch; with stride 2 XLA's "SAME" pads the far side only
 and would shift the network by a pixel.
@@ -14,19 +14,16 @@ Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` c
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from halvit_jax.layers.batch_norm import BatchNorm, wide_type
 from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, torch_uniform_bias
-
-EPSILON = 1e-5  # of every batch normalisation
 
 
 class Conv(nn.Module):
@@ -63,57 +60,10 @@ class Conv(nn.Module):
         return y if bias is None else y + bias
 
 
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with PyTorch's bookkeeping: [..., c] -> [..., c].
-
-    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch,
-    the whole of it also when it is sharded, and moves the averages in `batch_stats` towards its mean and *unbiased*
-    variance, as PyTorch does; evaluation normalises with the averages. `momentum` is the weight of the old average.
-    """
-
-    momentum: float = 0.9
-    epsilon: float = EPSILON
-    scale_init: Initializer = nn.initializers.ones
-    dtype: Dtype = None
-    folded: str = ""  # see `fold`: "away", where the convolution before it does its work; "in place": scale and bias
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        if self.folded and train:
-            raise ValueError(f"{self.name} is folded and cannot be trained; train the model as it was before `fold`")
-        if self.folded == "away":
-            return x
-        features = (x.shape[-1],)
-        scale = self.param("scale", self.scale_init, features)
-        bias = self.param("bias", nn.initializers.zeros, features)
-        if self.folded:
-            x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
-            return x * scale + bias
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features)
-
-        wide = x.astype(_wide(x))
-        if train:
-            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-            mean = wide.mean(axes)
-            # Not the mean of squares less the squared mean, which loses digits. The variance is least at the mean, so
-            # its gradient with respect to the mean is zero.
-            var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
-            if not self.is_initializing():
-                move = functools.partial(_moving_average, self.momentum)
-                running_mean.value = move(running_mean.value, mean)
-                running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
-        else:
-            mean, var = running_mean.value, running_var.value
-        # One multiply and one add per element, both here and in the gradient that differentiation makes of it.
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        return (wide * factor + (bias - mean * factor)).astype(self.dtype or x.dtype)
-
-
 class ConvNorm(nn.Module):
     """A bias-free convolution and its batch normalisation, `conv` and `norm`: [b, h, w, c] -> [b, u, v, f].
 
-    `folded`: the convolution alone, with a bias; see `fold`.
+    `folded`: the convolution alone, with a bias; see `batch_norm.fold`.
     """
 
     features: int
@@ -137,7 +87,7 @@ class ConvNorm(nn.Module):
             kernel_init=self.kernel_init,
             dtype=self.dtype,
         )
-        self.norm = BatchNorm(scale_init=self.scale_init, dtype=self.dtype, folded="away" if self.folded else "")
+        self.norm = BatchNorm(scale_init=self.scale_init, dtype=self.dtype, folded="merged" if self.folded else "")
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         return self.norm(self.conv(x), train=train)
@@ -155,37 +105,9 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         conv = functools.partial(Conv, use_bias=True, dtype=self.dtype)
-        y = x.mean((1, 2), keepdims=True, dtype=_wide(x)).astype(x.dtype)  # [b, 1, 1, c]
+        y = x.mean((1, 2), keepdims=True, dtype=wide_type(x)).astype(x.dtype)  # [b, 1, 1, c]
         y = nn.relu(conv(self.hidden, name="reduce")(y))
         return x * nn.sigmoid(conv(x.shape[-1], name="expand")(y))
-
-
-def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
-    """The variables of a model whose batch normalisations are folded: what evaluation computes, in fewer steps.
-
-    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
-    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), or a matrix
-    (`dense` before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias
-    in place of the normalisation.
-    """
-    params = jax.tree.map(np.asarray, dict(variables["params"]))
-    stats = jax.tree.map(np.asarray, dict(variables.get("batch_stats", {})))
-    for *folders, name in sorted(_norms(stats)):
-        parent, found = params, stats
-        for folder in folders:
-            parent, found = parent[folder], found[folder]
-        norm, moved = parent[name], found[name]
-        scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
-        bias = norm["bias"] - moved["mean"] * scale
-        before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
-        before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
-        if before is None:
-            parent[name] = {"scale": scale, "bias": bias}
-        else:
-            before["bias"] = before.get("bias", np.float32(0)) * scale + bias
-            before["kernel"] = before["kernel"] * scale
-            del parent[name]
-    return {"params": params}
 
 
 def convolve(
@@ -193,11 +115,11 @@ def convolve(
 ) -> jax.Array:
     """The convolution of x [b, h, w, c] with kernel [k, k, c / groups, f]: [b, u, v, f]. `padding=None`: k // 2."""
     padding = kernel.shape[0] // 2 if padding is None else padding
-    formulation = FORMULATIONS.get(jax.default_backend(), native_convolution)
-    return formulation(x, kernel, stride, padding, groups)
+    convolution = CONV_IMPLS.get(jax.default_backend(), xla_convolution)
+    return convolution(x, kernel, stride, padding, groups)
 
 
-def native_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+def xla_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
     """XLA's convolution, the right choice on TPU and GPU."""
     return lax.conv_general_dilated(
         x,
@@ -209,34 +131,34 @@ def native_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: in
     )
 
 
-def product_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+def matmul_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
     """The same sums as products, for the convolutions that XLA's CPU backend is slow at."""
     k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
     if groups == 1 and k == 1 and padding == 0:
         return _pointwise(x[:, ::stride, ::stride], kernel[0, 0])
     if groups == 1:
-        return native_convolution(x, kernel, stride, padding, groups)
+        return xla_convolution(x, kernel, stride, padding, groups)
     if groups == channels == features:
         return _depthwise(x, kernel, stride, padding)
     return _grouped(x, kernel, stride, padding, groups)
 
 
-# The formulation of each backend; one that is not named here gets XLA's own convolution.
-FORMULATIONS: dict[str, Callable[..., jax.Array]] = {"cpu": product_convolution}
+# The implementation for each backend; one that is not named here gets XLA's own convolution.
+CONV_IMPLS: dict[str, Callable[..., jax.Array]] = {"cpu": matmul_convolution}
 
 
 @contextlib.contextmanager
-def native() -> Iterator[None]:
-    """Within it every backend has XLA's own convolution: whoever counts multiplications sees convolutions as such.
+def xla_convolutions() -> Iterator[None]:
+    """Within it every backend has XLA's own convolution, so that convolutions are counted as such.
 
-    What is traced and kept within it, such as a jitted function, stays as it was traced; trace fresh functions here.
+    A function traced within it stays as it was traced; trace fresh functions here.
     """
-    kept = dict(FORMULATIONS)
-    FORMULATIONS.clear()
+    saved = dict(CONV_IMPLS)
+    CONV_IMPLS.clear()
     try:
         yield
     finally:
-        FORMULATIONS.update(kept)
+        CONV_IMPLS.update(saved)
 
 
 def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -246,7 +168,7 @@ def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
     have nothing to vectorise over when the channels come last.
     """
     k, channels = kernel.shape[0], x.shape[1]
-    if jax.default_backend() not in FORMULATIONS:
+    if jax.default_backend() not in CONV_IMPLS:
         padding = [(k // 2, k // 2)] * 2
         numbers = ("NCHW", "HWIO", "NCHW")
         return lax.conv_general_dilated(
@@ -257,28 +179,12 @@ def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 def max_pool(x: jax.Array, *, size: int, stride: int, padding: int) -> jax.Array:
     """The largest of each size x size window: [b, h, w, c] -> [b, u, v, c]. The first of equals takes the gradient."""
-    if jax.default_backend() not in FORMULATIONS:
+    if jax.default_backend() not in CONV_IMPLS:
         return nn.max_pool(x, (size, size), (stride, stride), [(padding, padding)] * 2)
     # Columns before rows, so that the first of equals is the first in reading order, as in PyTorch and XLA.
     for axis in (2, 1):
         x = functools.reduce(_first_max, _views(x, axis, size, stride, padding, -jnp.inf))
     return x
-
-
-def _norms(stats: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """The paths of all normalisations."""
-    if "mean" in stats:
-        return [path]
-    return [found for name, below in stats.items() for found in _norms(below, (*path, name))]
-
-
-def _moving_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:
-    return momentum * old + (1 - momentum) * lax.stop_gradient(new)
-
-
-def _wide(x: jax.Array) -> jnp.dtype:
-    """The type to add up in: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _first_max(first: jax.Array, second: jax.Array) -> jax.Array:
@@ -287,7 +193,7 @@ def _first_max(first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def _views(x: jax.Array, axis: int, size: int, stride: int, padding: int, fill: float) -> list[jax.Array]:
-    """What all windows along `axis` hold in their first place, in their second, ..."""
+    """The first entries of all windows along `axis`, their second entries, ..."""
     widths = [(0, 0)] * x.ndim
     widths[axis] = (padding, padding)
     x = jnp.pad(x, widths, constant_values=fill)
@@ -323,7 +229,7 @@ def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int, *, fi
     """
     k = kernel.shape[0]
     weights = kernel if first == 1 else kernel[..., None, None]  # [k, k, 1, c] or [k, k, 1, c, 1, 1]
-    y = jnp.zeros((), _wide(x))
+    y = jnp.zeros((), wide_type(x))
     for i, rows in enumerate(_views(x, first, k, stride, padding, 0)):
         for j, view in enumerate(_views(rows, first + 1, k, stride, padding, 0)):
             y += view.astype(y.dtype) * weights[i, j, 0].astype(y.dtype)
@@ -335,7 +241,7 @@ def _grouped(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups:
     k, _, inside, features = kernel.shape
     x = jnp.moveaxis(x.reshape(*x.shape[:-1], groups, inside), -2, 0)  # [groups, b, h, w, c / groups]
     kernel = jnp.moveaxis(kernel.reshape(k, k, inside, groups, -1), -2, 2)  # [k, k, groups, c / groups, f / groups]
-    y = jnp.zeros((), _wide(x))
+    y = jnp.zeros((), wide_type(x))
     for i, rows in enumerate(_views(x, 2, k, stride, padding, 0)):
         for j, view in enumerate(_views(rows, 3, k, stride, padding, 0)):
             y += jnp.einsum("gbuvc,gcf->gbuvf", view, kernel[i, j], preferred_element_type=y.dtype)

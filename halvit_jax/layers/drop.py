@@ -1,4 +1,11 @@
-"""Stochastic depth: whole residual branches dropped per example (Huang et al., 2016)."""
+"""Stochastic depth: whole residual branches dropped per example.
+
+Gao Huang, Yu Sun, Zhuang Liu, Daniel Sedra, Kilian Weinberger, "Deep Networks with Stochastic Depth", ECCV 2016,
+https://arxiv.org/abs/1603.09382.
+"""
+
+import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,3 +33,9 @@ class DropPath(nn.Module):
 def linear_rates(rate: float, depth: int) -> list[float]:
     """The rates of `depth` blocks, rising linearly from 0 to `rate`."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+def stage_rates(rate: float, depths: Sequence[int]) -> list[tuple[float, ...]]:
+    """The same through all blocks of several stages: for each stage, the rates of its blocks."""
+    rates = iter(linear_rates(rate, sum(depths)))
+    return [tuple(itertools.islice(rates, depth)) for depth in depths]

@@ -1,4 +1,6 @@
-"""What Next-ViT attends with (Li et al., 2022, arXiv 2207.05501, section 3), and its means over places of a map.
+"""The attention layers of Next-ViT, MHCA and E-MHSA, and its pooling.
+
+Li et al., "Next-ViT", 2022, https://arxiv.org/abs/2207.05501, section 3.
 
 Shapes: `b` batch, `u v` height and width of a map, `d` channels, `n` tokens, `m` pooled tokens, `k` width of a head.
 """
@@ -9,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.attention import AttentionMaps, average
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm
+from halvit_jax.layers.attention import AttentionMaps, attend
+from halvit_jax.layers.batch_norm import BatchNorm
+from halvit_jax.layers.conv import Conv, ConvNorm
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
 
 
 class LocalAttention(nn.Module):
@@ -32,7 +34,7 @@ class LocalAttention(nn.Module):
 class PooledAttention(nn.Module):
     """Efficient multi-head self-attention, with keys and values from fewer tokens: [b, n, d] -> [b, n, d].
 
-        few = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (few Wk)^T / sqrt(k)) few Wv Wo
+        pooled = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (pooled Wk)^T / sqrt(k)) pooled Wv Wo
 
     Pooled are the tokens in the order of a map's rows, `reduction` squared in a row, not the squares of a map.
     """
@@ -43,21 +45,21 @@ class PooledAttention(nn.Module):
     hallucinate: str
     dtype: Dtype
     folded: bool
+    attention_impl: str = "auto"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width, few = x.shape[-1], x
+        width, pooled = x.shape[-1], x
         if self.reduction > 1:
-            folded = "in place" if self.folded else ""
-            few = pool_tokens(x, self.reduction**2)
-            few = BatchNorm(dtype=self.dtype, folded=folded, name="pooled_norm")(few, train=train)
+            folded = "affine" if self.folded else ""
+            pooled = pool_tokens(x, self.reduction**2)
+            pooled = BatchNorm(dtype=self.dtype, folded=folded, name="pooled_norm")(pooled, train=train)
         maps = AttentionMaps(self.num_heads, self.real_heads, self.hallucinate, name="maps")
         dense = functools.partial(nn.Dense, kernel_init=normal_02, dtype=self.dtype)
         part = maps.real_width(width)
-        query, key = dense(part, name="query")(x), dense(part, name="key")(few)
-        weights = maps(query, key)
-        keep(self, "weights", weights)
-        return dense(width, name="output")(average(weights, dense(width, name="value")(few)))
+        query, key = dense(part, name="query")(x), dense(part, name="key")(pooled)
+        value = dense(width, name="value")(pooled)
+        return dense(width, name="output")(attend(self, maps, query, key, value))
 
 
 def halve_map(x: jax.Array) -> jax.Array:

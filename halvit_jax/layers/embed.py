@@ -3,6 +3,8 @@
 Shapes: `b` batch, `h w` space, `n` tokens, `d` width, `p` patch size.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,11 @@ class PatchEmbed(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         b, height, width, c = images.shape
         p = self.patch_size
+        if height % p or width % p:
+            raise ValueError(
+                f"{height}x{width} pixels or tokens cannot be cut into patches of {p}x{p} by {self.name}; give images "
+                "whose sides the model's strides divide"
+            )
         kernel = self.param("kernel", torch_uniform, (p, p, c, self.width))
         bias = self.param("bias", torch_uniform_bias(p * p * c), (self.width,))
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
@@ -34,29 +41,43 @@ class PatchEmbed(nn.Module):
         return x @ kernel.reshape(p * p * c, self.width) + bias
 
 
-class Position(nn.Module):
+class PositionEmbedding(nn.Module):
     """Add a position to every token: learned (normal, 0.02), fixed sine-cosine of the grid, or none.
 
-    x: [b, n, d], of which the last grid[0] * grid[1] tokens are the image's, row by row; tokens before them (a class
-    token) get a position of their own when learned, none when fixed.
+    x: [b, n, d], of which the last u v tokens are those of a grid, row by row; tokens before them (a class token) get a
+    position of their own when learned, none when fixed. Learned positions are resampled to another grid.
     """
 
     kind: str  # a key of POSITIONS
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # u, v of the learned table
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        n, d = x.shape[1:]
+    def __call__(self, x: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
+        grid = grid or self.grid
+        d, extra = x.shape[-1], x.shape[1] - math.prod(grid)
         if self.kind == "none":
             return x
         if self.kind == "learned":
-            return x + self.param("embedding", normal_02, (n, d)).astype(x.dtype)
-        table = sincos_2d(self.grid, d)
-        extra = n - table.shape[0]
-        return x + jnp.asarray(np.pad(table, ((extra, 0), (0, 0))), x.dtype)
+            table = self.param("embedding", normal_02, (extra + math.prod(self.grid), d))
+            return x + resampled(table, self.grid, grid).astype(x.dtype)
+        return x + jnp.asarray(np.pad(sincos_2d(grid, d), ((extra, 0), (0, 0))), x.dtype)
 
 
 POSITIONS = ("learned", "sincos", "none")
+
+
+def resampled(
+    table: jax.Array, old: tuple[int, int], new: tuple[int, int], *, method: str = "bicubic", antialias: bool = True
+) -> jax.Array:
+    """Positions [e + n, d] of e other tokens and a grid of n, for another grid: [e + m, d].
+
+    Bicubic and antialiased as in timm. The positions of the other tokens, which come first, are kept.
+    """
+    if old == new:
+        return table
+    extra, d = len(table) - math.prod(old), table.shape[1]
+    grid = jax.image.resize(table[extra:].reshape(*old, d), (*new, d), method, antialias=antialias)
+    return jnp.concatenate([table[:extra], grid.reshape(-1, d)])
 
 
 def sincos_2d(grid: tuple[int, int], width: int, *, temperature: float = 10_000.0) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from halvit_jax.layers import conv
+from halvit_jax.layers import batch_norm
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 from halvit_jax.layers.tied import TiedDense
 
@@ -31,7 +31,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Compact:
-    """How the second matrix of a feed-forward layer is written: see `CompactDense`."""
+    """The factors of a feed-forward layer's second matrix: see `CompactDense`."""
 
     rank: float = 1.0  # r / d, to the nearest whole r; 1: one dense matrix
     branches: int = 2  # in training each factor is a sum of that many products
@@ -91,7 +91,7 @@ class DenseNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         dense = nn.Dense(self.features, use_bias=False, kernel_init=self.kernel_init, dtype=self.dtype, name="dense")
-        return conv.BatchNorm(dtype=self.dtype, name="norm")(dense(x), train=train)
+        return batch_norm.BatchNorm(dtype=self.dtype, name="norm")(dense(x), train=train)
 
 
 class Mlp(nn.Module):
@@ -132,11 +132,11 @@ FFN: dict[str, type[nn.Module]] = {"dense": Mlp, "tied": TiedMlp}
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a model for inference: what `layers.conv.fold` folds, and every compact layer's sums.
+    """The variables of a model for inference: what `layers.batch_norm.fold` folds, and every compact layer's sums.
 
     With its norm folded a branch is A_i x + a_i or B_i z + c_i. So A = sum A_i, B = sum B_i, b = B sum a_i + sum c_i.
     """
-    params = conv.fold(variables)["params"]
+    params = batch_norm.fold(variables)["params"]
     _merge(params)
     return {"params": params}
 

@@ -1,10 +1,13 @@
-"""iRPE: relative positions that depend on the content (Wu et al., 2021, arXiv 2107.14222; "product", on keys).
+"""iRPE: relative positions that depend on the content, in its version "product" on keys.
+
+Kan Wu, Houwen Peng, Minghao Chen, Jianlong Fu, Hongyang Chao, "Rethinking and Improving Relative Position Encoding for
+Vision Transformer", 2021, https://arxiv.org/abs/2107.14222.
 
     logits[i, j] += q_i . r[bucket(i, j)]
 
 with q_i the scaled query and one learned vector r for each of 49 buckets of offsets on the grid, shared by the heads.
 
-Shapes: `b` batch, `h` heads, `n` tokens, `k` width of a head, `t` buckets.
+Shapes: `b` batch, `h` heads, `n` tokens, `u v` their grid, `k` width of a head, `t` buckets.
 """
 
 import math
@@ -20,21 +23,19 @@ LAST = int(BETA)
 BUCKETS = (2 * LAST + 1) ** 2
 
 
-class ContextualPosition(nn.Module):
-    """What iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
+class ContextualRelativePosition(nn.Module):
+    """The term that iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
 
-    The last grid[0] * grid[1] tokens are the image's, row by row. Where others stand before them (a class token), all
-    pairs with one of those share a bucket more, as in the paper.
+    The last u v tokens are those of a grid, row by row. Where others stand before them (a class token), all pairs with
+    one of those share a bucket more, as in the paper.
     """
 
-    grid: tuple[int, int]
-
     @nn.compact
-    def __call__(self, query: jax.Array) -> jax.Array:
-        before = query.shape[2] - math.prod(self.grid)
-        table = self.param("table", nn.initializers.zeros, (query.shape[-1], BUCKETS + (before > 0)))
+    def __call__(self, query: jax.Array, grid: tuple[int, int]) -> jax.Array:
+        extra = query.shape[2] - math.prod(grid)
+        table = self.param("table", nn.initializers.zeros, (query.shape[-1], BUCKETS + (extra > 0)))
         products = jnp.einsum("bhnk,kt->bhnt", query, table.astype(query.dtype))
-        index = np.pad(grid_buckets(self.grid), ((before, 0), (before, 0)), constant_values=BUCKETS)
+        index = np.pad(grid_buckets(grid), ((extra, 0), (extra, 0)), constant_values=BUCKETS)
         return jnp.take_along_axis(products, index[None, None], axis=-1, mode="clip")
 
 

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from halvit_jax.layers.attention import AttentionMaps, average
+from halvit_jax.layers.attention import AttentionMaps, attend
 from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02, torch_uniform
-from halvit_jax.layers.sow import keep
 
 REDUCED_EPSILON = 1e-5  # of the LayerNorm of a reduced map, PyTorch's default in models whose other norms have 1e-6
 
@@ -40,6 +39,7 @@ class SpatialReductionAttention(nn.Module):
     pool_size: int = 0  # side of the map that is attended to; 0: as `reduction` says
     real_heads: float = 1.0  # as in SelfAttention
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     kernel_init: Initializer = torch_uniform  # of the convolution
     bias_init: Initializer | None = None  # None: PyTorch's default
     dtype: Dtype = None
@@ -52,12 +52,10 @@ class SpatialReductionAttention(nn.Module):
         query = nn.Dense(part, **dense, name="query")(x)
         key_value = nn.Dense(part + self.width, **dense, name="key_value")(self._reduced(x))
         key, value = jnp.split(key_value, (part,), axis=-1)
-        weights = maps(query, key)  # [b, h, n, m]
-        keep(self, "weights", weights)
-        return nn.Dense(self.width, **dense, name="output")(average(weights, value))
+        return nn.Dense(self.width, **dense, name="output")(attend(self, maps, query, key, value))
 
     def _reduced(self, x: jax.Array) -> jax.Array:
-        """What is attended to: [b, n, d] -> [b, m, d]."""
+        """The tokens that keys and values are made from: [b, n, d] -> [b, m, d]."""
         if self.reduction == 1 and not self.pool_size:
             return x
         x = x.reshape(x.shape[0], *self.grid, self.width)  # [b, u, v, d]

@@ -1,8 +1,19 @@
 """The tied kernel: one matrix W used as `x @ W` and as `h @ W.T`.
 
+Onur Can Koyun, Behçet Uğur Töreyin, "HaLViT: Half of the Weights are Enough", CVPR Workshops 2024, pages 3669-3678,
+https://doi.org/10.1109/CVPRW63382.2024.00370.
+
 HaLViT halves a layer pair by letting both directions read the same array. The array is declared once, by `TiedDense`,
-so parameters, gradients, optimizer moments, averages, checkpoints and shardings hold it once. Whoever wants to share it
-further (a ResNet stage among its blocks) hands the submodule on; nobody declares it twice and ties it afterwards.
+so parameters, gradients, optimizer moments, averages, checkpoints and shardings hold it once. To share it further (a
+ResNet stage among its blocks), hand the submodule on. The tempting wrong version declares two kernels and makes them
+equal afterwards:
+
+    up, down = nn.Dense(f, name="up"), nn.Dense(d, name="down")                    # wrong: two kernels
+    params["down"]["kernel"] = params["up"]["kernel"].T                            # equal until the first update
+
+A tree holds both, so counts and checkpoints do; each gets its own gradient and its own optimizer moments, and after one
+step they differ. Copying one over the other after every step drops half of the gradient: that of W is the sum of the
+gradients of both uses.
 
 Shapes: `d` width, `f` hidden.
 """
@@ -19,7 +30,7 @@ class TiedDense(nn.Module):
 
     Channels-last makes a 1x1 convolution the same product, so the feed-forward layer of a ViT and the bottlenecks of a
     HaLViT-ResNet use this one class. W starts out Xavier-normal, as in the authors' ResNet, which treats both
-    directions alike. With the 0.02 of the ViT family a narrow tied model learns slower than its untied twin.
+    directions alike. With the 0.02 of the ViT family a narrow tied model learns slower than the untied one.
     """
 
     in_features: int  # d

@@ -1,13 +1,12 @@
-"""Attention on maps too large for every token to see every other: in windows, or over fewer keys.
+"""Attention in windows (Swin Transformer).
 
-In windows (Swin Transformer, Liu et al., 2021, arXiv 2103.14030, section 3.2) a map is cut into s x s tokens that
-attend to themselves alone. In every second block it is first moved by half a window, round the edges, so that tokens
-meet others than before; pairs that only the way round has brought together are masked.
+Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021,
+https://arxiv.org/abs/2103.14030, section 3.2. A map is cut into s x s tokens that attend to themselves alone. In every
+second block it is first moved by half a window, round the edges, so that tokens meet others than before; pairs that
+only the way round has brought together are masked.
 
-With spatial reduction (PVT, Wang et al., 2021, arXiv 2102.12122, section 3.3) all tokens attend to a smaller map.
-
-Shapes: `b` batch, `u v` height and width of a map, `s` side of a window, `n` tokens (s s of a window, u v of a map),
-`m` windows of a map, or keys, `h` heads, `d` width, `r` real heads, `k` width of a head.
+Shapes: `b` batch, `u v` height and width of a map, `s` side of a window, `n` tokens of a window (s s), `m` windows of a
+map, `h` heads, `d` width.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ MASKED = -100.0  # added to the logit of a pair, as released
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """How maps of one size are cut: zeros below and on the right up to a multiple of `size`, moved by `shift`.
+    """The windows of maps of one size: zeros below and on the right up to a multiple of `size`, moved by `shift`.
 
     The zeros can be attended to, as in Swin's detectors; no image has any where `size` divides the map.
     """
@@ -75,7 +74,7 @@ class Windows:
         return Windows(parts.shape, self.size).split(jnp.asarray(parts)[None, :, :, None])[..., 0]
 
 
-class RelativeBias(nn.Module):
+class RelativePositionBias(nn.Module):
     """A learned number for each head and each offset of two tokens of a window: () -> [h, n, n] (query, key)."""
 
     size: int  # s

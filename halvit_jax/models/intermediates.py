@@ -1,4 +1,4 @@
-"""What a model computes on its way: attention maps and the outputs of its blocks.
+"""Intermediate arrays of a model: attention maps and the outputs of its blocks.
 
 found = halvit_jax.capture(model, variables, images, ("attention", "blocks"))
 found["attention"]["block0"]   # [b, h, n, n], rows sum to 1

@@ -1,4 +1,7 @@
-"""Mini-DeiT and Mini-Swin: consecutive layers with the same matrices (MiniViT, Zhang et al., 2022, arXiv 2204.07154).
+"""Mini-DeiT and Mini-Swin: consecutive layers with the same matrices.
+
+Jinnian Zhang, Houwen Peng, Kan Wu, Mengchen Liu, Bin Xiao, Jianlong Fu, Lu Yuan, "MiniViT: Compressing Vision
+Transformers with Weight Multiplexing", CVPR 2022, https://arxiv.org/abs/2204.07154.
 
 A block owns the matrices of its attention and its feed-forward layer and runs them several times in a row. What makes
 one run differ from the next is small: norms, the mixing of heads before and after the softmax, relative positions
@@ -9,45 +12,24 @@ Shapes: `b` batch, `n` tokens, `u v` height and width of a map, `d` width.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 from flax import linen as nn
 
-from halvit_jax.layers.attention import ATTENTION, HeadMix
+from halvit_jax.layers.attention import TalkingHeads
 from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.drop import DropPath, linear_rates
-from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.initializers import Dtype
-from halvit_jax.layers.irpe import ContextualPosition
-from halvit_jax.layers.sow import keep
-from halvit_jax.layers.window import RelativeBias, Windows
+from halvit_jax.layers.irpe import ContextualRelativePosition
+from halvit_jax.layers.remat import run_block
+from halvit_jax.layers.sow import sow
+from halvit_jax.layers.window import RelativePositionBias, Windows
 from halvit_jax.models import swin, vit
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import FILTERS
 from halvit_jax.models.validation import check_divides
 
 LOCAL = 7  # side of Mini-Swin's depthwise convolution, whatever the window
-
-MEAN = {"pool": "mean"}  # Mini-DeiT has no class token
-DEIT_SIZES: dict[str, dict[str, Any]] = {
-    "mini_deit_tiny": vit.TINY | MEAN,
-    "mini_deit_small": vit.SMALL | MEAN,
-    "mini_deit_base": vit.BASE | MEAN,
-    "mini_halvit_tiny": vit.SMALL | vit.TIED | MEAN,  # tied matrices, shared by two layers: nobody has published this
-    "mini_halvit_small": vit.BASE | vit.TIED | MEAN,
-}
-SWIN_SIZES: dict[str, dict[str, Any]] = {
-    "mini_swin_tiny": {"shares": (2, 2, 6, 2)},
-    "mini_swin_small": swin.SMALL,
-    "mini_swin_base": swin.SMALL | {"width": 128},
-}
-
-# The matrices as in the parents; what a repeat has of its own is too small to be split, but for its convolution.
-PARTITION_RULES = (
-    (r"mix_\w+/kernel$", ()),
-    (r"local_conv/kernel$", (None, None, None, "fsdp")),
-    (r"table$", ()),
-    *vit.PARTITION_RULES,
-)
 
 
 class MiniDeit(vit.VisionTransformer):
@@ -68,54 +50,37 @@ class MiniDeit(vit.VisionTransformer):
         rates = linear_rates(self.drop_path, self.depth)
         return [
             SharedBlock(
-                width=self.width,
-                num_heads=self.num_heads,
-                hidden=round(self.width * self.ffn_ratio),
-                attention=self.attention,
-                ffn=self.ffn,
-                attention_bias=self.attention_bias,
-                real_heads=self.real_heads,
-                hallucinate=self.hallucinate,
-                dtype=self.dtype,
-                grid=self._grid,
-                rates=tuple(rates[i * self.share : (i + 1) * self.share]),
-                remat=self.remat,
-                name=f"block{i}",
+                self._attention(),
+                self._ffn(),
+                tuple(rates[first : first + self.share]),
+                self.remat,
+                self.dtype,
+                name=f"block{first // self.share}",
             )
-            for i in range(self.depth // self.share)
+            for first in range(0, self.depth, self.share)
         ]
+
+    def _run_blocks(self, x: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
+        for block in self.blocks:
+            x = block(x, grid, train=train)
+        return x
 
 
 class SharedBlock(nn.Module):
     """Consecutive layers of Mini-DeiT with the same attention and feed-forward matrices: [b, n, d] -> [b, n, d]."""
 
-    width: int
-    num_heads: int
-    hidden: int
-    attention: str  # a key of ATTENTION
-    ffn: str  # a key of FFN
-    attention_bias: bool
-    real_heads: float
-    hallucinate: str  # one of HALLUCINATE
-    dtype: Dtype
-    grid: tuple[int, int]
+    attention: Callable[..., nn.Module]  # as in PreNormBlock
+    ffn: Callable[..., nn.Module]
     rates: tuple[float, ...]  # stochastic depth of each run
     remat: bool
+    dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        attention = ATTENTION[self.attention](
-            self.width,
-            self.num_heads,
-            bias=self.attention_bias,
-            real_heads=self.real_heads,
-            hallucinate=self.hallucinate,
-            dtype=self.dtype,
-            name="attention",
-        )
-        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
+    def __call__(self, x: jax.Array, grid: tuple[int, int], *, train: bool) -> jax.Array:
+        attention, ffn = self.attention(name="attention"), self.ffn(name="ffn")
         for i, rate in enumerate(self.rates):
-            x = _run(Repeat(attention, ffn, self.grid, rate, self.dtype, name=f"repeat{i}"), x, train, self.remat)
+            repeat = Repeat(attention, ffn, grid, rate, self.dtype, name=f"repeat{i}")
+            x = run_block(repeat, x, remat=self.remat, train=train)
         return x
 
 
@@ -129,20 +94,19 @@ class Repeat(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        position = ContextualPosition(self.grid, name="position")
-        mix_logits, mix_weights = HeadMix(False, name="mix_logits"), HeadMix(False, name="mix_weights")
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        position = ContextualRelativePosition(name="position")
+        mix_logits, mix_weights = TalkingHeads(False, name="mix_logits"), TalkingHeads(False, name="mix_weights")
+        norm = functools.partial(nn.LayerNorm, vit.EPSILON, dtype=self.dtype)
         drop = DropPath(self.drop_path, name="drop_path")
 
-        def before(logits: jax.Array, query: jax.Array) -> jax.Array:
-            return mix_logits(logits + position(query))
+        def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
+            return mix_logits(logits + position(query, self.grid))
 
-        y = nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="attention_norm")(x)
-        x = x + drop(self.attention(y, before=before, after=mix_weights), train=train)
-        x = x + drop(
-            self.ffn(nn.LayerNorm(vit.EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train
-        )
-        keep(self, "hidden", x)
+        y = norm(name="attention_norm")(x)
+        x = x + drop(self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights), train=train)
+        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)
+        sow(self, "hidden", x)
         return x
 
 
@@ -171,25 +135,23 @@ class MiniSwin(swin.SwinTransformer):
             check_divides("shares", share, "depths", depth)
         super().__post_init__()
 
-    def _blocks(self, stage: int, rates: tuple[float, ...]) -> list[Callable[..., nn.Module]]:
-        share = self.shares[stage]
-        fields = {**self._shape(stage), "mask_unshifted": self.mask_unshifted, "remat": self.remat}
-        return [
-            functools.partial(SharedSwinBlock, **fields, first=first, rates=rates[first : first + share])
+    def _stage(self, stage: int, rates: tuple[float, ...]) -> nn.Module:
+        share, make = self.shares[stage], functools.partial(SharedSwinBlock, **self._shape(stage))
+        make = functools.partial(make, mask_unshifted=self.mask_unshifted, remat=self.remat)
+        blocks = [
+            functools.partial(make, first=first, rates=rates[first : first + share])
             for first in range(0, len(rates), share)
         ]
+        return swin.Stage(stage > 0, tuple(blocks), False, self.dtype)  # each run has its own remat
 
 
 class SharedSwinBlock(nn.Module):
     """Consecutive layers of Mini-Swin with the same matrices and biases of position: [b, u, v, d] -> [b, u, v, d]."""
 
-    width: int
+    attention: Callable[..., nn.Module]  # as in PreNormBlock
+    ffn: Callable[..., nn.Module]
     num_heads: int
-    hidden: int
     window: int
-    attention: str  # a key of ATTENTION
-    ffn: str  # a key of FFN
-    attention_bias: bool
     dtype: Dtype
     first: int  # number in its stage of the first run; the odd ones are shifted
     rates: tuple[float, ...]  # stochastic depth of each run
@@ -197,19 +159,16 @@ class SharedSwinBlock(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        attention = ATTENTION[self.attention](
-            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
-        )
-        position_bias = RelativeBias(self.window, self.num_heads, name="position_bias")
-        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        attention, ffn = self.attention(name="attention"), self.ffn(name="ffn")
+        position_bias = RelativePositionBias(self.window, self.num_heads, name="position_bias")
         grid = x.shape[1:3]
         shifted = Windows(grid, self.window, swin.half_window(grid, self.window))
         for i, rate in enumerate(self.rates):
             windows = shifted if (self.first + i) % 2 else Windows(grid, self.window)
             masking = shifted if self.mask_unshifted else windows
             repeat = SwinRepeat(attention, position_bias, ffn, windows, masking, rate, self.dtype, name=f"repeat{i}")
-            x = _run(repeat, x, train, self.remat)
+            x = run_block(repeat, x, remat=self.remat, train=train)
         return x
 
 
@@ -217,7 +176,7 @@ class SwinRepeat(nn.Module):
     """One run of a SharedSwinBlock's layers, with what is its own: [b, u, v, d] -> [b, u, v, d]."""
 
     attention: nn.Module  # the block's
-    position_bias: RelativeBias  # the block's
+    position_bias: RelativePositionBias  # the block's
     ffn: nn.Module  # the block's
     windows: Windows
     masking: Windows  # whose mask is applied
@@ -225,27 +184,72 @@ class SwinRepeat(nn.Module):
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        mix_logits, mix_weights = HeadMix(True, name="mix_logits"), HeadMix(True, name="mix_weights")
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        mix_logits, mix_weights = TalkingHeads(True, name="mix_logits"), TalkingHeads(True, name="mix_weights")
         drop = DropPath(self.drop_path, name="drop_path")
         norm = functools.partial(nn.LayerNorm, swin.EPSILON, dtype=self.dtype)
 
-        def before(logits: jax.Array, query: jax.Array) -> jax.Array:
+        def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
             return self.masking.mask(mix_logits(logits + self.position_bias().astype(logits.dtype)))
 
         y = self.windows.split(norm(name="attention_norm")(x))
-        x = x + drop(self.windows.join(self.attention(y, before=before, after=mix_weights)), train=train)
+        y = self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights)
+        x = x + drop(self.windows.join(y), train=train)
         x = norm(name="local_norm")(x)
         local_conv = Conv(x.shape[-1], LOCAL, groups=x.shape[-1], use_bias=True, dtype=self.dtype, name="local_conv")
         x = x + local_conv(x)
         x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)
-        keep(self, "hidden", x)
+        sow(self, "hidden", x)
         return x
 
 
-def _run(repeat: nn.Module, x: jax.Array, train: bool, remat: bool) -> jax.Array:
-    def run(repeat: nn.Module, x: jax.Array) -> jax.Array:
-        return repeat(x, train)
+MEAN_POOL = {"pool": "mean"}  # Mini-DeiT has no class token
+DEIT_SIZES: dict[str, Fields] = {
+    "mini_deit_tiny": vit.TINY | MEAN_POOL,
+    "mini_deit_small": vit.SMALL | MEAN_POOL,
+    "mini_deit_base": vit.BASE | MEAN_POOL,
+    "mini_halvit_tiny": vit.SMALL | vit.TIED | MEAN_POOL,  # tied matrices, shared by two layers: unpublished
+    "mini_halvit_small": vit.BASE | vit.TIED | MEAN_POOL,
+}
+SWIN_SIZES: dict[str, Fields] = {
+    "mini_swin_tiny": {"shares": (2, 2, 6, 2)},
+    "mini_swin_small": swin.SMALL,
+    "mini_swin_base": swin.SMALL | {"width": 128},
+}
 
-    return (nn.remat(run) if remat else run)(repeat, x)
+# The matrices as in the parents; what a repeat has of its own is too small to be split, but for its convolution.
+PARTITION_RULES = ((r"mix_\w+/kernel$", ()), (r"local_conv/kernel$", FILTERS), *vit.PARTITION_RULES)
+
+DEIT_FAMILY = Family(
+    model=MiniDeit,
+    sizes=DEIT_SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=vit.TRANSFER_RULES,
+    tiny=vit.FAMILY.tiny,
+    published={
+        "mini_deit_tiny": Published(73.0, "MiniViT, 300 epochs, distilled"),
+        "mini_deit_small": Published(80.9, "MiniViT, 300 epochs, distilled"),
+        "mini_deit_base": Published(83.2, "MiniViT, 300 epochs, distilled"),
+    },
+    baselines={
+        "mini_deit_tiny": "deit_tiny",
+        "mini_deit_small": "deit_small",
+        "mini_deit_base": "deit_base",
+        "mini_halvit_tiny": "deit_small",
+        "mini_halvit_small": "deit_base",
+    },
+)
+SWIN_FAMILY = Family(
+    model=MiniSwin,
+    sizes=SWIN_SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=swin.TRANSFER_RULES,
+    tiny=swin.FAMILY.tiny | {"shares": (2, 2)},
+    published={
+        "mini_swin_tiny": Published(81.3, "MiniViT, 300 epochs, distilled"),
+        "mini_swin_small": Published(83.9, "MiniViT, 300 epochs, distilled"),
+        "mini_swin_base": Published(84.5, "MiniViT, 300 epochs, distilled"),
+    },
+    baselines={name: name.removeprefix("mini_") for name in SWIN_SIZES},
+)

@@ -1,4 +1,7 @@
-"""Next-ViT: convolutional blocks, and after some of them a block that attends (Li et al., 2022, arXiv 2207.05501).
+"""Next-ViT: convolutional blocks, and after some of them a block that attends.
+
+Jiashi Li, Xin Xia, Wei Li, Huixia Li, Xing Wang, Xuefeng Xiao, Rui Wang, Min Zheng, Xin Pan, "Next-ViT: Next Generation
+Vision Transformer for Efficient Deployment in Realistic Industrial Scenarios", 2022, https://arxiv.org/abs/2207.05501.
 
 A stage repeats a few convolution blocks (NCB) and one transformer block (NTB), the first stage the former alone:
 
@@ -14,40 +17,23 @@ Shapes: `b` batch, `u v` height and width of a map, `d` its channels, `n` = u v 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.conv import BatchNorm, ConvNorm
-from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.batch_norm import BatchNorm, norms_in_evaluation
+from halvit_jax.layers.conv import ConvNorm
+from halvit_jax.layers.drop import DropPath, stage_rates
 from halvit_jax.layers.efficient_attention import LocalAttention, PooledAttention, halve_map
-from halvit_jax.layers.ffn import Compact, Mlp
+from halvit_jax.layers.ffn import Compact, Mlp, fold
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.models.validation import check_compact, check_divides
+from halvit_jax.layers.remat import run_block
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
+from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
-
-BASE = {"depths": (3, 4, 20, 3)}
-LARGE = {"depths": (3, 4, 30, 3)}
-SIZES: dict[str, dict[str, Any]] = {
-    "nextvit_small": {},
-    "nextvit_base": BASE,
-    "nextvit_large": LARGE,
-    "nextvit_small_hc": HC,
-    "nextvit_base_hc": BASE | HC,
-    "nextvit_large_hc": LARGE | HC,
-}
-
-SPLIT = ("tensor", "fsdp")  # as in models.vit
-PARTITION_RULES = (
-    (r"(conv|local/output)/kernel$", (None, None, None, "fsdp")),
-    (r"(query|key|value|expand|head|second\d*(/dense)?)/kernel$", (None, SPLIT)),
-    (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
-    (r"(bias|scale|mean|var|across|within)$", ()),
-)
-
-TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv0/conv/kernel$", "colours"))
 
 # A transformer block attends with three quarters of the channels that it puts out, and convolves the last quarter.
 ATTENDING = 3
@@ -71,10 +57,11 @@ class NextViT(nn.Module):
         stem_widths: channels of the stem's convolutions.
         stem_strides: their strides, one for each.
         head_width: channels of an attention head, and of a group of the 3x3 convolutions in the blocks.
-        real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
+        real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
-        ffn_rank: rank of the second matrix of all blocks' FFNs as a share of the width; below 1 it is two matrices, in
-            training each the sum of `ffn_branches`; see `CompactDense`.
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
+        ffn_rank: rank of the second matrix of all blocks' FFNs as a fraction of the width; below 1 it is two matrices,
+            in training each the sum of `ffn_branches`; see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, head and logits are float32.
@@ -92,6 +79,7 @@ class NextViT(nn.Module):
     head_width: int = 32
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     drop_path: float = 0.0
@@ -111,18 +99,16 @@ class NextViT(nn.Module):
                     f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
                     f"{ATTENDING * self.head_width}, for model.periods[{i}]={period} asks for transformer blocks"
                 )
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        check_rate("drop_path", self.drop_path)
         super().__post_init__()
 
     def setup(self) -> None:
         self.stem = Stem(tuple(self.stem_widths), tuple(self.stem_strides), self.dtype, self.folded)
-        rates = linear_rates(self.drop_path, sum(self.depths))
-        for i, depth in enumerate(self.depths):
-            blocks = self._blocks(i, rates[sum(self.depths[:i]) :][:depth])
-            setattr(self, f"stage{i + 1}", Stage(tuple(blocks)))
-        self.norm = lone_norm(self.dtype, self.folded)
+        for i, rates in enumerate(stage_rates(self.drop_path, self.depths)):
+            setattr(self, f"stage{i + 1}", Stage(tuple(self._blocks(i, rates)), self.remat))
+        self.norm = unfused_norm(self.dtype, self.folded)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=normal_02)
 
@@ -133,20 +119,22 @@ class NextViT(nn.Module):
         x = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         return self.head(x) if self.num_classes else x
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """What each stage puts out, not normalised, by its stride: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
-        x, stride, maps = self.stem(images, train=train), math.prod(self.stem_strides), {}
-        for i in range(len(self.depths)):
-            x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train)
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
+        stride, maps = math.prod(self.stem_strides), {}
+        with norms_in_evaluation(frozen_norms):
+            x = self.stem(images, train=train)
+            for i in range(len(self.depths)):
+                x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
-    def attends(self, stage: int) -> list[bool]:
+    def is_transformer_block(self, stage: int) -> list[bool]:
         """Which blocks of a stage, the first being 0, are transformer blocks."""
         depth, period = self.depths[stage], self.periods[stage]
         return [period > 0 and (depth - 1 - i) % period == 0 for i in range(depth)]
 
     def _blocks(self, stage: int, rates: Sequence[float]) -> list[Callable[..., nn.Module]]:
-        """What makes the blocks of a stage, given their name; they are called as block(x, train)."""
+        """The blocks of a stage, but for their names."""
         common = {
             "width": self.widths[stage],
             "head_width": self.head_width,
@@ -157,11 +145,11 @@ class NextViT(nn.Module):
             "reduction": self.reductions[stage],
             "real_heads": self.real_heads,
             "hallucinate": self.hallucinate,
+            "attention_impl": self.attention_impl,
         }
         blocks = []
-        for i, (attends, rate) in enumerate(zip(self.attends(stage), rates, strict=True)):
+        for i, (attends, rate) in enumerate(zip(self.is_transformer_block(stage), rates, strict=True)):
             kind, fields = (TransformerBlock, common | attention) if attends else (ConvBlock, common)
-            kind = nn.remat(kind, static_argnums=(2,)) if self.remat else kind
             blocks.append(functools.partial(kind, **fields, halve=stage > 0 and i == 0, drop_path=rate))
         return blocks
 
@@ -196,11 +184,12 @@ class Stage(nn.Module):
     """The blocks of a stage, one after the other."""
 
     blocks: tuple[Callable[..., nn.Module], ...]
+    remat: bool  # of each block
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, block in enumerate(self.blocks):
-            x = block(name=f"block{i}")(x, train)
+            x = run_block(block(name=f"block{i}"), x, remat=self.remat, train=train)
         return x
 
 
@@ -215,13 +204,13 @@ class ConvBlock(nn.Module):
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common = {"dtype": self.dtype, "folded": self.compact.folded}
-        x = enter(x, self.width, halve=self.halve, train=train, **common)
+        x = patch_embed(x, self.width, halve=self.halve, train=train, **common)
         local = LocalAttention(self.head_width, **common, name="local")
         drop = DropPath(self.drop_path, name="drop_path")
         x = x + drop(local(x, train=train), train=train)
-        return x + drop(feed_forward(x, CONV_RATIO, self.compact, train=train, dtype=self.dtype), train=train)
+        return x + drop(mlp(x, CONV_RATIO, self.compact, train=train, dtype=self.dtype), train=train)
 
 
 class TransformerBlock(nn.Module):
@@ -236,49 +225,100 @@ class TransformerBlock(nn.Module):
     reduction: int
     real_heads: float
     hallucinate: str
+    attention_impl: str
     compact: Compact
     dtype: Dtype
     halve: bool
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         common = {"dtype": self.dtype, "folded": self.compact.folded}
-        x = enter(x, self.width, halve=self.halve, train=train, **common)
+        x = patch_embed(x, self.width, halve=self.halve, train=train, **common)
         heads = self.width // self.head_width
         attention = PooledAttention(
-            heads, self.reduction, self.real_heads, self.hallucinate, **common, name="attention"
+            heads,
+            self.reduction,
+            self.real_heads,
+            self.hallucinate,
+            **common,
+            attention_impl=self.attention_impl,
+            name="attention",
         )
-        share = ATTENDING / (ATTENDING + 1)
-        y = lone_norm(**common, name="attention_norm")(x, train=train)
+        fraction = ATTENDING / (ATTENDING + 1)
+        y = unfused_norm(**common, name="attention_norm")(x, train=train)
         y = attention(y.reshape(y.shape[0], -1, self.width), train=train).reshape(x.shape)  # [b, n, d], [b, u, v, d]
-        x = x + DropPath(self.drop_path * share, name="attention_drop")(y, train=train)
+        x = x + DropPath(self.drop_path * fraction, name="attention_drop")(y, train=train)
 
         narrow = ConvNorm(self.width // ATTENDING, kernel_init=normal_02, **common, name="narrow")
         y = narrow(x, train=train)
         local = LocalAttention(self.head_width, **common, name="local")(y, train=train)
-        y = y + DropPath(self.drop_path * (1 - share), name="local_drop")(local, train=train)
+        y = y + DropPath(self.drop_path * (1 - fraction), name="local_drop")(local, train=train)
 
         x = jnp.concatenate([x, y], axis=-1)
-        y = feed_forward(x, TRANSFORMER_RATIO, self.compact, train=train, dtype=self.dtype)
+        y = mlp(x, TRANSFORMER_RATIO, self.compact, train=train, dtype=self.dtype)
         return x + DropPath(self.drop_path, name="ffn_drop")(y, train=train)
 
 
-def lone_norm(dtype: Dtype, folded: bool, name: str | None = None) -> BatchNorm:
+def unfused_norm(dtype: Dtype, folded: bool, name: str | None = None) -> BatchNorm:
     """A batch normalisation that no convolution stands before: folded it remains, as a scale and a bias."""
-    return BatchNorm(dtype=dtype, folded="in place" if folded else "", name=name)
+    return BatchNorm(dtype=dtype, folded="affine" if folded else "", name=name)
 
 
-def feed_forward(x: jax.Array, ratio: int, compact: Compact, *, train: bool, dtype: Dtype) -> jax.Array:
-    """What a block ends with, W2 relu(W1 norm(x) + b1) + b2 with `ratio` times as many hidden channels."""
+def mlp(x: jax.Array, ratio: int, compact: Compact, *, train: bool, dtype: Dtype) -> jax.Array:
+    """The end of a block, W2 relu(W1 norm(x) + b1) + b2 with `ratio` times as many hidden channels."""
     width = x.shape[-1]
     ffn = Mlp(width, ratio * width, compact=compact, activation=nn.relu, dtype=dtype, name="ffn")
-    return ffn(lone_norm(dtype, compact.folded, name="ffn_norm")(x, train=train), train=train)
+    return ffn(unfused_norm(dtype, compact.folded, name="ffn_norm")(x, train=train), train=train)
 
 
-def enter(x: jax.Array, width: int, *, halve: bool, train: bool, dtype: Dtype, folded: bool) -> jax.Array:
-    """What a block begins with: [b, u, v, c] -> [b, u, v, d] or [b, u/2, v/2, d]; nothing where nothing changes."""
+def patch_embed(x: jax.Array, width: int, *, halve: bool, train: bool, dtype: Dtype, folded: bool) -> jax.Array:
+    """The start of a block: [b, u, v, c] -> [b, u, v, d] or [b, u/2, v/2, d]; nothing where nothing changes."""
     if not halve and x.shape[-1] == width:
         return x
     norm = ConvNorm(width, kernel_init=normal_02, dtype=dtype, folded=folded, name="embed")
     return norm(halve_map(x) if halve else x, train=train)
+
+
+BASE = {"depths": (3, 4, 20, 3)}
+LARGE = {"depths": (3, 4, 30, 3)}
+SIZES: dict[str, Fields] = {
+    "nextvit_small": {},
+    "nextvit_base": BASE,
+    "nextvit_large": LARGE,
+    "nextvit_small_hc": HC,
+    "nextvit_base_hc": BASE | HC,
+    "nextvit_large_hc": LARGE | HC,
+}
+
+PARTITION_RULES = (
+    (r"(conv|local/output)/kernel$", FILTERS),
+    (r"(query|key|value|expand|head|second\d*(/dense)?)/kernel$", COLUMNS),
+    (r"(output|reduce|first\d*(/dense)?)/kernel$", ROWS),
+    VECTORS,
+)
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv0/conv/kernel$", "input_channels"))
+
+FAMILY = Family(
+    model=NextViT,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny={
+        "depths": (1, 2),
+        "widths": (16, 24),
+        "periods": (0, 2),
+        "reductions": (1, 2),
+        "stem_widths": (8, 16),
+        "stem_strides": (2, 2),
+        "head_width": 8,
+        "image_size": 32,
+    },
+    fold=fold,
+    published={
+        "nextvit_small": Published(82.5, "Next-ViT, 300 epochs"),
+        "nextvit_base": Published(83.2, "Next-ViT, 300 epochs"),
+        "nextvit_large": Published(83.6, "Next-ViT, 300 epochs"),
+    },
+    baselines={f"{name}_hc": name for name in ("nextvit_small", "nextvit_base", "nextvit_large")},
+)

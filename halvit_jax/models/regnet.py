@@ -1,4 +1,7 @@
-"""RegNetY, the convolutional teacher of DeiT and of those who follow it (Radosavovic et al., 2020, arXiv 2003.13678).
+"""RegNetY, the convolutional teacher of DeiT.
+
+Ilija Radosavovic, Raj Prateek Kosaraju, Ross Girshick, Kaiming He, Piotr Dollár, "Designing Network Design Spaces",
+CVPR 2020, https://arxiv.org/abs/2003.13678.
 
 Every stage repeats one block; widths and depths come from the quantised line of section 3.3,
 
@@ -15,23 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from halvit_jax.layers.batch_norm import norms_in_evaluation
 from halvit_jax.layers.conv import ConvNorm, SqueezeExcite
-from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.drop import DropPath, stage_rates
 from halvit_jax.layers.initializers import Dtype, Initializer
-
-SIZES: dict[str, dict] = {
-    "regnety_002": {"depths": (1, 1, 4, 7), "widths": (24, 56, 152, 368), "group_width": 8},
-    "regnety_160": {"depths": (2, 4, 11, 1), "widths": (224, 448, 1232, 3024), "group_width": 112},
-}
-
-# Kernels [k, k, c, f] are split by what they put out, the head on both sides; vectors stay whole.
-PARTITION_RULES = (
-    (r"head/kernel$", (None, ("tensor", "fsdp"))),
-    (r"(conv|reduce|expand)/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|mean|var)$", ()),
-)
-
-TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "colours"))
+from halvit_jax.layers.remat import run_block
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
+from halvit_jax.models.validation import check_rate
 
 STEM = 32  # channels
 SQUEEZE = 0.25  # hidden channels of squeeze-excite / channels that its block is given
@@ -59,7 +53,7 @@ class RegNet(nn.Module):
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
+    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         depths, widths = tuple(self.depths), tuple(self.widths)
@@ -69,17 +63,15 @@ class RegNet(nn.Module):
             )
         if self.group_width < 1 or any(width % self.group_width for width in widths):
             raise ValueError(f"model.group_width={self.group_width} does not divide all of model.widths={widths}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        check_rate("drop_path", self.drop_path)
         super().__post_init__()
 
     def setup(self) -> None:
         common = {"dtype": self.dtype, "folded": self.folded}
         self.stem = ConvNorm(STEM, 3, 2, kernel_init=_kaiming_fan_out, **common)
-        rates = linear_rates(self.drop_path, sum(self.depths))
-        for i, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
-            mine = tuple(rates[sum(self.depths[:i]) :][:depth])
-            setattr(self, f"stage{i + 1}", Stage(width, self.group_width, mine, remat=self.remat, **common))
+        rates = stage_rates(self.drop_path, self.depths)
+        for i, width in enumerate(self.widths):
+            setattr(self, f"stage{i + 1}", Stage(width, self.group_width, rates[i], remat=self.remat, **common))
         if self.num_classes:
             # float32 whatever the body computes in: it costs nothing and the loss reads it.
             self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_head_init)
@@ -89,12 +81,13 @@ class RegNet(nn.Module):
         x = maps[max(maps)].mean((1, 2), dtype=jnp.float32)
         return self.head(x) if self.num_classes else x
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """What each stage puts out: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
-        x = nn.relu(self.stem(images, train=train))
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
-        for i in range(len(self.depths)):
-            x = maps[4 * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
+        with norms_in_evaluation(frozen_norms):
+            x = nn.relu(self.stem(images, train=train))
+            for i in range(len(self.depths)):
+                x = maps[4 * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
 
@@ -110,13 +103,10 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def run(block: nn.Module, x: jax.Array) -> jax.Array:
-            return block(x, train=train)
-
         for i, rate in enumerate(self.rates):
             stride = 2 if i == 0 else 1
             block = Block(self.out, self.group_width, stride, rate, self.dtype, self.folded, name=f"block{i}")
-            x = (nn.remat(run) if self.remat else run)(block, x)
+            x = run_block(block, x, remat=self.remat, train=train)
         return x
 
 
@@ -144,3 +134,21 @@ class Block(nn.Module):
         if x.shape != y.shape:
             x = ConvNorm(self.out, 1, self.stride, **common, name="shortcut")(x, train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
+
+
+SIZES: dict[str, Fields] = {
+    "regnety_002": {"depths": (1, 1, 4, 7), "widths": (24, 56, 152, 368), "group_width": 8},
+    "regnety_160": {"depths": (2, 4, 11, 1), "widths": (224, 448, 1232, 3024), "group_width": 112},
+}
+
+PARTITION_RULES = ((r"head/kernel$", COLUMNS), (r"(conv|reduce|expand)/kernel$", FILTERS), VECTORS)
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "input_channels"))
+
+FAMILY = Family(
+    model=RegNet,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny={"depths": (1, 1, 2, 1), "widths": (16, 24, 32, 48), "group_width": 8, "image_size": 32},
+    published={"regnety_160": Published(82.9, "as DeiT's teacher; 83.0 at a crop of 0.95")},
+)

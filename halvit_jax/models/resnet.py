@@ -1,53 +1,36 @@
 """ResNet and ResNeXt, and HaLViT's halves of them.
 
-- ResNet: He et al. 2016, arXiv 1512.03385, with the stride in the 3x3 convolution as in torchvision.
-- ResNeXt: Xie et al. 2017, arXiv 1611.05431: the 3x3 convolution in groups.
-- HaLViT-ResNet and -ResNeXt: the networks their authors released (github.com/sp4cing-itu/halvit). In stages 3 and 4 one
-  kernel W serves every bottleneck of the stage, as x @ W on the way in and as h @ W.T on the way out. The two differ in
-  how a stage widens its input and in where a bottleneck normalises.
+- ResNet: Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun, "Deep Residual Learning for Image Recognition", CVPR 2016,
+  https://arxiv.org/abs/1512.03385, with the stride in the 3x3 convolution as in torchvision.
+- ResNeXt: Saining Xie, Ross Girshick, Piotr Dollár, Zhuowen Tu, Kaiming He, "Aggregated Residual Transformations for
+  Deep Neural Networks", CVPR 2017, https://arxiv.org/abs/1611.05431: the 3x3 convolution in groups.
+- HaLViT-ResNet and -ResNeXt: Onur Can Koyun, Behçet Uğur Töreyin, "HaLViT: Half of the Weights are Enough", CVPR
+  Workshops 2024, https://doi.org/10.1109/CVPRW63382.2024.00370; the networks are those the authors released
+  (github.com/sp4cing-itu/halvit). In stages 3 and 4 one kernel W serves every bottleneck of the stage, as x @ W on the
+  way in and as h @ W.T on the way out. The two differ in how a stage widens its input and in where a bottleneck
+  normalises.
 
 Shapes: `b` batch, `h w` space, `c` channels; `out` channels between the blocks of a stage, `width` inside them.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, max_pool
-from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.batch_norm import BatchNorm, norms_in_evaluation
+from halvit_jax.layers.conv import Conv, ConvNorm, max_pool
+from halvit_jax.layers.drop import stage_rates
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, torch_uniform_bias
+from halvit_jax.layers.remat import run_block
+from halvit_jax.layers.residual import BasicBlock, Bottleneck, TiedBottleneck
 from halvit_jax.layers.tied import TiedDense
-
-SIZES: dict[str, dict] = {
-    "resnet18": {"depths": (2, 2, 2, 2), "stages": ("basic",) * 4},
-    "resnet50": {"depths": (3, 4, 6, 3)},
-    "resnet101": {"depths": (3, 4, 23, 3)},
-    "resnext101_32x8d": {"depths": (3, 4, 23, 3), "groups": 32, "base_width": 8},
-    "halvit_resnet50": {
-        "depths": (3, 4, 6, 3),
-        "stages": ("bottleneck", "bottleneck", "halvit", "halvit"),
-        "kernel_init": "torch_uniform",
-    },
-    "halvit_resnext101_32x8d": {
-        "depths": (3, 4, 23, 3),
-        "stages": ("bottleneck", "bottleneck", "halvit_prenorm", "halvit_prenorm"),
-        "groups": 32,
-        "base_width": 8,
-    },
-}
-
-# Kernels [k, k, c, f] are split by what they put out, matrices and W on both sides; vectors stay whole.
-PARTITION_RULES = (
-    (r"(tied|head)/kernel$", (None, ("tensor", "fsdp"))),
-    (r"(conv\d?|widen)/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|mean|var)$", ()),
-)
-
-TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "colours"))
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
+from halvit_jax.models.validation import check_choice, check_rate
 
 STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image
 
@@ -77,7 +60,7 @@ class ResNet(nn.Module):
     image_size: int = 224  # what a recipe feeds; the network runs at any size
     dtype: Dtype = None  # computed in; parameters and statistics are float32
     remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.conv.fold`
+    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         if not len(self.depths) == len(self.stages) == len(STRIDES):
@@ -86,8 +69,9 @@ class ResNet(nn.Module):
             )
         if min(self.depths) < 1:
             raise ValueError(f"model.depths={tuple(self.depths)} must all be at least 1")
-        _check_choices("stages", self.stages, STAGES)
-        _check_choices("kernel_init", (self.kernel_init,), KERNEL_INITS)
+        for kind in self.stages:
+            check_choice("stages", kind, STAGES)
+        check_choice("kernel_init", self.kernel_init, KERNEL_INITS)
         if "basic" in self.stages and (self.groups, self.base_width) != (1, 64):
             raise ValueError(
                 f"model.groups={self.groups} and model.base_width={self.base_width} must be 1 and 64 where "
@@ -95,20 +79,19 @@ class ResNet(nn.Module):
             )
         if min(self.groups, self.base_width) < 1:
             raise ValueError(f"model.groups={self.groups} and model.base_width={self.base_width} must be at least 1")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        check_rate("drop_path", self.drop_path)
         super().__post_init__()
 
     def setup(self) -> None:
         init = KERNEL_INITS[self.kernel_init]
         self.stem = ConvNorm(64, 7, 2, kernel_init=init, dtype=self.dtype, folded=self.folded)
-        rates = linear_rates(self.drop_path, sum(self.depths))
-        for i, (kind, depth) in enumerate(zip(self.stages, self.depths, strict=True)):
+        rates = stage_rates(self.drop_path, self.depths)
+        for i, kind in enumerate(self.stages):
             mid = 64 * 2**i
             stage = STAGES[kind](
                 out=mid * EXPANSION[kind],
                 width=mid * self.base_width // 64 * self.groups,
-                rates=tuple(rates[sum(self.depths[:i]) :][:depth]),
+                rates=rates[i],
                 stride=1 if i == 0 else 2,
                 groups=self.groups,
                 kernel_init=init,
@@ -126,18 +109,19 @@ class ResNet(nn.Module):
         x = self.features(images, train=train)[STRIDES[-1]].mean((1, 2), dtype=jnp.float32)
         return self.head(x) if self.num_classes else x
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """What each stage puts out: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
-        x = nn.relu(self.stem(images, train=train))
-        x = max_pool(x, size=3, stride=2, padding=1)
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
-        for i, stride in enumerate(STRIDES):
-            x = maps[stride] = getattr(self, f"stage{i + 1}")(x, train=train)
+        with norms_in_evaluation(frozen_norms):
+            x = nn.relu(self.stem(images, train=train))
+            x = max_pool(x, size=3, stride=2, padding=1)
+            for i, stride in enumerate(STRIDES):
+                x = maps[stride] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
 
 class Stage(nn.Module):
-    """What the kinds of stage have in common: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
+    """The base of all kinds of stage: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
 
     out: int
     width: int
@@ -150,12 +134,9 @@ class Stage(nn.Module):
     folded: bool
 
     def _run(self, block: nn.Module, *arrays: jax.Array, train: bool) -> jax.Array:
-        def run(block: nn.Module, *arrays: jax.Array) -> jax.Array:
-            return block(*arrays, train=train)
+        return run_block(block, *arrays, remat=self.remat, train=train)
 
-        return (nn.remat(run) if self.remat else run)(block, *arrays)
-
-    def _common(self) -> dict:
+    def _common(self) -> dict[str, Any]:
         return {"kernel_init": self.kernel_init, "dtype": self.dtype, "folded": self.folded}
 
 
@@ -199,7 +180,7 @@ class HalvitStage(Stage):
         shortcut = x
         if self.stride != 1:
             strided = ConvNorm(self.out, 3, self.stride, groups=self.out, **self._common(), name="shortcut")
-            norm = BatchNorm(dtype=self.dtype, folded="away" if self.folded else "", name="shortcut_norm")
+            norm = BatchNorm(dtype=self.dtype, folded="merged" if self.folded else "", name="shortcut_norm")
             shortcut = norm(strided(x, train=train), train=train)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
@@ -238,90 +219,38 @@ STAGES: dict[str, Callable[..., Stage]] = {
 EXPANSION = {"basic": 1, "bottleneck": 4, "halvit": 4, "halvit_prenorm": 4}  # out / the stage's nominal width
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
+SIZES: dict[str, Fields] = {
+    "resnet18": {"depths": (2, 2, 2, 2), "stages": ("basic",) * 4},
+    "resnet50": {"depths": (3, 4, 6, 3)},
+    "resnet101": {"depths": (3, 4, 23, 3)},
+    "resnext101_32x8d": {"depths": (3, 4, 23, 3), "groups": 32, "base_width": 8},
+    "halvit_resnet50": {
+        "depths": (3, 4, 6, 3),
+        "stages": ("bottleneck", "bottleneck", "halvit", "halvit"),
+        "kernel_init": "torch_uniform",
+    },
+    "halvit_resnext101_32x8d": {
+        "depths": (3, 4, 23, 3),
+        "stages": ("bottleneck", "bottleneck", "halvit_prenorm", "halvit_prenorm"),
+        "groups": 32,
+        "base_width": 8,
+    },
+}
 
-    out: int
-    stride: int
-    drop_path: float
-    kernel_init: Initializer
-    dtype: Dtype
-    folded: bool
+PARTITION_RULES = ((r"(tied|head)/kernel$", COLUMNS), (r"(conv\d?|widen)/kernel$", FILTERS), VECTORS)
+TRANSFER_RULES = ((r"^head/", "head"), (r"^stem/conv/kernel$", "input_channels"))
 
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        conv = functools.partial(Conv, use_bias=self.folded, **common)
-        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="away" if self.folded else "")
-        y = conv(self.out, 3, self.stride, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y, train=train))
-        y = conv(self.out, 3, name="conv2")(y)
-        y = norm(name="norm2")(y, train=train)
-        if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
-        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
-
-
-class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
-
-    out: int
-    width: int
-    stride: int
-    drop_path: float
-    groups: int
-    kernel_init: Initializer
-    dtype: Dtype
-    folded: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        common = {"kernel_init": self.kernel_init, "dtype": self.dtype}
-        conv = functools.partial(Conv, use_bias=self.folded, **common)
-        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="away" if self.folded else "")
-        y = conv(self.width, name="conv1")(x)
-        y = nn.relu(norm(name="norm1")(y, train=train))
-        y = conv(self.width, 3, self.stride, groups=self.groups, name="conv2")(y)
-        y = nn.relu(norm(name="norm2")(y, train=train))
-        y = conv(self.out, name="conv3")(y)
-        y = norm(name="norm3")(y, train=train)
-        if x.shape != y.shape:
-            x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
-        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
-
-
-class TiedBottleneck(nn.Module):
-    """A bottleneck whose 1x1 convolutions are its stage's W and W.T: [b, h, w, out] -> [b, h/stride, w/stride, out].
-
-    `norm_first` normalises before W instead of after it.
-    """
-
-    tied: TiedDense
-    stride: int
-    drop_path: float
-    groups: int
-    norm_first: bool
-    kernel_init: Initializer
-    dtype: Dtype
-    folded: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array, shortcut: jax.Array, *, train: bool) -> jax.Array:
-        # W is shared by the blocks, so no norm of a single one can go into it.
-        norm = functools.partial(BatchNorm, dtype=self.dtype, folded="in place" if self.folded else "")
-        norm1 = norm(name="norm1")
-        if self.norm_first:
-            y = self.tied.project(nn.relu(norm1(x, train=train)))
-        else:
-            y = nn.relu(norm1(self.tied.project(x), train=train))
-        common = {"kernel_init": self.kernel_init, "dtype": self.dtype, "use_bias": self.folded}
-        y = Conv(y.shape[-1], 3, self.stride, groups=self.groups, **common, name="conv2")(y)
-        y = nn.relu(norm(folded="away" if self.folded else "", name="norm2")(y, train=train))
-        y = norm(name="norm3")(self.tied.project_back(y), train=train)
-        return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + shortcut)
-
-
-def _check_choices(field: str, values: Sequence[str], allowed: dict) -> None:
-    for value in values:
-        if value not in allowed:
-            raise ValueError(f"model.{field}={value!r} is not one of {', '.join(allowed)}")
+FAMILY = Family(
+    model=ResNet,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny={"depths": (1, 1, 2, 1), "image_size": 32},
+    published={
+        "halvit_resnet50": Published(75.1, "HaLViT; counted without the classifier", params="13.4M"),
+        "resnet18": Published(69.76, "torchvision V1, 90 epochs"),
+        "resnet50": Published(76.13, "torchvision V1, 90 epochs"),
+        "resnext101_32x8d": Published(79.3, "torchvision V1"),
+    },
+    baselines={"halvit_resnet50": "resnet50", "halvit_resnext101_32x8d": "resnext101_32x8d"},
+)

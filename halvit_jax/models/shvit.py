@@ -1,7 +1,8 @@
 """SHViT: a convolutional body whose later stages attend with one head on a part of their channels.
 
-Yun and Ro, CVPR 2024, arXiv 2401.16456; the networks are those the authors released (github.com/ysj9909/SHViT). A stem
-of strided convolutions cuts the image into few tokens, of which three stages make fewer still:
+Seokju Yun, Youngmin Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", CVPR 2024,
+https://arxiv.org/abs/2401.16456; the networks are those the authors released (github.com/ysj9909/SHViT). A stem of
+strided convolutions cuts the image into few tokens, of which three stages make fewer still:
 
     x += norm(depthwise(x));  x += attention(x), in stages of kind "s";  x += ffn(x)
 
@@ -19,36 +20,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers import conv
+from halvit_jax.layers import batch_norm
 from halvit_jax.layers.attention import SingleHeadAttention
-from halvit_jax.layers.conv import BatchNorm, ConvNorm, SqueezeExcite
+from halvit_jax.layers.batch_norm import BatchNorm, norms_in_evaluation
+from halvit_jax.layers.conv import ConvNorm, SqueezeExcite
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
-
-_S1 = {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial": (32, 48, 68)}
-_S2 = {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial": (32, 66, 96)}
-_S3 = {"depths": (3, 5, 5), "widths": (192, 352, 448), "partial": (48, 75, 96)}
-_S4 = {"depths": (4, 7, 6), "widths": (224, 336, 448), "partial": (48, 72, 96), "image_size": 256}
-_DISTILLED = {"distilled": True}
-
-SIZES: dict[str, dict[str, Any]] = {
-    "shvit_s1": _S1,
-    "shvit_s2": _S2,
-    "shvit_s3": _S3,
-    "shvit_s4": _S4,
-    "shvit_s1_distilled": _S1 | _DISTILLED,
-    "shvit_s2_distilled": _S2 | _DISTILLED,
-    "shvit_s3_distilled": _S3 | _DISTILLED,
-    "shvit_s4_distilled": _S4 | _DISTILLED,
-}
-
-# Kernels [k, k, c, f] are split by what they put out, the classifiers' matrices too; vectors stay whole.
-PARTITION_RULES = (
-    (r"head(_distill)?/linear/kernel$", (None, ("tensor", "fsdp"))),
-    (r"(conv|excite/(reduce|expand))/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|mean|var)$", ()),
-)
-
-TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^stem/conv0/conv/kernel$", "colours"))
+from halvit_jax.layers.remat import run_block
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
+from halvit_jax.models.validation import check_choice
 
 KINDS = {"i": False, "s": True}  # kind of stage -> whether its blocks attend
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -63,11 +43,11 @@ class SHViT(nn.Module):
     Args:
         depths: blocks of each stage, without those around a merging of patches.
         widths: channels of each stage.
-        partial: channels that take part in attention, for each stage; not used in one of kind "i".
+        partial_dims: channels that take part in attention, for each stage; not used in one of kind "i".
         stages: kind of each stage, a key of KINDS: "i" has blocks without attention, "s" with it.
         stem_strides: stride of each convolution of the stem, whose channels double from one to the next.
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
-        distilled: a second classifier, for the words of a teacher; the logits are the mean of both classifiers'.
+        distilled: a second classifier, trained on the teacher's predictions; the logits are the mean of both.
         image_size: what a recipe feeds; the network runs at any size.
         remat: compute each block again in the backward pass instead of storing its inside.
         dtype: the type to compute in. Parameters, statistics, softmax, classifiers and logits are float32.
@@ -76,7 +56,7 @@ class SHViT(nn.Module):
 
     depths: Sequence[int] = (2, 4, 5)
     widths: Sequence[int] = (128, 224, 320)
-    partial: Sequence[int] = (32, 48, 68)
+    partial_dims: Sequence[int] = (32, 48, 68)
     stages: Sequence[str] = ("i", "s", "s")
     stem_strides: Sequence[int] = (2, 2, 2, 2)
     num_classes: int = 1000
@@ -87,20 +67,21 @@ class SHViT(nn.Module):
     folded: bool = False
 
     def __post_init__(self) -> None:
-        fields = {name: tuple(getattr(self, name)) for name in ("depths", "widths", "partial", "stages")}
+        fields = {name: tuple(getattr(self, name)) for name in ("depths", "widths", "partial_dims", "stages")}
         if len({len(values) for values in fields.values()}) != 1 or not self.stages:
             given = ", ".join(f"model.{name}={values}" for name, values in fields.items())
             raise ValueError(f"{given} must have one entry for each stage")
         for kind in self.stages:
-            if kind not in KINDS:
-                raise ValueError(f"model.stages={kind!r} is not one of {', '.join(KINDS)}")
+            check_choice("stages", kind, KINDS)
         for name in ("depths", "stem_strides"):
             values = tuple(getattr(self, name))
             if min(values, default=0) < 1:
                 raise ValueError(f"model.{name}={values} must all be at least 1, and there must be one")
-        for width, partial, kind in zip(self.widths, self.partial, self.stages, strict=True):
+        for width, partial, kind in zip(self.widths, self.partial_dims, self.stages, strict=True):
             if KINDS[kind] and not 1 <= partial <= width:
-                raise ValueError(f"model.partial has {partial} in a stage of model.widths {width}; give 1 to {width}")
+                raise ValueError(
+                    f"model.partial_dims has {partial} in a stage of model.widths {width}; give 1 to {width}"
+                )
         halvings = 2 ** (len(self.stem_strides) - 1)
         if self.widths[0] < 1 or self.widths[0] % halvings:
             raise ValueError(
@@ -113,7 +94,7 @@ class SHViT(nn.Module):
         common = {"dtype": self.dtype, "folded": self.folded}
         self.stem = Stem(self.widths[0], tuple(self.stem_strides), **common)
         for i, (depth, width, kind) in enumerate(zip(self.depths, self.widths, self.stages, strict=True)):
-            partial = self.partial[i] if KINDS[kind] else 0
+            partial = self.partial_dims[i] if KINDS[kind] else 0
             stage = Stage(depth, width, partial, merges=i > 0, remat=self.remat, **common)
             setattr(self, f"stage{i + 1}", stage)
         if self.num_classes:
@@ -123,11 +104,11 @@ class SHViT(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, c]."""
-        heads = self.heads(images, train=train)
-        return (heads["class"] + heads["distill"]) / 2 if "distill" in heads else heads["class"]
+        logits = self.head_logits(images, train=train)
+        return (logits["class"] + logits["distill"]) / 2 if "distill" in logits else logits["class"]
 
-    def heads(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """What each classifier answers: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+    def head_logits(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """The logits of each classifier: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
 
         Without classifiers, {"class": the features [b, c] that both would see}.
         """
@@ -142,11 +123,13 @@ class SHViT(nn.Module):
             out["distill"] = self.head_distill(pooled, train=train)
         return out
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """What each stage puts out, by its stride: {16: [b, h/16, w/16, c], 32: ..., 64: ...} with the usual stem."""
-        x, stride, maps = self.stem(images, train=train), math.prod(self.stem_strides), {}
-        for i in range(len(self.stages)):
-            x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The outputs of the stages: {16: [b, h/16, w/16, c], 32: ..., 64: ...} with the usual stem."""
+        stride, maps = math.prod(self.stem_strides), {}
+        with norms_in_evaluation(frozen_norms):
+            x = self.stem(images, train=train)
+            for i in range(len(self.stages)):
+                x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
 
@@ -181,15 +164,15 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        block, merge = (nn.remat(part, static_argnums=(2,)) if self.remat else part for part in (Block, Merge))
         common = {"dtype": self.dtype, "folded": self.folded}
+        run = functools.partial(run_block, remat=self.remat, train=train)
         if self.merges:
             # Norms of depthwise convolutions begin at 1 here and at 0 elsewhere.
-            x = block(partial=0, local_init=ones, **common, name="before")(x, train)
-            x = merge(self.width, **common, name="merge")(x, train)
-            x = block(partial=0, local_init=ones, **common, name="after")(x, train)
+            x = run(Block(partial=0, local_init=ones, **common, name="before"), x)
+            x = run(Merge(self.width, **common, name="merge"), x)
+            x = run(Block(partial=0, local_init=ones, **common, name="after"), x)
         for i in range(self.depth):
-            x = block(partial=self.partial, local_init=zeros, **common, name=f"block{i}")(x, train)
+            x = run(Block(partial=self.partial, local_init=zeros, **common, name=f"block{i}"), x)
         return x
 
 
@@ -202,7 +185,7 @@ class Block(nn.Module):
     folded: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         width, common = x.shape[-1], {"dtype": self.dtype, "folded": self.folded}
         local = ConvNorm(width, 3, groups=width, scale_init=self.local_init, **common, name="local")(x, train=train)
         x = local if self.folded else x + local  # `fold` puts the shortcut into the kernel
@@ -235,7 +218,7 @@ class Merge(nn.Module):
     folded: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = functools.partial(ConvNorm, dtype=self.dtype, folded=self.folded)
         channels, inside = x.shape[-1], 4 * x.shape[-1]
         y = nn.relu(norm(inside, name="expand")(x, train=train))
@@ -252,7 +235,7 @@ class Head(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = BatchNorm(folded="away" if self.folded else "", name="norm")(x, train=train)
+        x = BatchNorm(folded="merged" if self.folded else "", name="norm")(x, train=train)
         return nn.Dense(self.classes, kernel_init=normal_02, name="linear")(x)
 
 
@@ -262,12 +245,12 @@ def multiple_of_8(channels: int) -> int:
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the folded model: what `layers.conv.fold` folds, and two things more.
+    """The variables of the folded model: what `layers.batch_norm.fold` folds, and two things more.
 
     x + local(x) is one depthwise convolution, `local` with 1 added to the centre of its kernel. A classifier's norm
     before its matrix, (scale * x + bias) W + b, goes into both: diag(scale) W and bias W + b.
     """
-    params = conv.fold(variables)["params"]
+    params = batch_norm.fold(variables)["params"]
     for name, module in params.items():
         if name.startswith("head"):
             norm, linear = module.pop("norm"), module["linear"]
@@ -278,3 +261,54 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
                 if "local" in block:
                     block["local"]["conv"]["kernel"][1, 1] += 1
     return {"params": params}
+
+
+_S1 = {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial_dims": (32, 48, 68)}
+_S2 = {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial_dims": (32, 66, 96)}
+_S3 = {"depths": (3, 5, 5), "widths": (192, 352, 448), "partial_dims": (48, 75, 96)}
+_S4 = {"depths": (4, 7, 6), "widths": (224, 336, 448), "partial_dims": (48, 72, 96), "image_size": 256}
+_DISTILLED = {"distilled": True}
+
+SIZES: dict[str, Fields] = {
+    "shvit_s1": _S1,
+    "shvit_s2": _S2,
+    "shvit_s3": _S3,
+    "shvit_s4": _S4,
+    "shvit_s1_distilled": _S1 | _DISTILLED,
+    "shvit_s2_distilled": _S2 | _DISTILLED,
+    "shvit_s3_distilled": _S3 | _DISTILLED,
+    "shvit_s4_distilled": _S4 | _DISTILLED,
+}
+
+PARTITION_RULES = (
+    (r"head(_distill)?/linear/kernel$", COLUMNS),
+    (r"(conv|excite/(reduce|expand))/kernel$", FILTERS),
+    VECTORS,
+)
+TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^stem/conv0/conv/kernel$", "input_channels"))
+
+FAMILY = Family(
+    model=SHViT,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny={
+        "depths": (1, 1),
+        "widths": (16, 24),
+        "partial_dims": (8, 8),
+        "stages": ("i", "s"),
+        "stem_strides": (2, 2),
+        "image_size": 32,
+    },
+    fold=fold,
+    published={
+        "shvit_s1": Published(72.8, "SHViT, 300 epochs"),
+        "shvit_s2": Published(75.2, "SHViT, 300 epochs"),
+        "shvit_s3": Published(77.4, "SHViT, 300 epochs"),
+        "shvit_s4": Published(79.4, "SHViT, 300 epochs"),
+        "shvit_s1_distilled": Published(74.0, "SHViT, 300 epochs, distilled"),
+        "shvit_s2_distilled": Published(76.2, "SHViT, 300 epochs, distilled"),
+        "shvit_s3_distilled": Published(78.3, "SHViT, 300 epochs, distilled"),
+        "shvit_s4_distilled": Published(80.2, "SHViT, 300 epochs, distilled"),
+    },
+)

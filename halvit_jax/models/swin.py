@@ -1,4 +1,7 @@
-"""Swin Transformer (Liu et al., 2021, arXiv 2103.14030): stages of blocks that attend in windows.
+"""Swin Transformer: stages of blocks that attend in windows.
+
+Ze Liu, Yutong Lin, Yue Cao, Han Hu, Yixuan Wei, Zheng Zhang, Stephen Lin, Baining Guo, "Swin Transformer: Hierarchical
+Vision Transformer using Shifted Windows", ICCV 2021, https://arxiv.org/abs/2103.14030.
 
     x += attention_in_windows(norm(x));  x += ffn(norm(x));  ...;  logits = head(norm(x) averaged over the map)
 
@@ -14,32 +17,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.attention import ATTENTION
-from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.batch_norm import norms_in_evaluation
+from halvit_jax.layers.drop import DropPath, stage_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import FFN
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
-from halvit_jax.layers.window import RelativeBias, Windows
-from halvit_jax.models.validation import check_choice, check_divides
+from halvit_jax.layers.remat import run_block
+from halvit_jax.layers.sow import sow
+from halvit_jax.layers.window import RelativePositionBias, Windows
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
+from halvit_jax.models.validation import check_choice, check_divides, check_rate
 
 EPSILON = 1e-5  # of every LayerNorm
-
-SMALL = {"depths": (2, 2, 18, 2)}
-SIZES: dict[str, dict[str, Any]] = {
-    "swin_tiny": {},
-    "swin_small": SMALL,
-    "swin_base": SMALL | {"width": 128},
-}
-
-SPLIT = ("tensor", "fsdp")  # as in models.vit
-PARTITION_RULES = (
-    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", (None, SPLIT)),
-    (r"(output|reduce)/kernel$", (SPLIT, None)),
-    (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|table)$", ()),
-)
-
-TRANSFER_RULES = ((r"^head/", "head"), (r"position_bias/table$", "grid"), (r"^embed/kernel$", "colours"))
 
 
 class SwinTransformer(nn.Module):
@@ -93,17 +83,14 @@ class SwinTransformer(nn.Module):
             raise ValueError(f"model.window_size={self.window_size} must be at least 1")
         if self.width * self.ffn_ratio < 1:
             raise ValueError(f"model.ffn_ratio={self.ffn_ratio} leaves nothing of model.width={self.width}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        check_rate("drop_path", self.drop_path)
         super().__post_init__()
 
     def setup(self) -> None:
         self.embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
         self.embed_norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
-        rates = linear_rates(self.drop_path, sum(self.depths))
-        for i, depth in enumerate(self.depths):
-            blocks = self._blocks(i, tuple(rates[sum(self.depths[:i]) :][:depth]))
-            setattr(self, f"stage{i + 1}", Stage(i > 0, tuple(blocks), self.dtype))
+        for i, rates in enumerate(stage_rates(self.drop_path, self.depths)):
+            setattr(self, f"stage{i + 1}", self._stage(i, rates))
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
             self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
@@ -113,37 +100,33 @@ class SwinTransformer(nn.Module):
         x = self.norm(maps[max(maps)]).mean((1, 2), dtype=jnp.float32)
         return self.head(x) if self.num_classes else x
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """What each stage puts out, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, 2 d], ...}."""
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, 2 d], ...}."""
         b, height, width, _ = images.shape
-        p = self.patch_size
-        if height % p or width % p:
-            raise ValueError(f"images of {height}x{width} cannot be cut into patches of model.patch_size={p}")
-        x = self.embed_norm(self.embed(images)).reshape(b, height // p, width // p, self.width)
-        maps = {}
-        for i in range(len(self.depths)):
-            x = maps[p * 2**i] = getattr(self, f"stage{i + 1}")(x, train)
+        p, maps = self.patch_size, {}
+        with norms_in_evaluation(frozen_norms):
+            x = self.embed_norm(self.embed(images)).reshape(b, height // p, width // p, self.width)
+            for i in range(len(self.depths)):
+                x = maps[p * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
 
-    def _blocks(self, stage: int, rates: tuple[float, ...]) -> list[Callable[..., nn.Module]]:
-        """What makes the blocks of a stage, given their name; they are called as block(x, train)."""
-        block = nn.remat(SwinBlock, static_argnums=(2,)) if self.remat else SwinBlock
-        shape = self._shape(stage)
-        return [functools.partial(block, **shape, shifted=i % 2 == 1, drop_path=rate) for i, rate in enumerate(rates)]
+    def _stage(self, stage: int, rates: tuple[float, ...]) -> nn.Module:
+        make = functools.partial(SwinBlock, **self._shape(stage))
+        blocks = [functools.partial(make, shifted=i % 2 == 1, drop_path=rate) for i, rate in enumerate(rates)]
+        return Stage(stage > 0, tuple(blocks), self.remat, self.dtype)
 
     def _shape(self, stage: int) -> dict[str, Any]:
-        """What the blocks of a stage have in common."""
+        """The fields that the blocks of a stage have in common."""
         width, map_size = self.width * 2**stage, self.image_size // self.patch_size
         for _ in range(stage):
             map_size = -(-map_size // 2)
+        heads = width // self.head_width
+        attention, ffn = ATTENTION[self.attention], FFN[self.ffn]
         return {
-            "width": width,
-            "num_heads": width // self.head_width,
-            "hidden": round(width * self.ffn_ratio),
+            "attention": functools.partial(attention, width, heads, bias=self.attention_bias, dtype=self.dtype),
+            "ffn": functools.partial(ffn, width, round(width * self.ffn_ratio), dtype=self.dtype),
+            "num_heads": heads,
             "window": min(self.window_size, map_size),
-            "attention": self.attention,
-            "ffn": self.ffn,
-            "attention_bias": self.attention_bias,
             "dtype": self.dtype,
         }
 
@@ -153,14 +136,15 @@ class Stage(nn.Module):
 
     merge: bool
     blocks: tuple[Callable[..., nn.Module], ...]
+    remat: bool  # of each block
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if self.merge:
             x = PatchMerging(self.dtype, name="merge")(x)
         for i, block in enumerate(self.blocks):
-            x = block(name=f"block{i}")(x, train)
+            x = run_block(block(name=f"block{i}"), x, remat=self.remat, train=train)
         return x
 
 
@@ -181,39 +165,66 @@ class PatchMerging(nn.Module):
 class SwinBlock(nn.Module):
     """Pre-norm transformer block on a map whose attention is in windows: [b, u, v, d] -> [b, u, v, d]."""
 
-    width: int
+    attention: Callable[..., nn.Module]  # as in PreNormBlock
+    ffn: Callable[..., nn.Module]
     num_heads: int
-    hidden: int
     window: int
-    attention: str  # a key of ATTENTION
-    ffn: str  # a key of FFN
-    attention_bias: bool
     dtype: Dtype
     shifted: bool
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        attention = ATTENTION[self.attention](
-            self.width, self.num_heads, bias=self.attention_bias, dtype=self.dtype, name="attention"
-        )
-        position_bias = RelativeBias(self.window, self.num_heads, name="position_bias")
-        ffn = FFN[self.ffn](self.width, self.hidden, dtype=self.dtype, name="ffn")
-        drop = DropPath(self.drop_path, name="drop_path")
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         grid = x.shape[1:3]
         windows = Windows(grid, self.window, half_window(grid, self.window) if self.shifted else 0)
+        position_bias = RelativePositionBias(self.window, self.num_heads, name="position_bias")
+        norm = functools.partial(nn.LayerNorm, EPSILON, dtype=self.dtype)
+        drop = DropPath(self.drop_path, name="drop_path")
 
-        def before(logits: jax.Array, query: jax.Array) -> jax.Array:
+        def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
             return windows.mask(logits + position_bias().astype(logits.dtype))
 
-        y = windows.split(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x))
-        x = x + drop(windows.join(attention(y, before=before)), train=train)
-        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train)
-        keep(self, "hidden", x)
+        y = self.attention(name="attention")(windows.split(norm(name="attention_norm")(x)), logits_fn=logits_fn)
+        x = x + drop(windows.join(y), train=train)
+        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train)
+        sow(self, "hidden", x)
         return x
 
 
 def half_window(grid: tuple[int, ...], window: int) -> int:
-    """What a shifted map is moved by; not at all where it has but one window in a direction."""
+    """The shift in tokens: half a window, or 0 if the map is a single window in a direction."""
     return window // 2 if min(grid) > window else 0
+
+
+SMALL = {"depths": (2, 2, 18, 2)}
+SIZES: dict[str, Fields] = {
+    "swin_tiny": {},
+    "swin_small": SMALL,
+    "swin_base": SMALL | {"width": 128},
+}
+
+PARTITION_RULES = (
+    (r"(qkv|expand|head|tied|query_output|key_value)/kernel$", COLUMNS),
+    (r"(output|reduce)/kernel$", ROWS),
+    (r"embed/kernel$", FILTERS),
+    VECTORS,
+)
+TRANSFER_RULES = (
+    (r"^head/", "head"),
+    (r"position_bias/table$", "position_grid"),
+    (r"^embed/kernel$", "input_channels"),
+)
+
+FAMILY = Family(
+    model=SwinTransformer,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny={"width": 32, "depths": (2, 2), "head_width": 16, "window_size": 4, "image_size": 32},
+    published={
+        "swin_tiny": Published(81.3, "Swin Transformer, 300 epochs"),
+        "swin_small": Published(83.0, "Swin Transformer, 300 epochs"),
+        "swin_base": Published(83.5, "Swin Transformer, 300 epochs"),
+    },
+)

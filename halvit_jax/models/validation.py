@@ -1,6 +1,8 @@
 """Checks of a model's fields; what they raise names the fields to change."""
 
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from halvit_jax.layers.attention import HALLUCINATE
 
@@ -17,6 +19,12 @@ def check_divides(field: str, value: int, whole_field: str, whole: int) -> None:
         raise ValueError(f"model.{field}={value} does not divide model.{whole_field}={whole}; change one of them")
 
 
+def check_rate(field: str, value: float) -> None:
+    """Raise a ValueError unless `value` is a probability below 1."""
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"model.{field}={value} must lie in [0, 1)")
+
+
 def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_branches: int) -> None:
     """Raise a ValueError unless these four fields of hallucinated attention and compact FFNs can be built."""
     for field, value in {"real_heads": real_heads, "ffn_rank": ffn_rank}.items():
@@ -25,3 +33,22 @@ def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_bran
     check_choice("hallucinate", hallucinate, HALLUCINATE)
     if ffn_branches < 1:
         raise ValueError(f"model.ffn_branches={ffn_branches} must be at least 1")
+
+
+def merge_field_types(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The types of all fields of `config.model`, from those of each family: {family: {field: type}}.
+
+    Raises:
+        ValueError: two families give one field two types.
+    """
+    merged: dict[str, Any] = {}
+    first: dict[str, str] = {}
+    for family, fields in families.items():
+        for field, kind in fields.items():
+            if merged.setdefault(field, kind) != kind:
+                kinds = [inspect.formatannotation(each) for each in (merged[field], kind)]
+                raise ValueError(
+                    f"model.{field} is {kinds[0]} in {first[field]} and {kinds[1]} in {family}; rename one of them"
+                )
+            first.setdefault(field, family)
+    return merged

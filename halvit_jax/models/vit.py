@@ -1,61 +1,38 @@
-"""Vision transformers of one width: DeiT (Touvron et al., 2021) and HaLViT.
+"""Vision transformers of one width: DeiT and HaLViT.
+
+- DeiT: Hugo Touvron, Matthieu Cord, Matthijs Douze, Francisco Massa, Alexandre Sablayrolles, Hervé Jégou, "Training
+  data-efficient image transformers & distillation through attention", 2021, https://arxiv.org/abs/2012.12877.
+- HaLViT: Onur Can Koyun, Behçet Uğur Töreyin, "HaLViT: Half of the Weights are Enough", CVPR Workshops 2024,
+  https://doi.org/10.1109/CVPRW63382.2024.00370.
 
     x = patches + position;  x += attention(norm(x));  x += ffn(norm(x));  ...;  logits = head(norm(x) pooled)
 
-Shapes: `b` batch, `h w` space, `n` tokens, `d` width.
+Shapes: `b` batch, `h w` space, `n` tokens, `d` width, `p` patch size.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers.attention import ATTENTION
-from halvit_jax.layers.drop import DropPath, linear_rates
-from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position
-from halvit_jax.layers.ffn import FFN, Compact
+from halvit_jax.layers.batch_norm import norms_in_evaluation
+from halvit_jax.layers.block import PreNormBlock
+from halvit_jax.layers.drop import linear_rates
+from halvit_jax.layers.embed import POSITIONS, PatchEmbed, PositionEmbedding
+from halvit_jax.layers.ffn import FFN, Compact, fold
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
-from halvit_jax.layers.sow import keep
-from halvit_jax.models.validation import check_choice, check_compact, check_divides
+from halvit_jax.layers.remat import run_block
+from halvit_jax.models.family import Family, Fields, Published
+from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
+from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, [b, n, d] -> [b, n, d]; which attention and which FFN are named by fields."""
-
-    width: int
-    num_heads: int
-    hidden: int
-    attention: str  # a key of ATTENTION
-    ffn: str  # a key of FFN
-    attention_bias: bool
-    real_heads: float
-    hallucinate: str  # one of HALLUCINATE
-    compact: Compact
-    drop_path: float
-    dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        attention = ATTENTION[self.attention](
-            self.width,
-            self.num_heads,
-            bias=self.attention_bias,
-            real_heads=self.real_heads,
-            hallucinate=self.hallucinate,
-            dtype=self.dtype,
-            name="attention",
-        )
-        ffn = FFN[self.ffn](self.width, self.hidden, compact=self.compact, dtype=self.dtype, name="ffn")
-        drop = DropPath(self.drop_path, name="drop_path")
-        x = x + drop(attention(nn.LayerNorm(EPSILON, dtype=self.dtype, name="attention_norm")(x)), train=train)
-        x = x + drop(ffn(nn.LayerNorm(EPSILON, dtype=self.dtype, name="ffn_norm")(x), train=train), train=train)
-        keep(self, "hidden", x)
-        return x
 
 
 class VisionTransformer(nn.Module):
@@ -69,19 +46,20 @@ class VisionTransformer(nn.Module):
     untied models (22.1M and 86M), which is the likeliest origin of the reported ones.
 
     Args:
-        num_classes: size of the head; 0 leaves it out and returns the pooled features.
-        image_size: height and width of the (square) images; a multiple of `patch_size`.
+        num_classes: size of the classifier; 0 leaves it out and returns the pooled features.
+        image_size: height and width of the images to classify; a multiple of `patch_size`. `features` takes others.
         attention: "full" or "tied".
         ffn: "dense" or "tied".
-        real_heads: share of the heads with queries and keys of their own, rounded up; the maps of the others are
+        real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
             hallucinated from theirs, see `AttentionMaps`.
         hallucinate: what of the real heads they are made from, "logits" or "maps".
-        ffn_rank: rank of the FFNs' second matrix as a share of the width; below 1 it is two matrices, see
+        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
+        ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, see
             `CompactDense`. Needs `ffn` "dense".
         ffn_branches: the products in the sum that each of the two is in training.
         pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
-        distilled: a second token and a second classifier, for the words of a teacher (DeiT, section 4); the logits are
-            the mean of both classifiers'. Needs `pool` "token".
+        distilled: a second token and a second classifier, trained on the teacher's predictions (DeiT, section 4); the
+            logits are the mean of both. Needs `pool` "token".
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
@@ -101,6 +79,7 @@ class VisionTransformer(nn.Module):
     attention_bias: bool = True
     real_heads: float = 1.0
     hallucinate: str = "logits"
+    attention_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     pool: str = "token"
@@ -114,6 +93,7 @@ class VisionTransformer(nn.Module):
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
         check_choice("ffn", self.ffn, FFN)
+        check_choice("attention_impl", self.attention_impl, CHOICES)
         check_choice("pool", self.pool, POOLS)
         check_choice("position", self.position, POSITIONS)
         if self.distilled and self.pool != "token":
@@ -129,8 +109,7 @@ class VisionTransformer(nn.Module):
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
         if self.ffn != "dense" and self.ffn_rank != 1.0:
             raise ValueError(f"model.ffn_rank={self.ffn_rank} needs model.ffn='dense', not {self.ffn!r}")
-        if not 0.0 <= self.drop_path < 1.0:
-            raise ValueError(f"model.drop_path={self.drop_path} must lie in [0, 1)")
+        check_rate("drop_path", self.drop_path)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -139,7 +118,8 @@ class VisionTransformer(nn.Module):
             self.class_token = self.param("class_token", normal_02, (self.width,))
         if self.distilled:
             self.distill_token = self.param("distill_token", normal_02, (self.width,))
-        self.add_position = Position(self.position, self._grid, name="position")
+        grid = (self.image_size // self.patch_size,) * 2
+        self.add_position = PositionEmbedding(self.position, grid, name="position")
         self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
@@ -149,14 +129,19 @@ class VisionTransformer(nn.Module):
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
-        heads = self.heads(images, train=train)
-        return (heads["class"] + heads["distill"]) / 2 if self.distilled else heads["class"]
+        logits = self.head_logits(images, train=train)
+        return (logits["class"] + logits["distill"]) / 2 if self.distilled else logits["class"]
 
-    def heads(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """What each classifier answers: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+    def head_logits(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
+        """The logits of each classifier: {"class": float32 [b, num_classes]}, and "distill" where distilled.
 
         Without classifiers, the features [b, d] that each would see.
         """
+        if images.shape[1:3] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"images of {images.shape[1]}x{images.shape[2]} for a model built for {self.image_size}x"
+                f"{self.image_size}; set model.image_size"
+            )
         x = self._tokens(images, train)
         out = {"class": x[:, 0] if self.pool == "token" else x.mean(axis=1)}
         if self.distilled:
@@ -167,62 +152,71 @@ class VisionTransformer(nn.Module):
                 out["distill"] = self.head_distill(out["distill"])
         return {name: answer.astype(jnp.float32) for name, answer in out.items()}
 
-    def features(self, images: jax.Array, *, train: bool) -> dict[int, jax.Array]:
-        """Normalised images [b, h, w, 3] -> {patch_size: [b, h / patch_size, w / patch_size, d]}."""
-        x = self._tokens(images, train)
-        x = x[:, x.shape[1] - math.prod(self._grid) :]
-        return {self.patch_size: x.reshape(x.shape[0], *self._grid, -1)}
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        """The normalised tokens of the image as a map: [b, h, w, 3] -> {p: [b, h / p, w / p, d]}.
 
-    @property
-    def _grid(self) -> tuple[int, int]:
-        return (self.image_size // self.patch_size,) * 2
+        Any h and w that p divides; positions are resampled. `frozen_norms`: see `norms_in_evaluation`.
+        """
+        with norms_in_evaluation(frozen_norms):
+            x = self._tokens(images, train)
+        grid = self._grid(images)
+        return {self.patch_size: x[:, x.shape[1] - math.prod(grid) :].reshape(x.shape[0], *grid, -1)}
+
+    def _grid(self, images: jax.Array) -> tuple[int, int]:
+        return images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
+
+    def _attention(self) -> Callable[..., nn.Module]:
+        """The attention of every block, but for its name."""
+        return functools.partial(
+            ATTENTION[self.attention],
+            self.width,
+            self.num_heads,
+            bias=self.attention_bias,
+            real_heads=self.real_heads,
+            hallucinate=self.hallucinate,
+            attention_impl=self.attention_impl,
+            dtype=self.dtype,
+        )
+
+    def _ffn(self) -> Callable[..., nn.Module]:
+        """The feed-forward layer of every block, but for its name."""
+        compact = Compact(self.ffn_rank, self.ffn_branches, self.folded)
+        hidden = round(self.width * self.ffn_ratio)
+        return functools.partial(FFN[self.ffn], self.width, hidden, compact=compact, dtype=self.dtype)
 
     def _make_blocks(self) -> list[nn.Module]:
-        """The blocks in their order, each called as block(x, train)."""
-        block = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+        """The blocks in their order."""
         return [
-            block(
-                width=self.width,
-                num_heads=self.num_heads,
-                hidden=round(self.width * self.ffn_ratio),
-                attention=self.attention,
-                ffn=self.ffn,
-                attention_bias=self.attention_bias,
-                real_heads=self.real_heads,
-                hallucinate=self.hallucinate,
-                compact=Compact(self.ffn_rank, self.ffn_branches, self.folded),
-                drop_path=rate,
-                dtype=self.dtype,
-                name=f"block{i}",
-            )
+            PreNormBlock(self._attention(), self._ffn(), EPSILON, rate, self.dtype, name=f"block{i}")
             for i, rate in enumerate(linear_rates(self.drop_path, self.depth))
         ]
 
+    def _run_blocks(self, x: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
+        """All blocks on tokens [b, n, d], of which the last are those of the grid."""
+        del grid
+        for block in self.blocks:
+            x = run_block(block, x, remat=self.remat, train=train)
+        return x
+
     def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        if images.shape[1:3] != (self.image_size, self.image_size):
-            raise ValueError(
-                f"images of {images.shape[1]}x{images.shape[2]} for a model built for {self.image_size}x"
-                f"{self.image_size}; set model.image_size"
-            )
-        x = self.embed(images)  # [b, n, d]
+        """Normalised tokens [b, n, d], of which the last are those of the image."""
+        x, grid = self.embed(images), self._grid(images)
         if self.pool == "token":
             tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
             tokens = jnp.stack(tokens).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
-        x = self.add_position(x)
-        for block in self.blocks:
-            x = block(x, train)
-        return self.norm(x)
+        x = self.add_position(x, grid)
+        return self.norm(self._run_blocks(x, grid, train))
 
 
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
-HALF_THE_MAPS = {"real_heads": 0.5}
-HC = HALF_THE_MAPS | {"ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
+HALLUCINATED = {"real_heads": 0.5}
+HC = HALLUCINATED | {"ffn_rank": 0.5}  # hallucinated attention and compact feed-forward layers
 TINY = {"width": 192, "num_heads": 3}
 SMALL = {"width": 384, "num_heads": 6}
 BASE = {"width": 768, "num_heads": 12}
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, Fields] = {
     "halvit_tiny": SMALL | TIED,  # the paper's T has the shape of DeiT-S
     "halvit_small": BASE | TIED,
     "deit_tiny": TINY,
@@ -234,20 +228,45 @@ SIZES: dict[str, dict[str, Any]] = {
     "deit_tiny_hc": TINY | HC,
     "deit_small_hc": SMALL | HC,
     "deit_base_hc": BASE | HC,
-    "halvit_tiny_h": SMALL | TIED | HALF_THE_MAPS,  # two savings that nobody has published together
-    "halvit_small_h": BASE | TIED | HALF_THE_MAPS,
+    "halvit_tiny_h": SMALL | TIED | HALLUCINATED,  # two savings that nobody has published together
+    "halvit_small_h": BASE | TIED | HALLUCINATED,
 }
 
-# A tied kernel has one rule for both of its uses: split on f, its second dimension. Both axes split that one dimension,
-# `tensor` outermost, so that gathering the parts of `fsdp` gives whole parts of `tensor`. (Where they split two, XLA of
-# jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
-SPLIT = ("tensor", "fsdp")
 PARTITION_RULES = (
-    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d*(/dense)?)/kernel$", (None, SPLIT)),
-    (r"(output|reduce|first\d*(/dense)?)/kernel$", (SPLIT, None)),
-    (r"embed/kernel$", (None, None, None, "fsdp")),
-    (r"(bias|scale|mean|var|class_token|distill_token|embedding|across|within)$", ()),
+    (r"(qkv|expand|head(_distill)?|tied|query_output|key_value|second\d*(/dense)?)/kernel$", COLUMNS),
+    (r"(output|reduce|first\d*(/dense)?)/kernel$", ROWS),
+    (r"embed/kernel$", FILTERS),
+    VECTORS,
 )
+TRANSFER_RULES = (
+    (r"^head(_distill)?/", "head"),
+    (r"^position/embedding$", "position_grid"),
+    (r"^embed/kernel$", "input_channels"),
+)
+TINY_SHAPE = {"width": 64, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32}
 
-
-TRANSFER_RULES = ((r"^head(_distill)?/", "head"), (r"^position/embedding$", "grid"), (r"^embed/kernel$", "colours"))
+FAMILY = Family(
+    model=VisionTransformer,
+    sizes=SIZES,
+    partition_rules=PARTITION_RULES,
+    transfer_rules=TRANSFER_RULES,
+    tiny=TINY_SHAPE,
+    fold=fold,
+    published={
+        "halvit_tiny": Published(77.3, "HaLViT, T, 300 epochs", params="11.1M"),
+        "halvit_small": Published(81.3, "HaLViT, M, 300 epochs", params="43.0M"),
+        "deit_tiny": Published(72.2, "DeiT, 300 epochs"),
+        "deit_small": Published(79.9, "DeiT, 300 epochs"),
+        "deit_base": Published(81.8, "DeiT, 300 epochs"),
+        "deit_tiny_distilled": Published(74.5, "DeiT, 300 epochs"),
+        "deit_small_distilled": Published(81.2, "DeiT, 300 epochs"),
+        "deit_base_distilled": Published(83.4, "DeiT, 300 epochs"),
+    },
+    baselines={
+        "halvit_tiny": "deit_small",
+        "halvit_small": "deit_base",
+        "halvit_tiny_h": "deit_small",
+        "halvit_small_h": "deit_base",
+        **{f"{name}_hc": name for name in ("deit_tiny", "deit_small", "deit_base")},
+    },
+)

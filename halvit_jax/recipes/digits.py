@@ -24,7 +24,7 @@ def shvit() -> ConfigDict:
     config.loop.eval_every = config.loop.checkpoint_every = 200
     config.model.depths = (1, 2, 2)
     config.model.widths = (32, 64, 96)
-    config.model.partial = (16, 16, 24)
+    config.model.partial_dims = (16, 16, 24)
     config.model.stem_strides = (1, 1)
     config.optim.warmup_epochs = 5.0
     return config
@@ -35,7 +35,7 @@ def nextvit(model: str) -> ConfigDict:
     config = _digits(model)
     config.total_steps = 400
     config.loop.log_every = 50
-    config.loop.ema_decay = 0.0  # as on ImageNet; averages of so few steps are far behind
+    config.loop.ema_decay = 0.0  # as on ImageNet; an EMA of so few steps lags far behind
     config.loop.eval_every = config.loop.checkpoint_every = 200
     config.model.depths = (1, 2)
     config.model.widths = (32, 48)
@@ -83,15 +83,10 @@ def pvt(model: str) -> ConfigDict:
 
 
 def distilled(model: str, kind: str) -> ConfigDict:
-    """The embedded digits with the plain ViT of runs/vit_digits as the teacher.
+    """The embedded digits with the untied ViT of runs/vit_digits as the teacher.
 
     "hard": its labels, for a distillation token (DeiT); "soft": its probabilities and its relations (MiniViT).
-
-    Raises:
-        ValueError: another kind.
     """
-    if kind not in ("hard", "soft"):
-        raise ValueError(f"kind {kind!r} is not one of hard, soft; give it behind the file: x.py:soft")
     config = vit(model)
     config.task.name = "distillation"
     config.teacher.init_from = "runs/vit_digits"

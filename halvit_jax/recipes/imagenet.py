@@ -5,14 +5,14 @@ from ml_collections import ConfigDict
 from halvit_jax.config import default_config
 
 
-def deit(model: str, *, epochs: int = 300) -> ConfigDict:
-    """DeiT (Touvron et al., 2021): the recipe of every model shaped like a ViT.
+def deit(model: str) -> ConfigDict:
+    """DeiT (Touvron et al., 2021): the recipe of every model shaped like a ViT, 300 epochs.
 
-    Colour jitter is left out: timm switches it off where RandAugment is on. The released accuracies are of the raw
-    weights; the averages are evaluated beside them.
+    Colour jitter is left out: timm switches it off where RandAugment is on. The released accuracies are those of the
+    non-EMA weights; the EMA is evaluated beside them.
     """
     config = default_config()
-    config.num_epochs = epochs
+    config.num_epochs = 300
     config.batch_size = config.recipe_batch_size = 1024
     config.loop.ema_decay = 0.99996
     config.model.name = model
@@ -42,32 +42,32 @@ def deit_384(model: str) -> ConfigDict:
     return config
 
 
-def mini_deit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
 
-    The tables of relative positions are decayed, the position embedding is not, as released. `variant` is a number of
-    epochs on the labels alone, "distilled": 300 epochs on nothing but the probabilities of a RegNetY-16GF, or "384":
-    fine-tuning at 384 pixels, on the labels and without stochastic depth.
+    The tables of relative positions are decayed, the position embedding is not, as released. Without a `variant` it
+    learns from the labels alone; "distilled": from nothing but the probabilities of a RegNetY-16GF; "384": fine-tuning
+    at 384 pixels, on the labels and without stochastic depth.
     """
-    config = deit(model, epochs=_epochs(variant))
+    config = deit(model)
     config.model.drop_path = drop_path
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
         config.optim.schedule = "constant"  # the released floor lies above the rate
         config.model.drop_path = 0.0
     if variant == DISTILLED:
-        _teach(config, "regnety_160", kind="soft", alpha=1.0)
+        _set_teacher(config, "regnety_160", kind="soft", alpha=1.0)
     return config
 
 
-def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
+def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Swin Transformer (Liu et al., 2021).
 
-    Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no averages, and no decay of the
-    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024. `variant` is a
-    number of epochs, or "384": fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
+    Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no EMA, and no decay of the tables
+    of relative positions. The start of the warm-up and the floor are those for a batch of 1024. The variant "384" is
+    fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
     """
-    config = deit(model, epochs=_epochs(variant))
+    config = deit(model)
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
@@ -84,13 +84,13 @@ def swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
     return config
 
 
-def pvt(model: str, *, epochs: int = 300) -> ConfigDict:
-    """PVT and PVTv2 (Wang et al., 2021): DeiT's recipe without averages.
+def pvt(model: str) -> ConfigDict:
+    """PVT and PVTv2 (Wang et al., 2021): DeiT's recipe without EMA.
 
     The large models have more stochastic depth and clipped gradients. Unlike a ViT's, PVT's positions are decayed, as
     released.
     """
-    config = deit(model, epochs=epochs)
+    config = deit(model)
     config.loop.ema_decay = 0.0
     if model.removesuffix("_hc") in PVT_LARGE:
         config.model.drop_path = 0.3
@@ -101,36 +101,35 @@ def pvt(model: str, *, epochs: int = 300) -> ConfigDict:
 PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 
 
-def mini_swin(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
-    """Mini-Swin (Zhang et al., 2022): Swin's recipe.
+def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
+    """Mini-Swin (Zhang et al., 2022): Swin's recipe with less stochastic depth.
 
-    `variant` is as for Swin, or "distilled": 300 epochs on nothing but what a Swin-B says and how its tokens relate, in
-    six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
+    `variant` is as for Swin, or "distilled": from nothing but the logits of a Swin-B and the relations between its
+    tokens, in six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
     """
-    config = swin(model, drop_path=drop_path, variant="300" if variant == DISTILLED else variant)
+    config = swin(model, drop_path=drop_path, variant="" if variant == DISTILLED else variant)
     if variant == DISTILLED:
         layers = (1, 3, 9, 15, 21, 23)
         student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
-        _teach(config, "swin_base", kind="soft_cross_entropy", alpha=1.0, qkv_weight=1.0, hidden_weight=0.1)
+        _set_teacher(config, "swin_base", kind="soft_cross_entropy", alpha=1.0, qkv_weight=1.0, hidden_weight=0.1)
         config.distillation.update(student_layers=student, teacher_layers=layers)
     return config
 
 
-def shvit(model: str, *, variant: str = "300") -> ConfigDict:
+def shvit(model: str, *, variant: str = "") -> ConfigDict:
     """SHViT (Yun and Ro, 2024, and the released code): DeiT's recipe with another clipping, decay and learning rate.
 
     The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so 4e-3 is what the published
     models were trained with. Their gradients are clipped unit by unit, the classifier's too as we read the code. They
-    were computed in float32, and know no stochastic depth. `variant` is a number of epochs on the labels alone,
-    "distilled": 300 epochs with a second classifier that learns what a RegNetY-16GF names, or "384" or "512":
-    fine-tuning at that many pixels.
+    were computed in float32, without stochastic depth. `variant`: "distilled" has a second classifier that learns the
+    labels a RegNetY-16GF predicts; "384" and "512" are fine-tuning at that many pixels.
 
     Raises:
         ValueError: a model that no weight decay is published for.
     """
     if model not in SHVIT_DECAY:
         raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
-    config = deit(model, epochs=_epochs(variant))
+    config = deit(model)
     config.batch_size = config.recipe_batch_size = 2048
     config.compute_dtype = "float32"
     config.model.drop_path = None
@@ -142,18 +141,17 @@ def shvit(model: str, *, variant: str = "300") -> ConfigDict:
         _fine_tune(config, batch_size=2048, learning_rate=1e-3, image_size=int(variant))
     if variant == DISTILLED:
         config.model.name = f"{model}_distilled"
-        _teach(config, "regnety_160", kind="hard", alpha=0.5)
+        _set_teacher(config, "regnety_160", kind="hard", alpha=0.5)
     return config
 
 
-def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict:
-    """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches, and not repeated.
+def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
+    """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches.
 
     The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
-    clipped, no repeated augmentation and no averages. `variant` is a number of epochs, or "384": fine-tuning at 384
-    pixels.
+    clipped, no repeated augmentation and no EMA. The variant "384" is fine-tuning at 384 pixels.
     """
-    config = deit(model, epochs=_epochs(variant))
+    config = deit(model)
     config.batch_size = config.recipe_batch_size = 2048
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
@@ -168,7 +166,7 @@ def nextvit(model: str, *, drop_path: float, variant: str = "300") -> ConfigDict
     return config
 
 
-DISTILLED, AT_384 = "distilled", "384"  # variants that are no number of epochs
+DISTILLED, AT_384 = "distilled", "384"
 FINE_TUNED = (AT_384, "512")  # of SHViT
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
@@ -197,13 +195,13 @@ def torchvision_v1(model: str) -> ConfigDict:
     return config
 
 
-def resnet_a2(model: str, *, epochs: int = 300) -> ConfigDict:
+def resnet_a2(model: str) -> ConfigDict:
     """A2 of "ResNet strikes back" (Wightman et al., 2021): LAMB, binary cross-entropy, Mixup, CutMix, RandAugment.
 
     Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as timm's LAMB does by itself.
     """
     config = default_config()
-    config.num_epochs = epochs
+    config.num_epochs = 300
     config.batch_size = config.recipe_batch_size = 2048
     config.model.name = model
     config.model.drop_path = 0.05
@@ -226,28 +224,11 @@ def resnet_a2(model: str, *, epochs: int = 300) -> ConfigDict:
     return config
 
 
-def resnet(model: str, recipe: str) -> ConfigDict:
-    """A convolutional network under one of `RESNET_RECIPES`.
-
-    Raises:
-        ValueError: another name.
-    """
-    if recipe not in RESNET_RECIPES:
-        raise ValueError(
-            f"recipe {recipe!r} is not one of {', '.join(RESNET_RECIPES)}; give it behind the file: x.py:a2"
-        )
-    return RESNET_RECIPES[recipe](model)
-
-
 RESNET_RECIPES = {"v1": torchvision_v1, "a2": resnet_a2}
 
 
-def _epochs(variant: str) -> int:
-    return 300 if variant in (DISTILLED, AT_384) else int(variant)
-
-
 def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, image_size: int = 384) -> ConfigDict:
-    """Make 30 epochs at more pixels of a recipe, with hardly any decay; `init_from` is still to name what begins."""
+    """Make 30 epochs at more pixels of a recipe, with hardly any decay; `init_from` is left to the command line."""
     config.num_epochs = 30
     config.batch_size = config.recipe_batch_size = batch_size
     config.model.image_size = image_size
@@ -257,8 +238,8 @@ def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, ima
     return config
 
 
-def _teach(config: ConfigDict, teacher: str, **fields: object) -> None:
-    """Distillation of this teacher, whose weights `teacher.init_from` is still to name."""
+def _set_teacher(config: ConfigDict, teacher: str, **fields: object) -> None:
+    """Distillation from this teacher; `teacher.init_from`, its weights, is left to the command line."""
     config.task.name = "distillation"
     config.teacher.name = teacher
     config.distillation.update(fields)

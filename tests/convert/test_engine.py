@@ -5,7 +5,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halvit_jax.convert.engine import LAYOUTS, Rule, batch_norm, check_tree, conv, dense, layer_norm, to_ours, to_torch
+from halvit_jax.convert.engine import (
+    LAYOUTS,
+    Rule,
+    batch_norm,
+    check_tree,
+    conv,
+    dense,
+    from_torch_arrays,
+    layer_norm,
+    to_torch,
+)
 
 RULES = (*dense("blocks.{i}.fc", "block{i}/ffn"), *conv("stem.0", "stem/conv"), *batch_norm("stem.1", "stem/norm"))
 WANTED = {
@@ -40,7 +50,7 @@ def state() -> dict[str, np.ndarray]:
 
 
 def test_one_table_reads_both_ways(state: dict[str, np.ndarray]) -> None:
-    arrays = to_ours("net", RULES, state, WANTED)
+    arrays = from_torch_arrays("net", RULES, state, WANTED)
     assert {path: array.shape for path, array in arrays.items()} == WANTED
     assert arrays["params/block1/ffn/kernel"][2, 3] == state["blocks.1.fc.weight"][3, 2]
     assert arrays["params/stem/conv/kernel"][0, 1, 2, 3] == state["stem.0.weight"][3, 2, 0, 1]
@@ -55,7 +65,7 @@ def test_one_table_reads_both_ways(state: dict[str, np.ndarray]) -> None:
     ("layout", "shape", "ours"),
     [
         ("same", (3,), (3,)),
-        ("matrix", (3, 2), (2, 3)),
+        ("linear", (3, 2), (2, 3)),
         ("conv", (5, 4, 2, 3), (2, 3, 4, 5)),
         ("pointwise", (5, 4, 1, 1), (4, 5)),
         ("token", (1, 1, 6), (6,)),
@@ -64,9 +74,9 @@ def test_one_table_reads_both_ways(state: dict[str, np.ndarray]) -> None:
 )
 def test_a_layout_has_an_inverse(layout: str, shape: tuple[int, ...], ours: tuple[int, ...]) -> None:
     array = np.arange(np.prod(shape)).reshape(shape)
-    there = LAYOUTS[layout].ours(array)
+    there = LAYOUTS[layout].to_jax(array)
     assert there.shape == ours
-    assert np.array_equal(LAYOUTS[layout].torch(there), array)
+    assert np.array_equal(LAYOUTS[layout].to_torch(there), array)
     assert np.shares_memory(there, array)
 
 
@@ -85,12 +95,12 @@ def test_numbers_are_the_same_on_both_sides() -> None:
 
 def test_old_files_count_no_updates(state: dict[str, np.ndarray]) -> None:
     del state["stem.1.num_batches_tracked"]
-    assert to_ours("net", RULES, state, WANTED).keys() == WANTED.keys()
+    assert from_torch_arrays("net", RULES, state, WANTED).keys() == WANTED.keys()
 
 
 def test_what_follows_from_the_fields_is_neither_kept_nor_written(state: dict[str, np.ndarray]) -> None:
     rules = (*RULES, Rule("blocks.{i}.index", "params/block{i}/ffn/bias", "cache"))
-    arrays = to_ours("net", rules, state | {"blocks.1.index": np.zeros((9, 9), np.int64)}, WANTED)
+    arrays = from_torch_arrays("net", rules, state | {"blocks.1.index": np.zeros((9, 9), np.int64)}, WANTED)
     assert to_torch(rules, arrays).keys() == state.keys()
 
 
@@ -100,11 +110,11 @@ def test_everything_that_is_wrong_is_said_at_once(state: dict[str, Any]) -> None
     state["stem.0.weight"] = np.zeros((7, 5, 1, 3), np.float32)
     state["blocks.1.fc.bias"] = np.zeros(4, np.float64)
     with pytest.raises(ValueError, match="these weights do not fit net") as error:
-        to_ours("net", RULES, state, WANTED)
+        from_torch_arrays("net", RULES, state, WANTED)
     for said in (
         "2 missing: blocks.0.fc.weight, stem.1.running_var",
-        "2 left over: blocks.2.fc.weight, head.bias",
-        "1 misshapen: stem.0.weight (is (7, 5, 1, 3), must be (7, 5, 3, 3))",
+        "2 unexpected: blocks.2.fc.weight, head.bias",
+        "1 shape mismatch: stem.0.weight (is (7, 5, 1, 3), must be (7, 5, 3, 3))",
         "1 of a wrong type: blocks.1.fc.bias (is float64, must be float32 or float16 or bfloat16)",
     ):
         assert said in str(error.value)
@@ -115,10 +125,10 @@ def test_the_first_rule_names_a_path_and_the_next_ones_are_understood() -> None:
     rules = (*layer_norm("norm", "norm"), *layer_norm("ln_f", "norm"))
     wanted = {"params/norm/scale": (2,), "params/norm/bias": (2,)}
     old = {"ln_f.weight": np.float32([1, 2]), "ln_f.bias": np.float32([3, 4])}
-    arrays = to_ours("net", rules, old, wanted)
+    arrays = from_torch_arrays("net", rules, old, wanted)
     assert to_torch(rules, arrays).keys() == {"norm.weight", "norm.bias"}
     with pytest.raises(ValueError, match=r"1 ambiguous: params/norm/bias \(is ln_f.bias and norm.bias\)$"):
-        to_ours("net", rules, old | {"norm.bias": old["ln_f.bias"]}, wanted)
+        from_torch_arrays("net", rules, old | {"norm.bias": old["ln_f.bias"]}, wanted)
 
 
 def test_a_counter_too_is_written_under_its_first_name_alone() -> None:
@@ -131,14 +141,14 @@ def test_a_name_with_two_places_is_ambiguous() -> None:
     rules = (Rule("w", "params/a"), Rule("w", "params/b"))
     wanted = {"params/a": (1,), "params/b": (1,)}
     with pytest.raises(ValueError, match=r"ambiguous: w \(is params/a and params/b\)"):
-        to_ours("net", rules, {"w": np.zeros(1, np.float32)}, wanted)
+        from_torch_arrays("net", rules, {"w": np.zeros(1, np.float32)}, wanted)
     with pytest.raises(ValueError, match=r"ambiguous: w \(is params/b and another\)"):
         to_torch(rules, {path: np.zeros(1, np.float32) for path in wanted})
 
 
 def test_a_path_without_a_rule_is_missing_both_ways() -> None:
     with pytest.raises(ValueError, match=r"1 missing: params/new \(no rule names it\)"):
-        to_ours("net", RULES, {}, {"params/new": (1,)})
+        from_torch_arrays("net", RULES, {}, {"params/new": (1,)})
     with pytest.raises(ValueError, match=r"1 missing: params/new \(no rule names it\)"):
         to_torch(RULES, {"params/new": np.zeros(1, np.float32)})
 
@@ -154,8 +164,8 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
         check_tree("net", arrays, WANTED)
     for said in (
         "1 missing: params/stem/norm/bias",
-        "1 left over: params/extra",
-        "1 misshapen: params/stem/norm/scale (is (6,), must be (7,))",
+        "1 unexpected: params/extra",
+        "1 shape mismatch: params/stem/norm/scale (is (6,), must be (7,))",
         "1 of a wrong type: params/block0/ffn/bias (is int32,",
     ):
         assert said in str(error.value)
@@ -164,5 +174,5 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
 def test_a_rule_that_reads_one_way_only_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a.\{i\} and b do not name the same numbers"):
         Rule("a.{i}", "b")
-    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, matrix.*, counter, cache"):
+    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, linear.*, counter, cache"):
         Rule("a", "b", "transposed")

@@ -64,10 +64,10 @@ def test_positions_and_colours_of_another_resolution() -> None:
     """From 32 pixels to 48: the grids of both stages are resampled, the class token's position is kept."""
     arrays: dict[str, Any] = random_arrays("pvt_tiny", **SMALL)
     larger = create_model("pvt_tiny", **SMALL | {"image_size": 48, "num_classes": 7})
-    found = transfer("pvt_tiny", arrays, shapes_of(larger), transfer_rules(larger), fresh=())
-    assert [line.split()[0] for line in found.changed] == ["params/stage1/position", "params/stage2/position"]
+    found = transfer("pvt_tiny", arrays, shapes_of(larger), transfer_rules(larger), exclude=())
+    assert [line.split()[0] for line in found.adapted] == ["params/stage1/position", "params/stage2/position"]
     assert found.arrays["params/stage1/position"].shape == (144, 16)
     table = found.arrays["params/stage2/position"]
     assert table.shape == (1 + 36, 24)
     np.testing.assert_array_equal(table[0], arrays["params/stage2/position"][0])
-    assert [line.split()[0] for line in found.fresh] == ["params/head/bias", "params/head/kernel"]
+    assert [line.split()[0] for line in found.initialized] == ["params/head/bias", "params/head/kernel"]

@@ -9,8 +9,8 @@ from helpers.tiers import CORE, tiered
 
 from halvit_jax import convert
 from halvit_jax.convert import engine, from_torch, shapes_of, to_torch
-from halvit_jax.convert.engine import to_ours
-from halvit_jax.models import MODELS, create_model, list_models
+from halvit_jax.convert.engine import from_torch_arrays
+from halvit_jax.models import FAMILIES, create_model, family_of, list_models
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.trees import unflatten
 
@@ -76,14 +76,14 @@ def test_the_other_sizes_load_by_the_same_tables(name: str) -> None:
     weights = (np.prod(shape) for key, shape in shapes.items() if not re.search(r"running_|num_batches", key))
     assert sum(weights) == PARAMS[name]
     rules, wanted = convert.TABLES[type(model)](model), shapes_of(model)
-    arrays = to_ours(name, rules, zeros(shapes), wanted)
+    arrays = from_torch_arrays(name, rules, zeros(shapes), wanted)
     assert {path: array.shape for path, array in arrays.items()} == wanted
     assert {key: array.shape for key, array in engine.to_torch(rules, arrays).items()} == shapes
 
 
 def test_every_model_of_a_family_with_a_table_is_tested() -> None:
-    assert all(MODELS[name][0] in convert.TABLES for name in list_models())
-    assert {name for name in list_models() if MODELS[name][0] is ResNet} == {*GOLDEN, *OTHERS}
+    assert all(family.model in convert.TABLES for family in FAMILIES)
+    assert {name for name in list_models() if family_of(name).model is ResNet} == {*GOLDEN, *OTHERS}
 
 
 @pytest.mark.parametrize("name", tiered([*GOLDEN, *OTHERS], CORE))

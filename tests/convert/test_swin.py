@@ -56,7 +56,7 @@ def test_released_files_also_hold_indices_and_masks(name: str) -> None:
     more = {f"layers.{i}.blocks.0.attn.relative_position_index": np.zeros((49, 49), np.int64) for i in range(4)}
     more["layers.0.blocks.0.attn_mask"] = np.zeros((64, 49, 49), np.float32)
     assert to_torch(name, from_torch(name, state | more)).keys() == state.keys()
-    with pytest.raises(ValueError, match=r"1 left over: layers.0.blocks.0.attn.mask$"):
+    with pytest.raises(ValueError, match=r"1 unexpected: layers.0.blocks.0.attn.mask$"):
         from_torch(name, state | {"layers.0.blocks.0.attn.mask": np.zeros(())})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
-from halvit_jax.convert.transfer import Transfer, change_colours, read_for, resample_grid, transfer
+from halvit_jax.convert.transfer import Transfer, adapt_input_channels, adapt_position_grid, read_for, transfer
 from halvit_jax.models import create_model, transfer_rules
 from halvit_jax.trees import unflatten
 
@@ -21,51 +21,54 @@ def arrays_of(name: str, **fields: Any) -> dict[str, np.ndarray]:
     return {path: rng.standard_normal(shape).astype(np.float32) for path, shape in shapes}
 
 
-def begin(name: str, arrays: dict[str, np.ndarray], *, fresh: tuple[str, ...] = (), **fields: Any) -> Transfer:
+def begin(name: str, arrays: dict[str, np.ndarray], *, exclude: tuple[str, ...] = (), **fields: Any) -> Transfer:
     model = create_model(name, **fields)
-    return transfer(name, arrays, shapes_of(model), transfer_rules(model), fresh=fresh)
+    return transfer(name, arrays, shapes_of(model), transfer_rules(model), exclude=exclude)
 
 
 @pytest.mark.parametrize("name", ["halvit_tiny", "deit_small"])
 def test_a_vit_gets_another_head_and_another_grid(name: str) -> None:
     arrays = arrays_of(name, **TINY)
     found = begin(name, arrays, **TINY | {"num_classes": 7, "image_size": 40})
-    assert found.fresh == ["params/head/bias (7,)", "params/head/kernel (32, 7)"]
+    assert found.initialized == ["params/head/bias (7,)", "params/head/kernel (32, 7)"]
     assert sorted(found.unused) == ["params/head/bias (5,)", "params/head/kernel (32, 5)"]
-    assert found.changed == ["params/position/embedding (10, 32) -> (26, 32)"]
+    assert found.adapted == ["params/position/embedding (10, 32) -> (26, 32)"]
     same = arrays.keys() - {"params/head/bias", "params/head/kernel", "params/position/embedding"}
     assert found.arrays.keys() == same | {"params/position/embedding"}
     assert all(np.array_equal(found.arrays[path], arrays[path]) for path in same)
-    assert found.lines()[0] == f"{len(same)} arrays as they are"
-    assert found.lines()[2] == "begins fresh: params/head/bias (7,), params/head/kernel (32, 7)"
+    assert found.lines()[0] == f"{len(same)} arrays copied"
+    assert found.lines()[2] == "initialized: params/head/bias (7,), params/head/kernel (32, 7)"
 
 
 def test_what_is_the_same_is_taken_whole() -> None:
     arrays = arrays_of("resnet18", num_classes=3)
     found = begin("resnet18", arrays, num_classes=3, image_size=384)
-    assert found.lines() == [f"{len(arrays)} arrays as they are"]
+    assert found.lines() == [f"{len(arrays)} arrays copied"]
 
 
-def test_a_classifier_may_begin_fresh_be_missing_or_be_too_much() -> None:
+def test_a_classifier_may_be_initialized_be_missing_or_be_too_much() -> None:
     arrays = arrays_of("resnet18", num_classes=3)
-    asked = begin("resnet18", arrays, fresh=("^head/kernel",), num_classes=3)
-    assert asked.fresh == ["params/head/kernel (512, 3)"]
+    asked = begin("resnet18", arrays, exclude=("^head/kernel",), num_classes=3)
+    assert asked.initialized == ["params/head/kernel (512, 3)"]
     assert "params/head/bias" in asked.arrays
     none = begin("resnet18", arrays, num_classes=0)
     assert len(none.unused) == 2
     added = begin("resnet18", arrays_of("resnet18", num_classes=0), num_classes=3)
-    assert len(added.fresh) == 2
+    assert len(added.initialized) == 2
     assert not added.unused
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"depth": 3}, r"cannot begin halvit_tiny; \d+ missing: params/block2/attention/key_value/kernel, "),
-        ({"depth": 1}, r"left over: params/block1/"),
-        ({"width": 64}, r"misshapen: .*params/class_token \(is \(32,\), must be \(64,\)\)"),
-        ({"patch_size": 4}, r"misshapen: params/embed/kernel"),
-        ({"pool": "mean"}, r"misshapen: params/position/embedding \(is \(10, 32\), must be \(9, 32\)\); .*left over"),
+        ({"depth": 3}, r"cannot initialise halvit_tiny; \d+ missing: params/block2/attention/key_value/kernel, "),
+        ({"depth": 1}, r"unexpected: params/block1/"),
+        ({"width": 64}, r"shape mismatch: .*params/class_token \(is \(32,\), must be \(64,\)\)"),
+        ({"patch_size": 4}, r"shape mismatch: params/embed/kernel"),
+        (
+            {"pool": "mean"},
+            r"shape mismatch: params/position/embedding \(is \(10, 32\), must be \(9, 32\)\); .*unexpected",
+        ),
         ({"attention": "full"}, r"missing: .*attention/qkv/kernel"),
     ],
 )
@@ -76,23 +79,23 @@ def test_all_that_cannot_be_is_named(change: dict[str, Any], message: str) -> No
 
 def test_a_path_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("init_exclude holds '^haed/', which is in no path of resnet18")):
-        begin("resnet18", arrays_of("resnet18"), fresh=("^haed/",))
+        begin("resnet18", arrays_of("resnet18"), exclude=("^haed/",))
 
 
 def test_positions_are_resampled_between_grids_and_tokens_before_them_kept() -> None:
     rows, columns = np.meshgrid(np.linspace(0, 1, 14), np.linspace(0, 2, 14), indexing="ij")
     smooth = np.stack([rows, columns], -1).reshape(-1, 2)
     array = np.concatenate([[[5.0, 6.0]], smooth]).astype(np.float32)
-    larger = resample_grid(array, (577, 2))
+    larger = adapt_position_grid(array, (577, 2))
     np.testing.assert_array_equal(larger[0], [5.0, 6.0])
     grid = larger[1:].reshape(24, 24, 2)
     step = 14 / 24  # of the old grid's pixels, whose first centre lies at 0 and whose last at 13
     places = ((np.arange(24) + 0.5) * step - 0.5) / 13
     np.testing.assert_allclose(grid[4:-4, 5, 0], places[4:-4], atol=1e-5)  # a plane stays one, but at the edges
     np.testing.assert_allclose(grid[5, 4:-4, 1], 2 * places[4:-4], atol=1e-5)
-    np.testing.assert_allclose(resample_grid(array, (197, 2)), array, atol=1e-6)
-    assert resample_grid(array, (577, 3)) is None
-    assert resample_grid(array, (200, 2)) is None
+    np.testing.assert_allclose(adapt_position_grid(array, (197, 2)), array, atol=1e-6)
+    assert adapt_position_grid(array, (577, 3)) is None
+    assert adapt_position_grid(array, (200, 2)) is None
 
 
 def keys(distance: np.ndarray) -> np.ndarray:
@@ -119,7 +122,7 @@ def test_tables_of_relative_positions_are_resampled_head_by_head(name: str) -> N
     arrays = arrays_of(name, **fields, image_size=224)
     found = begin(name, arrays, **fields, image_size=384, window_size=12)
     tables = [path for path in arrays if path.endswith("position_bias/table")]
-    assert len(found.changed) == len(tables) == (2 if name == "mini_swin_tiny" else 4)
+    assert len(found.adapted) == len(tables) == (2 if name == "mini_swin_tiny" else 4)
     for path in tables:
         heads = arrays[path].shape[1]
         assert (arrays[path].shape, found.arrays[path].shape) == ((13**2, heads), (23**2, heads))
@@ -132,7 +135,7 @@ def test_a_mini_deit_gets_another_grid_and_keeps_its_relative_positions() -> Non
     fields = {"width": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
     arrays = arrays_of("mini_deit_tiny", **fields)
     found = begin("mini_deit_tiny", arrays, **fields, image_size=384)
-    assert found.changed == ["params/position/embedding (196, 16) -> (576, 16)"]
+    assert found.adapted == ["params/position/embedding (196, 16) -> (576, 16)"]
     for path in (f"params/block0/repeat{i}/position/table" for i in range(2)):
         np.testing.assert_array_equal(found.arrays[path], arrays[path])
     embedding = arrays["params/position/embedding"].reshape(14, 14, 16)
@@ -144,12 +147,12 @@ def test_a_kernel_for_grey_images_answers_them_as_the_old_one_answered_equal_col
     rng = np.random.default_rng(0)
     kernel, grey = rng.standard_normal((7, 7, 3, 4)), rng.standard_normal((7, 7, 1))
     wanted = (np.repeat(grey, 3, 2)[..., None] * kernel).sum((0, 1, 2))
-    one = change_colours(kernel, (7, 7, 1, 4))
+    one = adapt_input_channels(kernel, (7, 7, 1, 4))
     np.testing.assert_allclose((grey[..., None] * one).sum((0, 1, 2)), wanted, rtol=1e-4)
-    three = change_colours(one, (7, 7, 3, 4))
+    three = adapt_input_channels(one, (7, 7, 3, 4))
     np.testing.assert_allclose((np.repeat(grey, 3, 2)[..., None] * three).sum((0, 1, 2)), wanted, rtol=1e-4)
-    assert change_colours(kernel, (7, 7, 4, 4)) is None
-    assert change_colours(kernel, (3, 3, 1, 4)) is None
+    assert adapt_input_channels(kernel, (7, 7, 4, 4)) is None
+    assert adapt_input_channels(kernel, (3, 3, 1, 4)) is None
 
 
 def test_files_of_all_kinds_can_be_begun_with(tmp_path: pathlib.Path) -> None:
@@ -170,6 +173,6 @@ def test_a_state_may_differ_in_sizes_only_where_that_is_allowed(tmp_path: pathli
     state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][..., 0]  # no longer of four dimensions
     state["norm.bias"] = state["norm.bias"][:5]
     readers.write(tmp_path / "torch.safetensors", state, {})
-    message = r"2 misshapen: norm.bias \(is \(5,\), must be \(32,\)\), patch_embed.proj.weight"
+    message = r"2 shape mismatch: norm.bias \(is \(5,\), must be \(32,\)\), patch_embed.proj.weight"
     with pytest.raises(ValueError, match=message):
         read_for(tmp_path / "torch.safetensors", "halvit_tiny", create_model("halvit_tiny", **TINY))

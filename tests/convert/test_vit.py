@@ -130,12 +130,12 @@ def test_a_deit_stays_what_it_is() -> None:
 
 def test_a_state_of_another_size_is_refused() -> None:
     state = to_torch("deit_tiny", variables_of("deit_tiny", **TINY), **TINY)
-    with pytest.raises(ValueError, match=r"do not fit deit_tiny; 2 misshapen: head.\w+ .*, head.\w+ .*5") as error:
+    with pytest.raises(ValueError, match=r"do not fit deit_tiny; 2 shape mismatch: head.\w+ .*, head.\w+ .*5") as error:
         from_torch("deit_tiny", state, **TINY | {"num_classes": 7})
     assert "head.weight (is (5, 32), must be (7, 32))" in str(error.value)
-    with pytest.raises(ValueError, match=r"2 left over: head.bias, head.weight$"):
+    with pytest.raises(ValueError, match=r"2 unexpected: head.bias, head.weight$"):
         from_torch("deit_tiny", dict(sorted(state.items())), **TINY | {"num_classes": 0})
-    with pytest.raises(ValueError, match=r"1 misshapen: pos_embed \(is \(1, 10, 32\), must be \(1, 17, 32\)\)$"):
+    with pytest.raises(ValueError, match=r"1 shape mismatch: pos_embed \(is \(1, 10, 32\), must be \(1, 17, 32\)\)$"):
         from_torch("deit_tiny", state, **TINY | {"image_size": 32})
     with pytest.raises(ValueError, match=r"these variables do not fit deit_tiny; .*params/head/bias"):
         to_torch("deit_tiny", from_torch("deit_tiny", state, **TINY), **TINY | {"num_classes": 0})

@@ -61,16 +61,16 @@ def assert_frequencies(values: np.ndarray, probabilities: Sequence[float]) -> No
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 @pytest.mark.parametrize("m", [*range(11), 8.63, 9.41])
 def test_levels_are_timms(m: float, sign: float, increasing: bool) -> None:
-    share = m / 10
-    factor = max(0.1, 1 + sign * share * 0.9) if increasing else share * 1.8 + 0.1
+    fraction = m / 10
+    factor = max(0.1, 1 + sign * fraction * 0.9) if increasing else fraction * 1.8 + 0.1
     expected = {
-        "rotate": sign * share * 30,
-        "posterize": 4 - int(share * 4) if increasing else int(share * 4),
-        "solarize": 256 - min(256, int(share * 256)) if increasing else min(256, int(share * 256)),
-        "solarize_add": min(128, int(share * 110)),
+        "rotate": sign * fraction * 30,
+        "posterize": 4 - int(fraction * 4) if increasing else int(fraction * 4),
+        "solarize": 256 - min(256, int(fraction * 256)) if increasing else min(256, int(fraction * 256)),
+        "solarize_add": min(128, int(fraction * 110)),
         **dict.fromkeys(("color", "contrast", "brightness", "sharpness"), factor),
-        **dict.fromkeys(("shear_x", "shear_y"), sign * share * 0.3),
-        **dict.fromkeys(("translate_x_rel", "translate_y_rel"), sign * share * 0.45),
+        **dict.fromkeys(("shear_x", "shear_y"), sign * fraction * 0.3),
+        **dict.fromkeys(("translate_x_rel", "translate_y_rel"), sign * fraction * 0.45),
     }
     table = augment.RAND_AUGMENT if increasing else augment.RAND_AUGMENT_PLAIN
     assert [name for name in table if table[name] is None] == ["auto_contrast", "equalize", "invert"]
@@ -192,14 +192,14 @@ def test_color_jitter_order_is_random(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_frequencies(np.array([orders.index(tuple(calls[i : i + 3])) for i in range(0, len(calls), 3)]), [1 / 6] * 6)
 
 
-def test_nothing_is_changed_unless_asked(small: np.ndarray) -> None:
+def test_augmentations_change_nothing_by_default(small: np.ndarray) -> None:
     image, seed = tf.constant(small), seeds(1)[0]
     np.testing.assert_array_equal(augment.color_jitter(image, seed), small)
     np.testing.assert_array_equal(augment.rand_augment(image, seed, probability=0.0), small)
 
 
 @pytest.mark.parametrize("name", tiered(POLICIES, {"rand"}))
-def test_the_same_eagerly_and_in_a_pipeline(name: str, small: np.ndarray) -> None:
+def test_augmentations_are_the_same_eagerly_and_in_a_pipeline(name: str, small: np.ndarray) -> None:
     count = 40
     eager = [POLICIES[name](tf.constant(small), seed).numpy() for seed in seeds(count)]
     again = in_pipeline(POLICIES[name], small, count)
@@ -230,12 +230,12 @@ def test_seeds_may_be_int32_and_the_shape_stays_known(name: str, small: np.ndarr
         ("rand", (2, 10, 0, False, 0.5)),
     ],
 )
-def test_parse(text: str, expected: tuple) -> None:
+def test_parse_rand_augment(text: str, expected: tuple) -> None:
     names = ("ops", "magnitude", "magnitude_std", "increasing", "probability")
     assert augment.parse_rand_augment(text) == dict(zip(names, expected, strict=True))
 
 
-def test_deits_name_gives_the_defaults(small: np.ndarray) -> None:
+def test_deits_rand_augment_gives_the_defaults(small: np.ndarray) -> None:
     seed = tf.constant([1, 2])
     named = augment.rand_augment(tf.constant(small), seed, **augment.parse_rand_augment("rand-m9-mstd0.5-inc1"))
     np.testing.assert_array_equal(named, augment.rand_augment(tf.constant(small), seed))
@@ -248,11 +248,11 @@ def test_deits_name_gives_the_defaults(small: np.ndarray) -> None:
         *("rand-n0", "rand-n1.5", "rand-p1.1", "rand-inc2", "rand-mstdx", "rand-x3", "rand-tweights", "rand-mmax10"),
     ],
 )
-def test_parse_refuses(text: str) -> None:
+def test_parse_rand_augment_rejects(text: str) -> None:
     with pytest.raises(ValueError, match=r"data\.augment='.*' is not understood"):
         augment.parse_rand_augment(text)
 
 
-def test_unknown_interpolation_is_refused(small: np.ndarray) -> None:
+def test_unknown_interpolation_is_an_error(small: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"data\.interpolation='lanczos' is none of nearest, bilinear, bicubic"):
         augment.rand_augment(tf.constant(small), tf.constant([1, 2]), interpolation="lanczos")

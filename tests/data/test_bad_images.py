@@ -1,4 +1,4 @@
-"""Image folders with a file that is no image, or an unusual one; the command's answer is in test_folder."""
+"""Image folders with a file that is no image, or an unusual one; the command's error is in test_image_folder."""
 
 import io
 import itertools
@@ -109,7 +109,7 @@ def loaders(root: pathlib.Path, on_bad_image: str = "replace", **changes: Any) -
         "eval_split": "val",
         "virtual_shards": 4,
     }
-    fields |= {"min_crop_area": 0.9, "on_bad_image": on_bad_image, "batch_size": BATCH, "image_size": SIZE, "seed": 0}
+    fields |= {"min_crop_area": 0.9, "on_bad_image": on_bad_image, "batch_size": BATCH, "size": (SIZE, SIZE), "seed": 0}
     return make_loaders(**fields | changes)
 
 
@@ -131,7 +131,7 @@ def assert_equal(first: Batch, second: Batch, rows: Any = slice(None)) -> None:
 def test_an_unusual_image_is_decoded(name: str, root: pathlib.Path) -> None:
     (root / "val" / VICTIM).write_bytes(UNUSUAL[name])
     for on_bad_image in ("error", "replace"):
-        (found, _) = loaders(root, on_bad_image, eval_crop=1.0, interpolation="bilinear").eval.batches()
+        (found, _) = loaders(root, on_bad_image, eval_crop=1.0, interpolation="bilinear").evals["eval"].batches()
         assert found["mask"].all()
         stored = Image.open(io.BytesIO(UNUSUAL[name])).convert("RGB")  # which leaves EXIF alone, as we do
         shown = stored.resize((SIZE * stored.width // stored.height, SIZE), Image.Resampling.BILINEAR)
@@ -140,16 +140,16 @@ def test_an_unusual_image_is_decoded(name: str, root: pathlib.Path) -> None:
         assert np.abs(found["image"][5] - theirs).mean() <= 2.0
 
 
-def test_the_rotation_is_one_that_others_see() -> None:
+def test_exif_orientation_is_ignored() -> None:
     assert Image.open(io.BytesIO(UNUSUAL["rotated"])).getexif()[0x0112] == 6
     np.testing.assert_array_equal(ops.decode(UNUSUAL["rotated"]), ops.decode(GOOD))
 
 
 @pytest.mark.parametrize("name", tiered(BAD, {"page", "truncated"}))
-def test_an_error_names_the_file_and_what_to_do(name: str, root: pathlib.Path) -> None:
+def test_a_decode_error_names_the_file_and_what_to_do(name: str, root: pathlib.Path) -> None:
     spoil(root, name)
     made = loaders(root, "error")
-    for split, batches in (("train", made.train.batches()), ("val", made.eval.batches())):
+    for split, batches in (("train", made.train.batches()), ("val", made.evals["eval"].batches())):
         with pytest.raises(DataError) as found:
             list(itertools.islice(batches, STEPS))
         why = f"cannot be decoded ({BAD[name][1]}); remove it, or set data.on_bad_image='replace'"
@@ -157,11 +157,11 @@ def test_an_error_names_the_file_and_what_to_do(name: str, root: pathlib.Path) -
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "whole"])
-def test_replaced_images_are_grey_and_change_nothing_else(
+def test_on_bad_image_replace_gives_grey_and_changes_nothing_else(
     crop: str, root: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     unspoilt = loaders(root, "error", crop=crop)
-    good, good_val = joined(train_batches(unspoilt)), joined(list(unspoilt.eval.batches()))
+    good, good_val = joined(train_batches(unspoilt)), joined(list(unspoilt.evals["eval"].batches()))
     assert good["mask"].sum() == TRAIN
     assert good_val["mask"].sum() == VAL
     victims = [f"cat/{number:02d}.jpg" for number in range(1, 6)] + ["dog/09.jpg", "dog/08.jpg"]
@@ -169,7 +169,7 @@ def test_replaced_images_are_grey_and_change_nothing_else(
         spoil(root, name, victim)
     made = loaders(root, crop=crop, bad_image_budget=1.0)
     assert not caplog.records
-    found, found_val = joined(train_batches(made)), joined(list(made.eval.batches()))
+    found, found_val = joined(train_batches(made)), joined(list(made.evals["eval"].batches()))
     messages = " ".join(record.getMessage() for record in caplog.records)
     assert all(messages.count(f"'{root}/{split}/{victim}'") == 1 for split in ("train", "val") for victim in victims)
     bad = np.flatnonzero(~found["mask"])
@@ -196,7 +196,7 @@ FULL = {"bad_image_budget": 0.5, "shift": 1, "repeated_aug": 2}
 
 
 @pytest.mark.parametrize("hosts", tiered([2, 4], {2}))
-def test_replaced_images_stay_the_same_on_resume_and_on_any_number_of_hosts(hosts: int, spoilt: pathlib.Path) -> None:
+def test_replaced_images_resume_and_are_elastic_over_hosts(hosts: int, spoilt: pathlib.Path) -> None:
     reference = train_batches(loaders(spoilt, **FULL), 3 * STEPS)
     assert not all(batch["mask"].all() for batch in reference)
     for start in (1, STEPS, 2 * STEPS + 1):
@@ -204,39 +204,39 @@ def test_replaced_images_stay_the_same_on_resume_and_on_any_number_of_hosts(host
             train_batches(loaders(spoilt, **FULL), 3 * STEPS - start, start), reference[start:], strict=True
         ):
             assert_equal(first, second)
-    whole_val = joined(list(loaders(spoilt, **FULL).eval.batches()))
+    whole_val = joined(list(loaders(spoilt, **FULL).evals["eval"].batches()))
     own = [loaders(spoilt, **FULL, host=Host(index, hosts)) for index in range(hosts)]
     parts = zip(*(train_batches(made, 3 * STEPS) for made in own), strict=True)
     for step, part in enumerate(parts):
         assert_equal(joined(list(part)), reference[step])
-    val = joined([batch for made in own for batch in made.eval.batches()])
+    val = joined([batch for made in own for batch in made.evals["eval"].batches()])
     for name in ("image", "label"):
         np.testing.assert_array_equal(val[name][val["mask"]], whole_val[name][:VAL])
 
 
-def test_more_than_the_budget_ends_the_epoch(spoilt: pathlib.Path) -> None:
+def test_exceeding_bad_image_budget_ends_the_epoch(spoilt: pathlib.Path) -> None:
     names = [f"{spoilt}/%s/{victim}" for victim in ("cat/00.jpg", VICTIM, "dog/09.jpg")]
     made = loaders(spoilt, bad_image_budget=2 / TRAIN)
     with pytest.raises(DataError) as found:
         train_batches(made)
-    said = "3 images of this epoch cannot be decoded, 2 are allowed: " + ", ".join(names) % (("train",) * 3)
-    assert str(found.value) == f"{said}; remove them, or raise data.bad_image_budget"
+    message = "3 images of this epoch cannot be decoded, 2 are allowed: " + ", ".join(names) % (("train",) * 3)
+    assert str(found.value) == f"{message}; remove them, or raise data.bad_image_budget"
     with pytest.raises(
         DataError, match=rf"[23] images of this epoch cannot be decoded, 1 are allowed: {spoilt}/val/cat"
     ):
-        list(made.eval.batches())
+        list(made.evals["eval"].batches())
     generous = loaders(spoilt, bad_image_budget=0.3)  # of 16 and of 10
     assert [joined(train_batches(generous, STEPS, start))["mask"].sum() for start in (0, STEPS)] == [TRAIN - 3] * 2
     assert len(train_batches(generous, 4 * STEPS)) == 4 * STEPS  # every epoch is counted by itself
-    assert len(list(generous.eval.batches())) == 2
+    assert len(list(generous.evals["eval"].batches())) == 2
 
 
-def test_a_crop_above_the_damage_is_good(root: pathlib.Path) -> None:
+def test_a_crop_above_a_truncation_is_decoded(root: pathlib.Path) -> None:
     """A truncated JPEG is bad where its lost part is needed: always as a whole, not for a crop of what is left."""
     spoil(root, "truncated")
     above, below = tf.constant([2, 0, 8, 30]), tf.constant([36, 30, 8, 30])
-    np.testing.assert_array_equal(ops._decode_box(BAD["truncated"][0], above), ops._decode_box(GOOD, above))
-    for use in (ops.decode, lambda encoded: ops._decode_box(encoded, below)):
+    np.testing.assert_array_equal(ops.decode_box(BAD["truncated"][0], above), ops.decode_box(GOOD, above))
+    for use in (ops.decode, lambda encoded: ops.decode_box(encoded, below)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG data or crop window"):
             use(BAD["truncated"][0])
     masks = np.stack([batch["mask"] for batch in train_batches(loaders(root, min_crop_area=0.05), 20 * STEPS)])
@@ -256,11 +256,11 @@ def peak():
     return int(line.split()[1]) / 1024
 
 fields = default_config().data.to_dict() | {"name": "folder", "eval_split": "val", "min_crop_area": 0.9}
-fields |= {"virtual_shards": 4, "batch_size": 8, "image_size": 16, "seed": 0}
+fields |= {"virtual_shards": 4, "batch_size": 8, "size": (16, 16), "seed": 0}
 found, alive = {}, []
 for on_bad_image, root in itertools.product(("error", "replace"), ROOTS):
     loaders = make_loaders(**fields | {"root": root, "on_bad_image": on_bad_image})
-    for batches in (loaders.train.batches(), loaders.eval.batches()):
+    for batches in (loaders.train.batches(), loaders.evals["eval"].batches()):
         alive.append(batches)
         try:
             next(batches), next(batches)
@@ -272,10 +272,10 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_a_bomb_takes_no_memory_and_a_process_may_end_while_images_are_replaced(
+def test_a_decompression_bomb_takes_no_memory_and_a_process_may_exit_while_images_are_replaced(
     root: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Measured in a process of its own, which ends with the loaders still reading ahead."""
+    """Measured in a separate process, which exits while the loaders read ahead."""
     roots = [str(root)]
     for name in ("PNG bomb", "JPEG bomb"):
         roots.append(str(tmp_path_factory.mktemp("bomb") / "images"))

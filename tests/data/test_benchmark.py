@@ -17,10 +17,10 @@ def test_photographs_are_jpegs_of_the_size_of_imagenets() -> None:
     assert len(set(photos)) == 3
 
 
-def test_memory_is_a_source_of_any_length() -> None:
+def test_in_memory_images_are_a_source_of_any_length() -> None:
     photos = benchmark.photographs(2)
     loader = TrainLoader(
-        benchmark.Memory(photos, examples=10), train_transform(16, **benchmark.CROP), batch_size=2, seed=0
+        benchmark.InMemoryImages(photos, examples=10), train_transform((16, 16), **benchmark.CROP), batch_size=2, seed=0
     )
     assert loader.steps_per_epoch == 5
     batches = list(itertools.islice(loader.batches(), 6))
@@ -28,7 +28,7 @@ def test_memory_is_a_source_of_any_length() -> None:
 
 
 def test_every_way_is_measured_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = benchmark.measure(batch=2, rounds=1, batches=1, image_size=32)
+    rows = benchmark.measure_input(batch=2, rounds=1, batches=1, image_size=32)
     assert [row["what"] for row in rows] == ["bare tf.data", "crop", "crop, antialias", "DeiT", "loader, DeiT"]
     assert all(np.isfinite(row["images_per_s"]) and row["images_per_s_per_core"] > 0 for row in rows)
     bench.report_input(rows, types.SimpleNamespace(batch=2, repeats=1))

@@ -1,4 +1,4 @@
-"""The watch over batches by itself, on batches and sources made up; with real files in test_bad_images."""
+"""The error tracker by itself, on made-up batches and sources; with real files in test_bad_images."""
 
 import itertools
 import logging
@@ -10,22 +10,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from halvit_jax.data.errors import Watch
+from halvit_jax.data.errors import ErrorTracker
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources import tfds as tfds_source
-from halvit_jax.data.sources.base import Entry, Record
-from halvit_jax.protocols import DataError
+from halvit_jax.data.sources.base import Entry, Record, Source
+from halvit_jax.protocols import DataError, DatasetInfo
 from halvit_jax.text import first_few
 
 STEPS = 3  # of an epoch
 Batches = Iterator[dict[str, np.ndarray]]
 
 
-class Files:
+class Files(Source):
     """A source of a thousand files named 0, 1, 2 ..."""
 
-    num_examples = 1000
-    class_names = ("cat", "dog")
+    info = DatasetInfo(["cat", "dog"], 1000)
 
     def fetch(self, entry: Entry) -> Record:
         return {"name": tf.strings.as_string(entry["position"])}
@@ -41,14 +40,14 @@ def batch(names: str, bad: str = "") -> dict[str, np.ndarray]:
     """A batch of files with names of one letter."""
     return {
         "name": np.array([name.encode() for name in names], object),
-        "good": np.array([name not in bad for name in names]),
+        "decoded": np.array([name not in bad for name in names]),
         "label": np.array([ord(name) for name in names]),
     }
 
 
-def watch(budget: float = 0.0, **changes: Any) -> Watch:
-    given = {"source": Files(), "prepare": lambda entry: entry, "again": rows, "steps_per_epoch": STEPS}
-    return Watch(**given | changes, budget=budget)
+def tracker(budget: float = 0.0, **changes: Any) -> ErrorTracker:
+    given = {"source": Files(), "prepare": lambda entry: entry, "replay": rows, "steps_per_epoch": STEPS}
+    return ErrorTracker(**given | changes, budget=budget)
 
 
 def failing(error: Exception, after: int = 0) -> Batches:
@@ -71,16 +70,16 @@ def refuse(*positions: int) -> Callable[[Entry], None]:
 INVALID = tf.errors.InvalidArgumentError(None, None, "{{function_node a}} Invalid PNG data [[{{node b}}]]\nmore")
 
 
-def test_batches_are_passed_on_without_what_is_for_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+def test_batches_are_passed_on_without_the_tracked_features(caplog: pytest.LogCaptureFixture) -> None:
     given = [batch("ab"), batch("cd")]
-    found = list(watch().batches(iter(given), 0))
+    found = list(tracker().batches(iter(given), 0))
     assert [sorted(one) for one in found] == [["label"]] * 2
     assert [one["label"].tolist() for one in found] == [[97, 98], [99, 100]]
     assert not caplog.records
 
 
-def test_what_was_replaced_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    list(watch(0.01).batches(iter([batch("abc", "ca"), batch("de"), batch("fg", "f")]), 0))
+def test_a_replaced_image_is_logged_as_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    list(tracker(0.01).batches(iter([batch("abc", "ca"), batch("de"), batch("fg", "f")]), 0))
     assert [(record.name, record.levelno) for record in caplog.records] == [("halvit_jax.data", logging.WARNING)] * 2
     assert [record.getMessage() for record in caplog.records] == [
         "replaced what cannot be decoded, number 2 of this epoch: ['a', 'c']",
@@ -88,8 +87,8 @@ def test_what_was_replaced_is_said(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_one_is_always_allowed_and_two_are_not() -> None:
-    batches = watch(0.0).batches(iter([batch("ab", "a"), batch("cd"), batch("ef", "f")]), 0)
+def test_the_bad_image_budget_always_allows_one() -> None:
+    batches = tracker(0.0).batches(iter([batch("ab", "a"), batch("cd"), batch("ef", "f")]), 0)
     assert len(list(itertools.islice(batches, 2))) == 2
     message = r"^2 images of this epoch cannot be decoded, 1 are allowed: a, f; remove them, or raise .*budget$"
     with pytest.raises(DataError, match=message):
@@ -97,47 +96,47 @@ def test_one_is_always_allowed_and_two_are_not() -> None:
 
 
 @pytest.mark.parametrize(("budget", "allowed"), [(0.001, 1), (0.003, 3), (0.0039, 3), (0.006, 6)])
-def test_the_budget_is_a_share_of_the_examples(budget: float, allowed: int) -> None:
+def test_the_bad_image_budget_is_a_fraction_of_the_examples(budget: float, allowed: int) -> None:
     letters = "abcdefghi"
-    batches = watch(budget, steps_per_epoch=100).batches(iter([batch(letter, letter) for letter in letters]), 0)
+    batches = tracker(budget, steps_per_epoch=100).batches(iter([batch(letter, letter) for letter in letters]), 0)
     assert len(list(itertools.islice(batches, allowed))) == allowed
     names = first_few(list(letters[: allowed + 1]))
     with pytest.raises(DataError, match=f"^{allowed + 1} images .*, {allowed} are allowed: {names}; remove them"):
         next(batches)
 
 
-def test_a_repeated_image_counts_once() -> None:
+def test_a_repeated_bad_image_counts_once() -> None:
     given = [batch("aaa", "a"), batch("aba", "a"), batch("bca", "a")]
-    assert len(list(watch().batches(iter(given), 0))) == 3
+    assert len(list(tracker().batches(iter(given), 0))) == 3
 
 
 @pytest.mark.parametrize("first_step", [0, 1, 7])
-def test_every_epoch_is_counted_by_itself(first_step: int) -> None:
+def test_the_bad_image_budget_restarts_with_every_epoch(first_step: int) -> None:
     left = STEPS - first_step % STEPS  # steps of the first epoch
     bad = "a" * left + "b" * STEPS + "c" * STEPS
-    assert len(list(watch().batches((batch("abc", letter) for letter in bad), first_step))) == len(bad)
+    assert len(list(tracker().batches((batch("abc", letter) for letter in bad), first_step))) == len(bad)
     with pytest.raises(DataError, match=r"2 images .*: b, c"):
-        list(watch().batches((batch("abc", letter) for letter in "a" * left + "bc"), first_step))
+        list(tracker().batches((batch("abc", letter) for letter in "a" * left + "bc"), first_step))
 
 
 @pytest.mark.parametrize("first_step", [0, 5])
-def test_the_file_that_cannot_be_decoded_is_named(first_step: int) -> None:
+def test_a_decode_error_names_the_file(first_step: int) -> None:
     guilty = 2 * (first_step + 2) + 1
-    watched = watch(prepare=refuse(guilty)).batches(failing(INVALID, after=2), first_step)
+    tracked = tracker(prepare=refuse(guilty)).batches(failing(INVALID, after=2), first_step)
     message = rf"^{guilty} cannot be decoded \(Invalid JPEG data, size 6\); remove it, or set .*='replace'$"
     with pytest.raises(DataError, match=message) as found:
-        list(watched)
+        list(tracked)
     assert found.value.__cause__ is INVALID
 
 
-def test_nobody_is_blamed_where_all_can_be_read_again() -> None:
+def test_no_file_is_named_where_all_decode_on_replay() -> None:
     with pytest.raises(DataError, match=r"^Invalid PNG data$"):
-        list(watch(prepare=refuse(99)).batches(failing(INVALID), 0))
+        list(tracker(prepare=refuse(99)).batches(failing(INVALID), 0))
 
 
 @pytest.mark.parametrize("kind", ["of TensorFlow", "of Python"])
-@pytest.mark.parametrize("place", ["fetch", "again"])
-def test_a_record_that_cannot_be_read_says_so_itself(place: str, kind: str) -> None:
+@pytest.mark.parametrize("place", ["fetch", "replay"])
+def test_an_error_in_reading_a_record_names_it(place: str, kind: str) -> None:
     error = tf.errors.NotFoundError(None, None, "file 7 is not there [Op:ReadFile]")
     error = error if kind == "of TensorFlow" else ValueError("file 7 is not there\nTraceback")
 
@@ -145,16 +144,16 @@ def test_a_record_that_cannot_be_read_says_so_itself(place: str, kind: str) -> N
         def fetch(self, entry: Entry) -> Record:
             raise error
 
-    def again(step: int) -> Iterator[tuple]:
+    def replay(step: int) -> Iterator[tuple]:
         raise error
         yield
 
-    changes = {"fetch": {"source": Broken()}, "again": {"again": again}}[place]
+    changes = {"fetch": {"source": Broken()}, "replay": {"replay": replay}}[place]
     with pytest.raises(DataError, match=r"^file 7 is not there; put it right, or prepare the data set again$"):
-        list(watch(**changes).batches(failing(INVALID), 0))
+        list(tracker(**changes).batches(failing(INVALID), 0))
 
 
-def test_a_damaged_file_of_records_that_can_be_read_again_is_not_blamed(
+def test_a_corrupt_tfrecord_that_can_be_read_again_is_not_named(
     digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tfds_source, "MEMORY_BYTES", 0)
@@ -162,15 +161,15 @@ def test_a_damaged_file_of_records_that_can_be_read_again_is_not_blamed(
     source = open_source("digits", str(digits_dir), "train")
     message = r"^a file of /.*digits.* is damaged \(corrupted record at 12\); prepare the data set again$"
     with pytest.raises(DataError, match=message):
-        list(watch(source=source).batches(failing(error), 0))
+        list(tracker(source=source).batches(failing(error), 0))
 
 
-def test_data_lost_elsewhere_is_searched_for_among_the_rows() -> None:
+def test_a_data_loss_the_source_cannot_diagnose_is_searched_among_the_rows() -> None:
     error = tf.errors.DataLossError(None, None, "checksum does not match")
     with pytest.raises(DataError, match=r"^1 cannot be decoded"):
-        list(watch(prepare=refuse(1)).batches(failing(error), 0))
+        list(tracker(prepare=refuse(1)).batches(failing(error), 0))
 
 
 def test_other_errors_keep_their_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
-        list(watch().batches(failing(ZeroDivisionError()), 0))
+        list(tracker().batches(failing(ZeroDivisionError()), 0))

@@ -20,7 +20,7 @@ def _seed(number: int) -> tf.Tensor:
 
 def _crop(encoded: tf.Tensor, number: int, *, size: int = 32) -> np.ndarray:
     return ops.random_resized_crop(
-        encoded, _seed(number), size=size, method="bilinear", antialias=True, min_area=0.08
+        encoded, _seed(number), size=(size, size), method="bilinear", antialias=True, min_area=0.08
     ).numpy()
 
 
@@ -31,14 +31,14 @@ def _file(kind: str, image: Image.Image) -> bytes:
 
 
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("share", [0.875, 0.95])
+@pytest.mark.parametrize("fraction", [0.875, 0.95])
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", PHOTOS)
-def test_evaluation_equals_pillow(name: str, method: str, share: float, turned: bool) -> None:
+def test_central_crop_equals_pillow(name: str, method: str, fraction: float, turned: bool) -> None:
     photo = PHOTOS[name].transpose(1, 0, 2) if turned else PHOTOS[name]
-    ours = ops.central_crop(tf.constant(photo), size=224, share=share, method=method).numpy().astype(int)
+    ours = ops.central_crop(tf.constant(photo), size=(224, 224), fraction=fraction, method=method).numpy().astype(int)
     kernel = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[method]
-    short = int(224 / share)
+    short = int(224 / fraction)
     long = short * 640 // 427
     resized = Image.fromarray(photo).resize((short, long) if turned else (long, short), kernel)
     left, top = round((resized.width - 224) / 2), round((resized.height - 224) / 2)
@@ -46,17 +46,33 @@ def test_evaluation_equals_pillow(name: str, method: str, share: float, turned: 
     assert np.abs(ours - theirs).mean() <= 1.0
 
 
-def test_the_whole_of_an_image_of_the_right_size_is_left_as_it_is() -> None:
+def test_central_crop_leaves_an_image_of_the_right_size() -> None:
     image = tf.constant(PHOTO[:64, :64])
-    np.testing.assert_array_equal(ops.central_crop(image, size=64, share=1.0, method="bicubic"), image)
+    np.testing.assert_array_equal(ops.central_crop(image, size=(64, 64), fraction=1.0, method="bicubic"), image)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_central_crop_to_a_rectangle_is_part_of_the_image_that_just_covers_it(turned: bool) -> None:
+    photo, size = PHOTO, (96, 256)
+    if turned:
+        photo, size = photo.transpose(1, 0, 2), size[::-1]
+    found = ops.central_crop(tf.constant(photo), size=size, fraction=1.0, method="bicubic").numpy()
+    assert found.shape == (*size, 3)
+    width, height = (170, 256) if turned else (256, 170)
+    resized = Image.fromarray(photo).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (37, 0) if turned else (0, 37)
+    theirs = np.asarray(resized.crop((left, top, left + size[1], top + size[0]))).astype(int)
+    assert np.abs(found - theirs).mean() <= 1.0
 
 
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-def test_of_a_very_long_image_only_the_middle_is_resized(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_central_crop_resizes_only_the_middle_of_a_very_long_image(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A line of 2**27 pixels may come as a small file; resized by its height it would fill 400 GB."""
     line = np.zeros((2, 3_000, 3), np.uint8)
     line[:, 1_500:] = 255
-    expected = ops.central_crop(tf.constant(line[:, 1_400:1_600]), size=32, share=0.875, method=method)
+    expected = ops.central_crop(tf.constant(line[:, 1_400:1_600]), size=(32, 32), fraction=0.875, method=method)
     resized, resize = [], ops.resize
     monkeypatch.setattr(
         ops,
@@ -64,7 +80,7 @@ def test_of_a_very_long_image_only_the_middle_is_resized(method: str, monkeypatc
         lambda image, shape, **how: (resized.append(tuple(map(int, shape))), resize(image, shape, **how))[1],
     )
     for image in (line, line.transpose(1, 0, 2)):
-        found = ops.central_crop(tf.constant(image), size=32, share=0.875, method=method)
+        found = ops.central_crop(tf.constant(image), size=(32, 32), fraction=0.875, method=method)
         upright = found if image is line else tf.transpose(found, (1, 0, 2))
         np.testing.assert_array_equal(upright, expected)
     assert resized == [(36, 8 * 36), (8 * 36, 36)]
@@ -77,7 +93,7 @@ def test_crop_of_undecoded_jpeg_equals_crop_of_decoded() -> None:
         np.testing.assert_allclose(_crop(jpeg, number).astype(int), _crop(png, number).astype(int), atol=1)
 
 
-def test_crops_cover_areas_and_ratios_as_asked() -> None:
+def test_random_boxes_cover_areas_and_ratios_as_asked() -> None:
     boxes = tf.data.Dataset.range(500).map(lambda n: ops.random_box(400, 600, tf.stack([5, n]), 0.08))
     top, left, height, width = np.array(list(boxes.as_numpy_iterator())).T
     assert (top >= 0).all()
@@ -93,7 +109,7 @@ def test_crops_cover_areas_and_ratios_as_asked() -> None:
     assert abs(np.log(ratio).mean()) < 0.03
 
 
-def test_a_shape_that_no_box_fits_gets_the_central_one() -> None:
+def test_a_shape_that_no_random_box_fits_gets_the_central_one() -> None:
     box = ops.random_box(1000, 10, _seed(0), 0.9).numpy()
     np.testing.assert_array_equal(box, [493, 0, 13, 10])
 
@@ -113,27 +129,27 @@ def test_shift_moves_by_whole_pixels_and_fills_with_black() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
-def test_every_kind_of_file_says_its_size_and_is_decoded(kind: str) -> None:
+def test_every_image_format_has_a_shape_and_is_decoded(kind: str) -> None:
     encoded = tf.constant(_file(kind, Image.fromarray(PHOTO[:30, :50])))
     assert ops.image_shape(encoded).numpy().tolist() == [30, 50]
     whole = ops.decode(encoded).numpy()
     assert np.abs(whole.astype(int) - PHOTO[:30, :50]).mean() < 20  # GIF has few colours
-    np.testing.assert_array_equal(ops._decode_box(encoded, tf.constant([1, 2, 3, 4])), whole[1:4, 2:6])
+    np.testing.assert_array_equal(ops.decode_box(encoded, tf.constant([1, 2, 3, 4])), whole[1:4, 2:6])
 
 
-def test_a_bitmap_that_is_stored_upside_down_has_a_size() -> None:
+def test_a_bitmap_stored_upside_down_has_a_shape() -> None:
     bitmap = bytearray(_file("BMP", Image.fromarray(PHOTO[:30, :50])))
     bitmap[22:26] = (-30).to_bytes(4, "little", signed=True)
     assert ops.image_shape(tf.constant(bytes(bitmap))).numpy().tolist() == [30, 50]
     np.testing.assert_array_equal(ops.decode(tf.constant(bytes(bitmap))), PHOTO[:30, :50][::-1])
 
 
-def test_a_gif_smaller_than_it_says_gives_what_there_is() -> None:
+def test_a_gif_smaller_than_its_header_is_cropped_to_its_pixels() -> None:
     gif = bytearray(_file("GIF", Image.fromarray(PHOTO[:30, :50])))
     gif[6:10] = b"\xe8\x03\xe8\x03"
     assert ops.image_shape(tf.constant(bytes(gif))).numpy().tolist() == [1000, 1000]
     for box, shape in (([900, 900, 100, 100], (1, 1, 3)), ([20, 0, 900, 900], (10, 50, 3))):
-        assert ops._decode_box(tf.constant(bytes(gif)), tf.constant(box)).shape == shape
+        assert ops.decode_box(tf.constant(bytes(gif)), tf.constant(box)).shape == shape
 
 
 def _too_large(kind: str) -> bytes:
@@ -152,14 +168,14 @@ def _too_large(kind: str) -> bytes:
 
 @pytest.mark.parametrize("use", [ops.image_shape, ops.decode, lambda encoded: _crop(encoded, 0)])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
-def test_an_image_that_claims_too_many_pixels_is_refused(kind: str, use: Callable[[tf.Tensor], object]) -> None:
+def test_an_image_that_claims_too_many_pixels_is_an_error(kind: str, use: Callable[[tf.Tensor], object]) -> None:
     with pytest.raises(tf.errors.InvalidArgumentError) as found:
         use(tf.constant(_too_large(kind)))
     assert ops.reason(found.value) == "an image of 20000 x 20000 pixels, which must be 1 to 134217728"
 
 
 @pytest.mark.parametrize("kind", tiered(["JPEG", "PNG", "GIF", "BMP"], {"JPEG", "PNG"}))
-def test_bytes_cut_off_anywhere_or_changed_are_an_image_or_refused(kind: str) -> None:
+def test_truncated_or_corrupt_bytes_are_an_image_or_an_error(kind: str) -> None:
     """Also where TensorFlow would quote the bytes in its message, which Python then cannot read."""
     rng = np.random.default_rng(0)
     whole = _file(kind, Image.fromarray(PHOTO[:20, :30]))
@@ -179,12 +195,12 @@ def test_bytes_cut_off_anywhere_or_changed_are_an_image_or_refused(kind: str) ->
 
 
 @pytest.mark.parametrize("where", ["eagerly", "in a pipeline"])
-def test_an_attempt_gives_what_is_asked_for_or_something_instead(where: str) -> None:
-    instead = np.full((4, 4, 3), 7, np.uint8)
+def test_try_or_default_gives_the_result_or_the_default(where: str) -> None:
+    default = np.full((4, 4, 3), 7, np.uint8)
 
-    def attempt(encoded: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def decode(encoded: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         plus = lambda encoded, number: ops.decode(encoded) + tf.cast(number, tf.uint8)  # noqa: E731
-        return ops.attempt(plus, encoded, number, instead=instead)
+        return ops.try_or_default(plus, encoded, number, default=default)
 
     files = [
         tf.io.encode_png(PHOTO[:4, :4]),
@@ -194,17 +210,17 @@ def test_an_attempt_gives_what_is_asked_for_or_something_instead(where: str) -> 
     ]
     numbers = tf.range(4)
     if where == "eagerly":
-        found = [attempt(*both) for both in zip(files, numbers, strict=True)]
+        found = [decode(*both) for both in zip(files, numbers, strict=True)]
     else:
-        data = tf.data.Dataset.from_tensor_slices((tf.stack(files), numbers)).map(attempt, num_parallel_calls=2)
+        data = tf.data.Dataset.from_tensor_slices((tf.stack(files), numbers)).map(decode, num_parallel_calls=2)
         assert data.element_spec[0].shape == (4, 4, 3)
         found = list(data)
     assert [bool(good) for _, good in found] == [True, False, True, False]
-    expected = [PHOTO[:4, :4], instead, PHOTO[4:8, :4] + np.uint8(2), instead]
+    expected = [PHOTO[:4, :4], default, PHOTO[4:8, :4] + np.uint8(2), default]
     np.testing.assert_array_equal([image for image, _ in found], expected)
 
 
-def test_a_reason_is_one_line_without_names_of_the_place() -> None:
+def test_a_reason_is_one_line_without_node_names() -> None:
     def checked(label: tf.Tensor) -> tf.Tensor:
         with tf.control_dependencies([tf.debugging.Assert(label < 10, ["file a, record 3", "has the label", label])]):
             return tf.identity(label)

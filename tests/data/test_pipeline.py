@@ -5,14 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
-from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, make_loaders
+from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, TrainLoader, make_loaders
 from halvit_jax.data.sources import open_source
-from halvit_jax.data.transforms import eval_transform
+from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
+from halvit_jax.data.transforms import Example, eval_transform
+from halvit_jax.protocols import DatasetInfo
 
 BATCH = 48
+GOLDEN_TRAIN = ["e14cc280523235c2", "03961e866f396eaf", "e94e05f1bea18970"]
+GOLDEN_EVAL = "b2c5bf73fdb56f56"
 
 
 def _loaders(digits_dir: pathlib.Path, **changes: Any) -> Loaders:
@@ -25,7 +30,7 @@ def _loaders(digits_dir: pathlib.Path, **changes: Any) -> Loaders:
         "shift": 1,
         "virtual_shards": 8,
     }
-    keywords = fields | {"batch_size": BATCH, "image_size": 8, "seed": 0} | changes
+    keywords = fields | {"batch_size": BATCH, "size": (8, 8), "seed": 0} | changes
     return make_loaders(**keywords)
 
 
@@ -44,22 +49,26 @@ def reference(digits_dir: pathlib.Path) -> list[str]:
     return _hashes(loader.batches(), loader.steps_per_epoch * 5 // 2)
 
 
-def test_equal_seeds_give_equal_batches_and_others_do_not(digits_dir: pathlib.Path, reference: list[str]) -> None:
+def test_batches_are_a_function_of_the_seed(digits_dir: pathlib.Path, reference: list[str]) -> None:
     assert _hashes(_loaders(digits_dir).train.batches(), len(reference)) == reference
     assert not set(_hashes(_loaders(digits_dir, seed=1).train.batches(), 10)) & set(reference)
 
 
+def test_batches_are_those_of_the_golden_digests(digits_dir: pathlib.Path) -> None:
+    """Nothing is rounded here, so the bytes are the same on any machine."""
+    loaders = _loaders(digits_dir, eval_crop=1.0)
+    train = _hashes(loaders.train.batches(28), 3)  # over the end of the first epoch
+    assert [digest[:16] for digest in train] == GOLDEN_TRAIN
+    assert hashlib.sha256("".join(_hashes(loaders.evals["eval"].batches(), 8)).encode()).hexdigest()[:16] == GOLDEN_EVAL
+
+
 @pytest.mark.parametrize("start", tiered([1, 28, 29, 30, 45], {1, 29}))
-def test_batches_from_a_step_on_are_the_same_batches(
-    digits_dir: pathlib.Path, reference: list[str], start: int
-) -> None:
+def test_resume_at_a_step_gives_the_same_batches(digits_dir: pathlib.Path, reference: list[str], start: int) -> None:
     assert _hashes(_loaders(digits_dir).train.batches(start), len(reference) - start) == reference[start:]
 
 
 @pytest.mark.parametrize("hosts", tiered([2, 4, 8], {4}))
-def test_any_number_of_hosts_sees_the_same_global_batches(
-    digits_dir: pathlib.Path, reference: list[str], hosts: int
-) -> None:
+def test_global_batches_are_elastic_over_hosts(digits_dir: pathlib.Path, reference: list[str], hosts: int) -> None:
     loaders = [_loaders(digits_dir, host=Host(i, hosts)).train.batches(20) for i in range(hosts)]
     for step in range(20, 40):
         parts = [next(loader) for loader in loaders]
@@ -67,7 +76,7 @@ def test_any_number_of_hosts_sees_the_same_global_batches(
         assert _hash(whole) == reference[step]
 
 
-def test_an_epoch_holds_an_example_at_most_once_and_the_next_is_in_another_order(digits_dir: pathlib.Path) -> None:
+def test_shuffle_gives_each_epoch_another_order_and_an_example_at_most_once(digits_dir: pathlib.Path) -> None:
     loader = _loaders(digits_dir, flip=False, shift=0).train
     batches = list(itertools.islice(loader.batches(), 2 * loader.steps_per_epoch))
     images = [image.tobytes() for batch in batches for image in batch["image"]]
@@ -78,7 +87,7 @@ def test_an_epoch_holds_an_example_at_most_once_and_the_next_is_in_another_order
     assert epochs[0] != epochs[1]
 
 
-def test_repeats_put_copies_of_an_example_into_one_batch(digits_dir: pathlib.Path) -> None:
+def test_repeated_aug_puts_copies_of_an_example_into_one_batch(digits_dir: pathlib.Path) -> None:
     loader = _loaders(digits_dir, flip=False, shift=0, repeated_aug=3).train
     assert loader.steps_per_epoch == _loaders(digits_dir).train.steps_per_epoch
     batch = next(loader.batches())
@@ -97,22 +106,22 @@ def test_repeats_put_copies_of_an_example_into_one_batch(digits_dir: pathlib.Pat
         ),
     ],
 )
-def test_evaluation_counts_every_example_once(digits_dir: pathlib.Path, batch_size: int, hosts: int) -> None:
+def test_eval_counts_every_example_once(digits_dir: pathlib.Path, batch_size: int, hosts: int) -> None:
     source = open_source("digits", str(digits_dir), "test")
-    transform = eval_transform(8, share=1.0, method="bilinear")
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
     loaders = [EvalLoader(source, transform, batch_size=batch_size, host=Host(i, hosts)) for i in range(hosts)]
     batches = [list(loader.batches()) for loader in loaders]
     assert {len(own) for own in batches} == {loaders[0].steps_per_epoch}
     assert {batch["image"].shape for own in batches for batch in own} == {(batch_size // hosts, 8, 8, 3)}
     real = [row.tobytes() for own in batches for batch in own for row in batch["image"][batch["mask"]]]
     assert len(real) == 364
-    records = source.reader(1)(0).map(source.fetch)
-    assert sorted(real) == sorted(bytes(transform(record["image"], None)["image"].numpy()) for record in records)
+    records = source.shard(0, 1).map(source.fetch)
+    assert sorted(real) == sorted(bytes(transform(record, None)["image"].numpy()) for record in records)
 
 
-def test_a_host_without_examples_still_gets_as_many_batches(digits_dir: pathlib.Path) -> None:
+def test_a_host_without_eval_examples_gets_masked_batches(digits_dir: pathlib.Path) -> None:
     source = open_source("digits", str(digits_dir), "test[:3]")
-    transform = eval_transform(8, share=1.0, method="bilinear")
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
     masks = [
         [batch["mask"].tolist() for batch in EvalLoader(source, transform, batch_size=4, host=Host(i, 4)).batches()]
         for i in range(4)
@@ -120,12 +129,78 @@ def test_a_host_without_examples_still_gets_as_many_batches(digits_dir: pathlib.
     assert masks == [[[True]], [[True]], [[True]], [[False]]]
 
 
-def test_wrong_values_are_refused(digits_dir: pathlib.Path) -> None:
+def test_several_evaluation_sets_count_each_example_once(digits_dir: pathlib.Path) -> None:
+    loaders = _loaders(digits_dir, evals=("few=:test[:50]",))
+    assert {name: loader.num_examples for name, loader in loaders.evals.items()} == {"eval": 364, "eval_few": 50}
+    assert loaders.info == DatasetInfo([str(label) for label in range(10)], 1433, "digits")
+    few = np.concatenate([batch["image"][batch["mask"]] for batch in loaders.evals["eval_few"].batches()])
+    whole = np.concatenate([batch["image"] for batch in loaders.evals["eval"].batches()])
+    np.testing.assert_array_equal(few, whole[:50])
+
+
+class Dots(Source):
+    """Images of 6x9 pixels, each with one white pixel, its box and a bitmap instead of a label."""
+
+    info = DatasetInfo(["dot"], 20)
+
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        return position_shard(20, index, count, seed)
+
+    def fetch(self, entry: Entry) -> Record:
+        place = tf.cast(entry["position"], tf.int32)
+        bitmap = tf.reshape(tf.one_hot(place, 54, 255, 0, dtype=tf.uint8), (6, 9))
+        y, x = place // 9, place % 9
+        box = tf.cast(tf.stack([[x, y, x + 1, y + 1]]), tf.float32)
+        return {
+            "image": tf.repeat(bitmap[..., None], 3, -1),
+            "boxes": box,
+            "bitmap": bitmap,
+            "name": tf.constant("dot"),
+        }
+
+
+def mirrored(record: Record, seed: tf.Tensor) -> Example:
+    """Mirror left and right with probability 1/2: the image, its box and its bitmap."""
+
+    def mirror() -> tuple[tf.Tensor, ...]:
+        left, top, right, bottom = tf.unstack(record["boxes"], axis=1)
+        return record["image"][:, ::-1], tf.stack([9 - right, top, 9 - left, bottom], 1), record["bitmap"][:, ::-1]
+
+    same = lambda: (record["image"], record["boxes"], record["bitmap"])  # noqa: E731
+    image, boxes, bitmap = tf.cond(tf.random.stateless_uniform((), seed) < 0.5, mirror, same)
+    return {"image": image, "boxes": boxes, "bitmap": bitmap, "name": record["name"], "decoded": tf.constant(True)}
+
+
+def test_boxes_and_masks_travel_with_their_image() -> None:
+    """A batch has the features of the transform's example and `mask`, nothing else."""
+    train = TrainLoader(Dots(), mirrored, batch_size=4, seed=0)
+    evaluation = EvalLoader(Dots(), mirrored, batch_size=6)
+    batches = [*itertools.islice(train.batches(), 10), *evaluation.batches()]
+    turned = set()
+    for batch in batches:
+        assert {name: array.shape[1:] for name, array in batch.items()} == {
+            "image": (6, 9, 3),
+            "boxes": (1, 4),
+            "bitmap": (6, 9),
+            "mask": (),
+        }
+        for image, boxes, bitmap in zip(
+            *(batch[name][batch["mask"]] for name in ("image", "boxes", "bitmap")), strict=True
+        ):
+            ((y, x),) = np.argwhere(image[..., 0])
+            np.testing.assert_array_equal(boxes, [[x, y, x + 1, y + 1]])
+            np.testing.assert_array_equal(image[..., 0], bitmap)
+            turned.add(int(y) * 9 + int(x) < 20)
+    assert turned == {True, False}
+    assert sum(batch["mask"].sum() for batch in batches[10:]) == 20
+
+
+def test_invalid_values_are_errors_that_name_the_field(digits_dir: pathlib.Path) -> None:
     cases = {
         "data.repeated_aug=0 must be at least 1": {"repeated_aug": 0},
         "data.interpolation='cubic' is not one of bilinear, bicubic": {"interpolation": "cubic"},
-        "batch_size=2048 over 8 readers asks for more than the 1433 examples": {"batch_size": 2048},
-        "3 hosts cannot share 8 readers equally": {"host": Host(0, 3)},
+        "batch_size=2048 over 8 virtual shards asks for more than the 1433 examples": {"batch_size": 2048},
+        "3 hosts cannot share 8 virtual shards equally": {"host": Host(0, 3)},
         "data.augment='rand-x9' is not understood": {"augment": "rand-x9"},
         "data.on_bad_image='skip' is not one of error, replace": {"on_bad_image": "skip"},
         "data.bad_image_budget=-0.1 must lie between 0 and 1": {"bad_image_budget": -0.1},

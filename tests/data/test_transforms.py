@@ -16,7 +16,7 @@ from halvit_jax.data.transforms import Transform, eval_transform, read_image, tr
 
 PHOTO = load_sample_image("flower.jpg")[100:300, 150:400]  # [200, 250, 3]
 JPEG = tf.io.encode_jpeg(PHOTO, quality=95)
-HTML = tf.constant(b"<html>")
+HTML = {"image": tf.constant(b"<html>")}
 SIZE = 32
 PLAIN = {
     "crop": "whole",
@@ -30,7 +30,7 @@ PLAIN = {
 }
 FULL = {"crop": "random_resized", "flip": True, "shift": 2, "policy": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4}
 # What is switched on alone -> what is done, and with which number the seed is folded.
-CHANGES: dict[str, tuple[dict[str, Any], int, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]] = {
+AUGMENTATIONS: dict[str, tuple[dict[str, Any], int, Callable[[tf.Tensor, tf.Tensor], tf.Tensor]]] = {
     "flip": ({"flip": True}, 1, ops.random_flip),
     "shift": ({"shift": 3}, 2, lambda image, seed: ops.random_shift(image, seed, pixels=3)),
     "trivial": ({"policy": "trivial"}, 3, augment.trivial_augment),
@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[dict[str, Any], int, Callable[[tf.Tensor, tf.Tensor], t
 
 
 def train(**changes: Any) -> Transform:
-    return train_transform(SIZE, **PLAIN | changes)
+    return train_transform((SIZE, SIZE), **PLAIN | changes)
 
 
 def seed(number: int) -> tf.Tensor:
@@ -60,14 +60,14 @@ def seed(number: int) -> tf.Tensor:
 
 def images(transform: Transform, numbers: range, encoded: tf.Tensor = JPEG) -> np.ndarray:
     """The images of a file for some seeds."""
-    pictures = [transform(encoded, seed(number)) for number in numbers]
-    assert all(picture["good"] for picture in pictures)
-    return np.stack([picture["image"] for picture in pictures])
+    examples = [transform({"image": encoded}, seed(number)) for number in numbers]
+    assert all(example["decoded"] for example in examples)
+    return np.stack([example["image"] for example in examples])
 
 
 def in_pipeline(transform: Transform, count: int, encoded: tf.Tensor = JPEG) -> np.ndarray:
     """The images of a file for the first seeds, made as the loaders make them."""
-    data = tf.data.Dataset.range(count).map(lambda n: transform(encoded, tf.stack([5, n]))["image"])
+    data = tf.data.Dataset.range(count).map(lambda n: transform({"image": encoded}, tf.stack([5, n]))["image"])
     return np.stack(list(data.as_numpy_iterator()))
 
 
@@ -78,7 +78,7 @@ def test_a_plain_transform_resizes_the_whole_image() -> None:
     np.testing.assert_array_equal(found[1], expected)
 
 
-def test_interpolation_and_antialias_are_those_asked_for() -> None:
+def test_interpolation_and_antialias_change_the_resize() -> None:
     for crop in ("whole", "random_resized"):
         ways = [{"method": method, "antialias": a} for method in ("bilinear", "bicubic") for a in (False, True)]
         found = {images(train(crop=crop, **way), range(1)).tobytes() for way in ways}
@@ -88,21 +88,21 @@ def test_interpolation_and_antialias_are_those_asked_for() -> None:
     np.testing.assert_array_equal(whole, expected)
 
 
-def test_a_random_crop_takes_at_least_the_share_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_random_crop_takes_at_least_min_crop_area(monkeypatch: pytest.MonkeyPatch) -> None:
     boxes, draw = [], ops.random_box
     monkeypatch.setattr(ops, "random_box", lambda *given: boxes.append(draw(*given)) or boxes[-1])
     for least in (0.08, 0.9):
         boxes.clear()
         for number in range(30):
-            train(crop="random_resized", min_area=least)(JPEG, seed(number))
+            train(crop="random_resized", min_area=least)({"image": JPEG}, seed(number))
         shares = [float(box[2] * box[3]) / (200 * 250) for box in boxes]
         assert 0.95 * least < min(shares) < least + 0.1
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_each_change_is_made_with_draws_of_its_own(name: str) -> None:
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_each_augmentation_has_its_own_seed(name: str) -> None:
     """So switching one on or off leaves what the others draw."""
-    fields, number, change = CHANGES[name]
+    fields, number, change = AUGMENTATIONS[name]
     found = images(train(**fields), range(12))
     plain = tf.constant(images(train(), range(1))[0])
     expected = [change(plain, ops.fold_in(seed(i), number)).numpy() for i in range(12)]
@@ -110,28 +110,28 @@ def test_each_change_is_made_with_draws_of_its_own(name: str) -> None:
     assert len({image.tobytes() for image in found}) > 1
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_leaves_the_draws_of_the_crop(name: str) -> None:
-    fields, number, change = CHANGES[name]
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_an_augmentation_leaves_the_seed_of_the_crop(name: str) -> None:
+    fields, number, change = AUGMENTATIONS[name]
     cropped = images(train(crop="random_resized"), range(4))
     found = images(train(crop="random_resized", **fields), range(4))
     expected = [change(tf.constant(cropped[i]), ops.fold_in(seed(i), number)).numpy() for i in range(4)]
     np.testing.assert_array_equal(found, np.stack(expected))
 
 
-def test_changes_are_made_in_the_order_of_the_fields() -> None:
+def test_augmentations_come_in_the_order_of_the_fields() -> None:
     found = images(train(**FULL), range(4))
     for i in range(4):
         image = tf.constant(images(train(crop="random_resized"), range(i, i + 1))[0])
         image = ops.random_flip(image, ops.fold_in(seed(i), 1))
         image = ops.random_shift(image, ops.fold_in(seed(i), 2), pixels=2)
-        image = CHANGES["color_jitter"][2](image, ops.fold_in(seed(i), 4))
+        image = AUGMENTATIONS["color_jitter"][2](image, ops.fold_in(seed(i), 4))
         image = augment.rand_augment(image, ops.fold_in(seed(i), 3), interpolation="bilinear")
         np.testing.assert_array_equal(found[i], image)
 
 
 @pytest.mark.parametrize("on_bad_image", tiered(["error", "replace"], {"error"}))
-def test_a_transform_is_a_function_of_bytes_and_seed(on_bad_image: str) -> None:
+def test_a_transform_is_a_function_of_record_and_seed(on_bad_image: str) -> None:
     transform = train(**FULL, on_bad_image=on_bad_image)
     found = in_pipeline(transform, 6)
     assert found.shape == (6, SIZE, SIZE, 3)
@@ -143,28 +143,37 @@ def test_a_transform_is_a_function_of_bytes_and_seed(on_bad_image: str) -> None:
     assert (images(transform, range(3, 4), other)[0] != found[3]).any()
 
 
+def test_other_features_of_a_record_travel_along() -> None:
+    record = {"image": JPEG, "label": tf.constant(3), "boxes": tf.zeros((2, 4)), "name": tf.constant("flower.jpg")}
+    for transform in (train(**FULL), eval_transform((24, 40), fraction=0.875, method="bicubic")):
+        example = transform(record, seed(0))
+        assert example.keys() == record.keys() | {"decoded"}
+        assert all(example[name] is record[name] for name in ("label", "boxes", "name"))
+    assert example["image"].shape == (24, 40, 3)
+
+
 @pytest.mark.parametrize("crop", ["whole", "random_resized"])
-def test_bad_bytes_are_an_error_or_grey(crop: str) -> None:
+def test_undecodable_bytes_are_an_error_or_grey(crop: str) -> None:
     with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG data"):
         train(crop=crop)(HTML, seed(0))
-    picture = train(crop=crop, on_bad_image="replace")(HTML, seed(0))
-    assert not picture["good"]
-    np.testing.assert_array_equal(picture["image"], np.full((SIZE, SIZE, 3), 128))
+    example = train(crop=crop, on_bad_image="replace")(HTML, seed(0))
+    assert not example["decoded"]
+    np.testing.assert_array_equal(example["image"], np.full((SIZE, SIZE, 3), 128))
     with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG data"):
-        eval_transform(SIZE, share=0.875, method="bicubic")(HTML, seed(0))
-    picture = eval_transform(SIZE, share=0.875, method="bicubic", on_bad_image="replace")(HTML, seed(0))
-    assert not picture["good"]
-    np.testing.assert_array_equal(picture["image"], np.full((SIZE, SIZE, 3), 128))
+        eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic")(HTML, seed(0))
+    example = eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic", on_bad_image="replace")(HTML, seed(0))
+    assert not example["decoded"]
+    np.testing.assert_array_equal(example["image"], np.full((SIZE, SIZE, 3), 128))
 
 
 @pytest.mark.parametrize("on_bad_image", ["error", "replace"])
-@pytest.mark.parametrize("share", [0.875, 1.0])
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
 @pytest.mark.parametrize("method", ["bilinear", "bicubic"])
-def test_evaluation_equals_pillow_and_needs_no_seed(method: str, share: float, on_bad_image: str) -> None:
-    transform = eval_transform(SIZE, share=share, method=method, on_bad_image=on_bad_image)
+def test_eval_transform_equals_pillow_and_needs_no_seed(method: str, fraction: float, on_bad_image: str) -> None:
+    transform = eval_transform((SIZE, SIZE), fraction=fraction, method=method, on_bad_image=on_bad_image)
     found = images(transform, range(2))
     np.testing.assert_array_equal(found[0], found[1])
-    short = int(SIZE / share)
+    short = int(SIZE / fraction)
     kernel = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[method]
     resized = Image.fromarray(tf.io.decode_jpeg(JPEG).numpy()).resize((short * 250 // 200, short), kernel)
     left, top = round((resized.width - SIZE) / 2), round((resized.height - SIZE) / 2)
@@ -172,11 +181,11 @@ def test_evaluation_equals_pillow_and_needs_no_seed(method: str, share: float, o
     assert np.abs(found[0] - theirs).mean() <= 1.0
 
 
-def test_an_image_of_the_right_size_is_evaluated_as_any_other_also_outside_of_a_pipeline() -> None:
+def test_eval_transform_crops_an_image_of_the_right_size_too() -> None:
     encoded = tf.io.encode_png(PHOTO[:SIZE, :SIZE])
-    transform = eval_transform(SIZE, share=0.875, method="bicubic", on_bad_image="replace")
+    transform = eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic", on_bad_image="replace")
     inside = in_pipeline(transform, 1, encoded)[0]
-    np.testing.assert_array_equal(transform(encoded, seed(0))["image"], inside)
+    np.testing.assert_array_equal(transform({"image": encoded}, seed(0))["image"], inside)
     assert (inside != PHOTO[:SIZE, :SIZE]).any()
 
 
@@ -195,7 +204,7 @@ def test_an_image_of_the_right_size_is_evaluated_as_any_other_also_outside_of_a_
         (r"data\.augment='Trivial' is not understood", {"policy": "Trivial"}),
     ],
 )
-def test_wrong_values_of_training_are_refused(message: str, changes: dict[str, Any]) -> None:
+def test_invalid_values_of_training_are_errors(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         train(**changes)
 
@@ -203,26 +212,26 @@ def test_wrong_values_of_training_are_refused(message: str, changes: dict[str, A
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        (r"data\.eval_crop=0\.0 must lie in \(0, 1\]", {"share": 0.0}),
-        (r"data\.eval_crop=1\.1 must lie in \(0, 1\]", {"share": 1.1}),
+        (r"data\.eval_crop=0\.0 must lie in \(0, 1\]", {"fraction": 0.0}),
+        (r"data\.eval_crop=1\.1 must lie in \(0, 1\]", {"fraction": 1.1}),
         (r"data\.interpolation='lanczos' is not one of bilinear, bicubic", {"method": "lanczos"}),
         (r"data\.on_bad_image='' is not one of error, replace", {"on_bad_image": ""}),
     ],
 )
-def test_wrong_values_of_evaluation_are_refused(message: str, changes: dict[str, Any]) -> None:
+def test_invalid_values_of_evaluation_are_errors(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
-        eval_transform(SIZE, **{"share": 0.875, "method": "bicubic"} | changes)
+        eval_transform((SIZE, SIZE), **{"fraction": 0.875, "method": "bicubic"} | changes)
 
 
-def test_a_file_is_read_as_in_evaluation(tmp_path: pathlib.Path) -> None:
-    transform = eval_transform(SIZE, share=0.875, method="bicubic")
+def test_read_image_transforms_as_in_evaluation(tmp_path: pathlib.Path) -> None:
+    transform = eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic")
     (tmp_path / "flower.jpg").write_bytes(JPEG.numpy())
     found = read_image(str(tmp_path / "flower.jpg"), transform)
     np.testing.assert_array_equal(found, images(transform, range(1))[0])
 
 
-def test_a_file_that_is_no_image_is_refused_in_one_line(tmp_path: pathlib.Path) -> None:
-    transform = eval_transform(8, share=1.0, method="bilinear")
+def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.Path) -> None:
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
     for name, content, why in (
         ("page.jpg", b"<html>", "Invalid JPEG data, size 6"),
         ("empty.jpg", b"", "Invalid JPEG data, size 0"),

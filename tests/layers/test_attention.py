@@ -11,12 +11,12 @@ from halvit_jax.layers.attention import (
     HALLUCINATE,
     AttentionMaps,
     Hallucination,
-    HeadMix,
     SelfAttention,
     SingleHeadAttention,
+    TalkingHeads,
     TiedAttention,
     attention_weights,
-    average,
+    weighted_values,
 )
 
 B, N, D, H = 2, 5, 12, 3
@@ -66,7 +66,7 @@ def test_attend_is_softmax_attention_head_by_head() -> None:
     query, key, value = (_normal(B, N, D, seed=seed) for seed in range(3))
     with jax.enable_x64(True):
         weights = attention_weights(jnp.asarray(query), jnp.asarray(key), num_heads=H)
-        result = average(weights, jnp.asarray(value))
+        result = weighted_values(weights, jnp.asarray(value))
     np.testing.assert_allclose(result, _attend(query, key, value), rtol=1e-6, atol=1e-6)
 
 
@@ -146,7 +146,7 @@ def test_a_block_changes_the_logits_before_and_the_weights_after_the_softmax(nam
 
     with jax.enable_x64(True):
         out, kept = layer.apply(
-            {"params": params}, jnp.asarray(x), before=before, after=after, mutable=["intermediates"]
+            {"params": params}, jnp.asarray(x), logits_fn=before, weights_fn=after, mutable=["intermediates"]
         )
         qkv = _untied(_tied_params(bias=True))
         query, key, value = np.split(x @ qkv["qkv"]["kernel"] + qkv["qkv"]["bias"], 3, axis=-1)
@@ -162,7 +162,7 @@ def test_a_block_changes_the_logits_before_and_the_weights_after_the_softmax(nam
 def test_mixed_heads_are_sums_of_all(bias: bool) -> None:
     maps, kernel, shift = _normal(B, H, N, N), _normal(H, H), _normal(H)
     params = {"kernel": kernel, "bias": shift} if bias else {"kernel": kernel}
-    layer = HeadMix(bias)
+    layer = TalkingHeads(bias)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), maps)["params"]
     assert {name: leaf.shape for name, leaf in shapes.items()} == {name: a.shape for name, a in params.items()}
     with jax.enable_x64(True):
@@ -372,7 +372,7 @@ def test_before_sees_the_real_heads_and_after_all(place: str) -> None:
     params["params"]["maps"]["hallucination"]["within"] = np.float32(
         np.pad(np.ones((1, 1, 1, 1)), ((1, 1), (1, 1), (0, 0), (0, 0)))
     )
-    out = jax.jit(lambda p: layer.apply(p, x, before=before, after=after))(params)
+    out = jax.jit(lambda p: layer.apply(p, x, logits_fn=before, weights_fn=after))(params)
     assert (seen["logits"], seen["query"]) == ((B, 2, N, N), (B, 2, N, D // H))
     assert seen["shape"] == (B, 3, N, N)
     assert bool(jnp.isfinite(out).all())  # what is changed before, the made heads follow

@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from halvit_jax.layers import conv
-from halvit_jax.layers.conv import BatchNorm, Conv, ConvNorm, SqueezeExcite, convolve, max_pool, native_convolution
+from halvit_jax.layers.conv import Conv, ConvNorm, SqueezeExcite, convolve, max_pool, xla_convolution
 
 C, F = 6, 12
 
@@ -55,12 +54,12 @@ def _assert_same(ours: list[jax.Array], reference: list[jax.Array]) -> None:
         (1, 1, 0, 2, F, (9, 7)),
     ],
 )
-def test_the_formulation_for_cpus_is_xlas_convolution(
+def test_the_implementation_for_cpus_is_xlas_convolution(
     k: int, stride: int, padding: int, groups: int, features: int, size: tuple[int, int]
 ) -> None:
     x, kernel = _random(2, *size, C), _random(k, k, C // groups, features, seed=1)
     ours = _value_and_gradients(lambda x, w: convolve(x, w, stride=stride, padding=padding, groups=groups), x, kernel)
-    reference = _value_and_gradients(lambda x, w: native_convolution(x, w, stride, padding, groups), x, kernel)
+    reference = _value_and_gradients(lambda x, w: xla_convolution(x, w, stride, padding, groups), x, kernel)
     _assert_same(ours, reference)
 
 
@@ -93,10 +92,10 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 
     assert "conv_general_dilated" not in program()
     assert "reduce_window" not in program()
-    with conv.native():
+    with conv.xla_convolutions():
         assert program().count("conv_general_dilated[") == 1
     assert "conv_general_dilated" not in program()
-    monkeypatch.delitem(conv.FORMULATIONS, "cpu")
+    monkeypatch.delitem(conv.CONV_IMPLS, "cpu")
     assert program().count("conv_general_dilated[") == 1
     assert "reduce_window" in program()
 
@@ -105,11 +104,11 @@ def test_one_switch_gives_accelerators_xlas_convolution(
 def test_depthwise_maps_are_the_convolution_of_each_channel_with_the_channels_first(k: int) -> None:
     x, kernel = _random(2, C, 9, 7), _random(k, k, 1, C, seed=1)
     ours = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
-    with conv.native():
+    with conv.xla_convolutions():
         native = _value_and_gradients(lambda x, w: conv.depthwise_maps(x, w), x, kernel)
 
     def channels_last(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return native_convolution(x.transpose(0, 2, 3, 1), kernel, 1, k // 2, C).transpose(0, 3, 1, 2)
+        return xla_convolution(x.transpose(0, 2, 3, 1), kernel, 1, k // 2, C).transpose(0, 3, 1, 2)
 
     reference = _value_and_gradients(channels_last, x, kernel)
     _assert_same(ours, reference)
@@ -124,7 +123,7 @@ def test_the_one_switch_is_that_of_depthwise_maps_too() -> None:
         return str(jax.make_jaxpr(lambda x, w: conv.depthwise_maps(x, w))(_random(1, C, 5, 4), _random(3, 3, 1, C)))
 
     assert "conv_general_dilated" not in program()
-    with conv.native():
+    with conv.xla_convolutions():
         assert program().count("conv_general_dilated[") == 1
 
 
@@ -163,73 +162,6 @@ def test_groups_must_divide_the_channels_on_both_sides(groups: int, features: in
         Conv(features, 3, groups=groups).init(jax.random.key(0), _random(1, 4, 4, C))
 
 
-def _norm(x: jax.Array, variables: Any, *, train: bool, **fields: Any) -> tuple[jax.Array, Any]:
-    return BatchNorm(**fields).apply(variables, x, train=train, mutable=["batch_stats"])
-
-
-def _norm_variables(x: jax.Array) -> Any:
-    variables = BatchNorm().init(jax.random.key(0), x, train=True)
-    assert {k: v.tolist() for k, v in variables["batch_stats"].items()} == {"mean": [0] * C, "var": [1] * C}
-    return {
-        "params": {"scale": _random(C, seed=3), "bias": _random(C, seed=4)},
-        "batch_stats": {"mean": _random(C, seed=5), "var": jnp.abs(_random(C, seed=6))},
-    }
-
-
-def test_training_normalises_with_the_biased_and_stores_the_unbiased_variance() -> None:
-    x = 3 * _random(4, 5, 5, C) + 2
-    variables = _norm_variables(x)
-    y, changed = _norm(x, variables, train=True)
-    exact, old = np.asarray(x, np.float64).reshape(-1, C), variables["batch_stats"]
-    mean, var = exact.mean(0), exact.var(0)
-    expected = (exact - mean) / np.sqrt(var + 1e-5) * variables["params"]["scale"] + variables["params"]["bias"]
-    np.testing.assert_allclose(y.reshape(-1, C), expected, atol=1e-5)
-    stats = changed["batch_stats"]
-    np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(stats["var"], 0.9 * old["var"] + 0.1 * exact.var(0, ddof=1), rtol=1e-5)
-
-
-def test_evaluation_normalises_with_the_averages_and_keeps_them() -> None:
-    x = _random(4, 5, 5, C)
-    variables = _norm_variables(x)
-    y, changed = _norm(x, variables, train=False)
-    params, stats = variables["params"], variables["batch_stats"]
-    expected = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
-    np.testing.assert_allclose(y, expected, atol=1e-5)
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, changed["batch_stats"], stats))
-
-
-def test_the_gradient_goes_through_mean_and_variance() -> None:
-    x, weights = _random(8, C), _random(8, C, seed=7)
-    params = _norm_variables(x)["params"]
-
-    def ours(x: jax.Array, params: Any) -> jax.Array:
-        return _norm(x, _norm_variables(x) | {"params": params}, train=True)[0]
-
-    def textbook(x: jax.Array, params: Any) -> jax.Array:
-        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * params["scale"] + params["bias"]
-
-    a, b = (jax.vjp(f, x, params)[1](weights) for f in (ours, textbook))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)
-
-
-def test_statistics_are_float32_when_computing_in_bfloat16() -> None:
-    # 257 is no bfloat16 number; a mean kept in that type would miss it.
-    x = jnp.full((2, 4, 4, C), 256, jnp.bfloat16).at[0].set(258)
-    variables = _norm_variables(x)
-    y, changed = _norm(x, variables, train=True, dtype=jnp.bfloat16, momentum=0.0)
-    assert y.dtype == jnp.bfloat16
-    assert {a.dtype for a in jax.tree.leaves(changed)} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_array_equal(changed["batch_stats"]["mean"], 257)
-    np.testing.assert_allclose(changed["batch_stats"]["var"], 32 / 31, rtol=1e-3)
-
-
-def test_one_row_leaves_the_average_finite() -> None:
-    x = _random(1, C)
-    y, changed = _norm(x, _norm_variables(x), train=True)
-    assert all(bool(jnp.isfinite(a).all()) for a in (y, *jax.tree.leaves(changed)))
-
-
 def test_conv_norm_is_a_convolution_then_its_norm() -> None:
     x = _random(2, 8, 8, C)
     layer = ConvNorm(F, 3, 2, groups=2, scale_init=nn.initializers.zeros)
@@ -243,11 +175,11 @@ def test_conv_norm_is_a_convolution_then_its_norm() -> None:
     assert not y.any()  # scale starts at what `scale_init` says
 
 
-def test_the_formulations_come_back_after_an_error() -> None:
-    kept = dict(conv.FORMULATIONS)
-    with pytest.raises(KeyError), conv.native():
+def test_the_implementations_come_back_after_an_error() -> None:
+    before = dict(conv.CONV_IMPLS)
+    with pytest.raises(KeyError), conv.xla_convolutions():
         raise KeyError
-    assert kept == conv.FORMULATIONS
+    assert before == conv.CONV_IMPLS
 
 
 def test_squeeze_excite_weighs_channels_by_their_means() -> None:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.drop import DropPath, linear_rates
+from halvit_jax.layers.drop import DropPath, linear_rates, stage_rates
 
 
 def _training(rate: float, x: jax.Array, seed: int = 0) -> np.ndarray:
@@ -51,3 +51,9 @@ def test_the_type_of_the_input_is_kept() -> None:
 @pytest.mark.parametrize(("depth", "rates"), [(1, [0.0]), (2, [0.0, 0.3]), (4, [0.0, 0.1, 0.2, 0.3])])
 def test_rates_rise_linearly_from_zero(depth: int, rates: list[float]) -> None:
     assert linear_rates(0.3, depth) == pytest.approx(rates)
+
+
+def test_stage_rates_are_those_of_all_blocks_cut_into_stages() -> None:
+    rates = stage_rates(0.3, (1, 2, 1))
+    assert [len(stage) for stage in rates] == [1, 2, 1]
+    assert [rate for stage in rates for rate in stage] == linear_rates(0.3, 4)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.embed import POSITIONS, PatchEmbed, Position, sincos_2d
+from halvit_jax.layers.embed import POSITIONS, PatchEmbed, PositionEmbedding, sincos_2d
 
 GRID, D = (3, 5), 16
 
@@ -47,7 +47,7 @@ def test_patch_embedding_starts_like_pytorch_uniform_within_one_over_the_root_of
 @pytest.mark.parametrize("extra", [0, 1])
 def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: int) -> None:
     x = _images(2, extra + 15, D)
-    layer = Position("learned", GRID)
+    layer = PositionEmbedding("learned", GRID)
     variables = layer.init(jax.random.key(0), x)
     table = variables["params"]["embedding"]
     assert table.shape == (extra + 15, D)
@@ -57,7 +57,7 @@ def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: in
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
 def test_fixed_positions_have_no_parameter_and_leave_extra_tokens_alone(extra: int) -> None:
-    x, layer = _images(2, extra + 15, D), Position("sincos", GRID)
+    x, layer = _images(2, extra + 15, D), PositionEmbedding("sincos", GRID)
     assert layer.init(jax.random.key(0), x) == {}
     result = layer.apply({}, x)
     np.testing.assert_array_equal(result[:, :extra], x[:, :extra])
@@ -65,14 +65,14 @@ def test_fixed_positions_have_no_parameter_and_leave_extra_tokens_alone(extra: i
 
 
 def test_no_positions_change_nothing() -> None:
-    x, layer = _images(2, 15, D), Position("none", GRID)
+    x, layer = _images(2, 15, D), PositionEmbedding("none", GRID)
     assert layer.init(jax.random.key(0), x) == {}
     np.testing.assert_array_equal(layer.apply({}, x), x)
 
 
 @pytest.mark.parametrize("kind", POSITIONS)
 def test_positions_keep_the_type_of_the_tokens(kind: str) -> None:
-    x, layer = _images(2, 15, D).astype(jnp.bfloat16), Position(kind, GRID)
+    x, layer = _images(2, 15, D).astype(jnp.bfloat16), PositionEmbedding(kind, GRID)
     variables = layer.init(jax.random.key(0), x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} <= {jnp.dtype(jnp.float32)}
     assert layer.apply(variables, x).dtype == jnp.bfloat16
@@ -102,3 +102,23 @@ def test_the_sine_cosine_table_tells_places_apart_by_their_distance_only() -> No
 def test_the_sine_cosine_table_exists_at_the_smallest_width() -> None:
     expected = [[np.sin(column), np.cos(column), np.sin(row), np.cos(row)] for row in range(2) for column in range(2)]
     np.testing.assert_allclose(sincos_2d((2, 2), 4), expected, atol=1e-6)
+
+
+def test_learned_positions_are_resampled_to_another_grid_and_those_of_tokens_kept() -> None:
+    table = np.random.default_rng(0).standard_normal((1 + 16, D)).astype(np.float32)
+    layer, x = PositionEmbedding("learned", (4, 4)), jnp.zeros((2, 1 + 12, D))
+    added = np.asarray(layer.apply({"params": {"embedding": table}}, x, (2, 6)))
+    np.testing.assert_array_equal(added[:, 0], table[[0, 0]])
+    expected = jax.image.resize(table[1:].reshape(4, 4, D), (2, 6, D), "bicubic").reshape(12, D)
+    np.testing.assert_allclose(added[0, 1:], expected, atol=1e-6)
+    np.testing.assert_array_equal(layer.apply({"params": {"embedding": table}}, jnp.zeros((1, 17, D)))[0], table)
+
+
+def test_sine_cosine_positions_are_those_of_the_given_grid() -> None:
+    added = PositionEmbedding("sincos", (4, 4)).apply({}, jnp.zeros((1, 1 + 12, 8)), (2, 6))
+    np.testing.assert_allclose(added[0, 1:], sincos_2d((2, 6), 8), atol=1e-6)
+
+
+def test_what_cannot_be_cut_into_patches_is_refused() -> None:
+    with pytest.raises(ValueError, match="9x8 pixels or tokens cannot be cut into patches of 4x4"):
+        PatchEmbed(D, 4).init(jax.random.key(0), jnp.zeros((1, 9, 8, 3)))

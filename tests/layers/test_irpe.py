@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.layers.irpe import ContextualPosition, grid_buckets, piecewise_index
+from halvit_jax.layers.irpe import ContextualRelativePosition, grid_buckets, piecewise_index
 
 GRID, K = (3, 6), 4
 
@@ -39,10 +39,10 @@ def test_each_query_is_multiplied_with_the_vector_of_the_offset(before: int) -> 
     rng = np.random.default_rng(0)
     n, buckets = 18 + before, 49 + (before > 0)
     query, table = rng.standard_normal((2, 3, n, K)), rng.standard_normal((K, buckets))
-    layer = ContextualPosition(GRID)
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(query))
+    layer = ContextualRelativePosition()
+    shapes = jax.eval_shape(lambda x: layer.init(jax.random.key(0), x, GRID), jnp.asarray(query))
     assert shapes["params"]["table"].shape == (K, buckets)
-    added = layer.apply({"params": {"table": table.astype(np.float32)}}, jnp.asarray(query, jnp.float32))
+    added = layer.apply({"params": {"table": table.astype(np.float32)}}, jnp.asarray(query, jnp.float32), GRID)
     expected = np.zeros((2, 3, n, n))
     for i in range(n):
         for j in range(n):

@@ -94,7 +94,7 @@ def test_inference_gives_the_references_output(
     model, variables = create_model(name, **fields), from_torch(name, _state(name, reference_weights), **fields)
     assert variables.keys() == variable_shapes(model).keys()
     images = jnp.asarray(reference_weights.image(2, 224, 224).transpose(0, 2, 3, 1))
-    with conv.native():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
+    with conv.xla_convolutions():  # quicker to compile; tests/layers/test_conv.py holds the formulations to each other
         output = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
     with np.load(golden / f"{name}.npz") as file:
         reference = file["logits" if "logits" in file else "features"]

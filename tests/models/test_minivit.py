@@ -121,7 +121,7 @@ def test_runs_share_what_hallucinates_and_mix_the_real_heads_before_and_all_afte
         assert shapes[f"block0/repeat{i}/mix_weights/kernel"].shape == (4, 4)
     params = {path: array.astype(np.float32) for path, array in _values("mini_halvit_tiny", **fields).items()}
     model = create_model("mini_halvit_tiny", **fields)
-    with conv.native():
+    with conv.xla_convolutions():
         grads = jax.jit(jax.grad(lambda p: model.apply({"params": p}, _images(), train=True).sum()))(_nest(params))
     assert [path for path, grad in flatten(grads).items() if not 0 < float(jnp.abs(grad).max()) < np.inf] == []
 
@@ -152,7 +152,7 @@ def test_the_gradient_of_what_is_shared_is_the_sum_over_its_repeats(name: str, t
 
             return {path: np.asarray(array) for path, array in flatten(gradient(_nest(params))).items()}
 
-        with conv.native():  # quicker to compile
+        with conv.xla_convolutions():  # quicker to compile
             ours = gradients(shared, values)
             single = gradients(unshared, {path: values[owner] for path, owner in owners.items()})
     summed: dict[str, Any] = {}

@@ -45,7 +45,7 @@ def _images(model: NextViT, b: int = 2) -> jax.Array:
 
 
 def _apply(model: NextViT, variables: Any, **keywords: Any) -> Any:
-    with conv.native():  # quicker to compile
+    with conv.xla_convolutions():  # quicker to compile
         return jax.jit(lambda v, x: model.apply(v, x, train=False, **keywords))(variables, _images(model))
 
 
@@ -81,7 +81,7 @@ def test_deployed_counts_of_the_compact_models(name: str) -> None:
     # biases; of the compact layers no norm is left.
     scales = [leaf for path, leaf in flatten(shapes["params"]).items() if path.endswith("conv/bias")]
     assert _size(shapes) + _size(scales) == params
-    with conv.native():
+    with conv.xla_convolutions():
         macs = count_macs(lambda v, x: model.apply(v, x, train=False), shapes, images)
     assert macs / 1e9 == pytest.approx(gmacs, rel=0.01)
 
@@ -161,7 +161,7 @@ def test_images_too_small_to_be_pooled_are_refused() -> None:
 def test_initial_values_are_the_released_ones() -> None:
     model = NextViT(**SMALL | {"depths": (1, 1)})
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the default's time
-    with conv.native():
+    with conv.xla_convolutions():
         params = flatten(jax.jit(lambda: model.init(key, _images(model), train=False))()["params"])
     kernels = {path: a for path, a in params.items() if path.endswith("kernel")}
     for path, a in kernels.items():
@@ -174,7 +174,7 @@ def test_initial_values_are_the_released_ones() -> None:
 def test_training_moves_every_statistic(fields: dict[str, Any]) -> None:
     model = NextViT(**SMALL, **fields)
     variables, images = random_variables(model), _images(model, 4)
-    with conv.native():
+    with conv.xla_convolutions():
         _, changed = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["batch_stats"]))(variables)
     stats = flatten(changed["batch_stats"])
     assert [path for path, old in flatten(variables["batch_stats"]).items() if jnp.array_equal(old, stats[path])] == []

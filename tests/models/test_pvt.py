@@ -12,9 +12,10 @@ from flax import linen as nn
 import halvit_jax
 from halvit_jax.layers import conv
 from halvit_jax.layers.drop import DropPath
+from halvit_jax.layers.embed import resampled
 from halvit_jax.layers.ffn import Compact, gelu
 from halvit_jax.models import create_model
-from halvit_jax.models.pvt import ConvMlp, resampled
+from halvit_jax.models.pvt_v2 import ConvMlp
 from halvit_jax.trees import flatten, map_paths, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
@@ -52,7 +53,7 @@ def _compiled(model: nn.Module, method: str) -> Any:
 
 
 def _apply(model: nn.Module, variables: Any, images: jax.Array, method: str = "__call__") -> Any:
-    with conv.native():  # quicker to compile
+    with conv.xla_convolutions():  # quicker to compile
         return _compiled(model, method)(variables, images)
 
 
@@ -97,7 +98,8 @@ def test_positions_are_resampled_for_images_of_other_sizes() -> None:
         places = np.clip((np.arange(side) + 0.5) * 4 / side - 0.5, 0, 3)
         weights.append(np.maximum(0, 1 - np.abs(places[:, None] - np.arange(4))))
     expected = np.einsum("um,vn,mnd->uvd", *weights, table).reshape(-1, 3)
-    np.testing.assert_allclose(resampled(jnp.asarray(table.reshape(16, 3)), grid), expected, atol=1e-6)
+    bilinear = resampled(jnp.asarray(table.reshape(16, 3)), (4, 4), grid, method="linear", antialias=False)
+    np.testing.assert_allclose(bilinear, expected, atol=1e-6)
 
     model = create_model("pvt_tiny", **SMALL)
     maps = jax.eval_shape(
@@ -108,7 +110,7 @@ def test_positions_are_resampled_for_images_of_other_sizes() -> None:
 
 def test_a_map_that_cannot_be_cut_is_refused() -> None:
     model = create_model("pvt_tiny", **SMALL)
-    message = "a map of 9x8 in stage2 cannot be cut into patches of 2x2; give images that the product of model.strides"
+    message = "9x8 pixels or tokens cannot be cut into patches of 2x2"
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda v: model.apply(v, jnp.zeros((1, 36, 32, 3)), train=False), variable_shapes(model))
 
@@ -211,7 +213,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
             return jnp.sum(jnp.sin(model.apply({"params": params}, _images(), train=True, rngs=rngs)))
 
         params = _variables(model)["params"]
-        with conv.native():  # quicker to compile
+        with conv.xla_convolutions():  # quicker to compile
             traced = jax.jit(jax.value_and_grad(loss)).trace(params)
         assert str(traced.jaxpr).count("= remat") == remat  # one in each block
         results.append(flatten(traced.lower().compile()(params)))

@@ -173,7 +173,7 @@ def test_both_formulations_are_one_network(monkeypatch: pytest.MonkeyPatch) -> N
     model = _small("halvit_resnet50")
     variables, images = random_variables(model), _images()
     ours = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
-    monkeypatch.delitem(conv.FORMULATIONS, "cpu")
+    monkeypatch.delitem(conv.CONV_IMPLS, "cpu")
     native = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
     np.testing.assert_allclose(ours, native, atol=1e-5 * float(native.std()))
 

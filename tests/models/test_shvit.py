@@ -20,7 +20,7 @@ CLASSES = 5
 SMALL: dict[str, Any] = {
     "depths": (1, 2),
     "widths": (16, 20),
-    "partial": (8, 12),
+    "partial_dims": (8, 12),
     "stages": ("i", "s"),
     "stem_strides": (2, 2),
     "num_classes": CLASSES,
@@ -51,8 +51,8 @@ def test_folding_the_norms_and_shortcuts_changes_no_output(distilled: bool) -> N
     before = jax.tree.map(np.array, variables)
     folded, fewer = fold(model, variables)
     assert jax.tree.map(jnp.shape, fewer) == jax.tree.map(jnp.shape, variable_shapes(folded))
-    expected = _apply(model, variables, method="heads")
-    for name, found in _apply(folded, fewer, method="heads").items():
+    expected = _apply(model, variables, method="head_logits")
+    for name, found in _apply(folded, fewer, method="head_logits").items():
         assert np.abs(found - expected[name]).max() / expected[name].std() <= 1e-5
     norms = {path for path in flatten(fewer["params"]) if "norm" in path}
     assert norms == {f"stage2/block{i}/attention/norm/{leaf}" for i in (0, 1) for leaf in ("scale", "bias")}
@@ -68,12 +68,12 @@ def test_folded_counts_are_the_published_ones(name: str) -> None:
     shapes = variable_shapes(model)
     images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == params
-    with conv.native():
+    with conv.xla_convolutions():
         macs = count_macs(lambda v, x: model.apply(v, x, train=False), shapes, images)
         maps = jax.eval_shape(lambda v, x: model.apply(v, x, train=False, method="features"), shapes, images)
     # The published figures add five operations for each number that a group normalisation has, one for each pooled.
     places = [leaf.shape[1] * leaf.shape[2] for leaf in maps.values()]
-    attending = zip(places, model.depths, model.partial, model.stages, strict=True)
+    attending = zip(places, model.depths, model.partial_dims, model.stages, strict=True)
     normalised = sum(n * depth * partial for n, depth, partial, kind in attending if KINDS[kind])
     pooled = places[-1] * model.widths[-1]
     assert round((macs + 5 * normalised + pooled) / 1e9, 5) == gmacs
@@ -82,7 +82,7 @@ def test_folded_counts_are_the_published_ones(name: str) -> None:
 def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
     model = SHViT(**SMALL, distilled=True)
     variables = random_variables(model)
-    heads = _apply(model, variables, method="heads")
+    heads = _apply(model, variables, method="head_logits")
     assert {name: (a.shape, a.dtype) for name, a in heads.items()} == {
         "class": ((2, CLASSES), jnp.float32),
         "distill": ((2, CLASSES), jnp.float32),
@@ -93,7 +93,7 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
         {name: tree for name, tree in variables[kind].items() if name != "head_distill"}
         for kind in ("params", "batch_stats")
     )
-    plain = _apply(SHViT(**SMALL), {"params": params, "batch_stats": stats}, method="heads")
+    plain = _apply(SHViT(**SMALL), {"params": params, "batch_stats": stats}, method="head_logits")
     assert plain.keys() == {"class"}
     np.testing.assert_allclose(plain["class"], heads["class"], rtol=1e-5, atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_the_classifier_sees_the_mean_of_the_last_map() -> None:
     pooled, maps = _apply(model, variables), _apply(model, variables, method="features")
     assert {stride: a.shape for stride, a in maps.items()} == {4: (2, 8, 8, 16), 8: (2, 4, 4, 20)}
     np.testing.assert_allclose(pooled, maps[8].mean((1, 2)), atol=1e-6)
-    heads = _apply(model, variables, method="heads")
+    heads = _apply(model, variables, method="head_logits")
     assert heads.keys() == {"class"}
     np.testing.assert_array_equal(heads["class"], pooled)
 
@@ -166,7 +166,7 @@ def test_both_formulations_are_one_network() -> None:
     model = SHViT(**SMALL)
     variables = random_variables(model)
     ours = _apply(model, variables)
-    with conv.native():
+    with conv.xla_convolutions():
         native = _apply(model, variables)
     np.testing.assert_allclose(ours, native, atol=1e-5 * float(native.std()))
 
@@ -211,13 +211,13 @@ def test_there_is_a_distilled_model_of_each_size() -> None:
     ("fields", "message"),
     [
         ({"depths": (2, 4)}, r"model.depths=\(2, 4\), model.widths=.* must have one entry for each stage"),
-        ({"depths": (), "widths": (), "partial": (), "stages": ()}, "must have one entry for each stage"),
+        ({"depths": (), "widths": (), "partial_dims": (), "stages": ()}, "must have one entry for each stage"),
         ({"stages": ("i", "s", "t")}, rf"model.stages='t' is not one of {', '.join(KINDS)}"),
         ({"depths": (2, 0, 5)}, r"model.depths=\(2, 0, 5\) must all be at least 1"),
         ({"stem_strides": ()}, r"model.stem_strides=\(\) must all be at least 1, and there must be one"),
         ({"stem_strides": (2, 0)}, r"model.stem_strides=\(2, 0\) must all be at least 1"),
-        ({"partial": (32, 48, 321)}, "model.partial has 321 in a stage of model.widths 320; give 1 to 320"),
-        ({"partial": (32, 0, 68)}, "model.partial has 0 in a stage of model.widths 224; give 1 to 224"),
+        ({"partial_dims": (32, 48, 321)}, "model.partial_dims=321 in a stage of model.widths 320; give 1 to 320"),
+        ({"partial_dims": (32, 0, 68)}, "model.partial_dims=0 in a stage of model.widths 224; give 1 to 224"),
         ({"widths": (132, 224, 320)}, "model.widths begins with 132, which must be a multiple of 8"),
         ({"widths": (0, 224, 320)}, "model.widths begins with 0, which must be a multiple of 8"),
         ({"drop_path": 0.1}, "model.drop_path=0.1: shvit_s1 has no such field"),

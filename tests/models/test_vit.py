@@ -39,12 +39,12 @@ def _apply(model: VisionTransformer, params: dict[str, Any], images: jax.Array, 
 
 def _untied(params: dict[str, Any]) -> dict[str, Any]:
     """The DeiT that computes the same: W and its transpose as two matrices, attention biases of zero."""
-    twin = dict(params)
+    untied_params = dict(params)
     for i in range(DEPTH):
         block = params[f"block{i}"]
         wq, wkv = (block["attention"][name]["kernel"] for name in ("query_output", "key_value"))
         w, ffn = block["ffn"]["tied"]["kernel"], block["ffn"]
-        twin[f"block{i}"] = block | {
+        untied_params[f"block{i}"] = block | {
             "attention": {
                 "qkv": {"kernel": np.concatenate([wq, wkv, wkv.T], axis=1), "bias": np.zeros(3 * D, wq.dtype)},
                 "output": {"kernel": wq.T, "bias": np.zeros(D, wq.dtype)},
@@ -54,7 +54,7 @@ def _untied(params: dict[str, Any]) -> dict[str, Any]:
                 "reduce": {"kernel": w.T, "bias": ffn["bias"]},
             },
         }
-    return twin
+    return untied_params
 
 
 def _added_up(grads: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _added_up(grads: dict[str, Any]) -> dict[str, Any]:
 def test_a_halvit_is_a_deit_whose_matrices_are_w_and_w_transposed() -> None:
     tied, untied = create_model("halvit_tiny", **SMALL), create_model("deit_small", **SMALL)
     params = _params(tied)
-    ours, twin = _apply(tied, params, _images(8)), _apply(untied, _untied(params), _images(8))
-    assert float(jnp.abs(ours - twin).max() / twin.std()) <= 1e-5
+    ours, expected = _apply(tied, params, _images(8)), _apply(untied, _untied(params), _images(8))
+    assert float(jnp.abs(ours - expected).max() / expected.std()) <= 1e-5
 
 
 def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
@@ -168,22 +168,24 @@ def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:
 def test_the_answer_of_each_classifier_can_be_had() -> None:
     model = create_model("deit_tiny_distilled", **SMALL)
     params, images = _params(model), _images()
-    heads = _apply(model, params, images, method="heads")
+    heads = _apply(model, params, images, method="head_logits")
     assert {name: (a.shape, a.dtype) for name, a in heads.items()} == {
         "class": ((2, CLASSES), jnp.float32),
         "distill": ((2, CLASSES), jnp.float32),
     }
     other = params | {"head_distill": jax.tree.map(lambda x: x + 1, params["head_distill"])}
-    changed = _apply(model, other, images, method="heads")
+    changed = _apply(model, other, images, method="head_logits")
     np.testing.assert_array_equal(changed["class"], heads["class"])
     assert np.abs(changed["distill"] - heads["distill"]).max() > 0.1
     np.testing.assert_array_equal(_apply(model, params, images), (heads["class"] + heads["distill"]) / 2)
-    seen = _apply(create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images, method="heads")
+    seen = _apply(
+        create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images, method="head_logits"
+    )
     for name, head in (("class", "head"), ("distill", "head_distill")):
         expected = seen[name] @ params[head]["kernel"] + params[head]["bias"]
         np.testing.assert_allclose(heads[name], expected, atol=1e-5)
     plain = create_model("deit_tiny", **SMALL)
-    assert _apply(plain, _params(plain), images, method="heads").keys() == {"class"}
+    assert _apply(plain, _params(plain), images, method="head_logits").keys() == {"class"}
 
 
 def test_the_maps_rows_and_columns_are_the_images() -> None:
@@ -342,7 +344,7 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
         logits, changed = model.apply(given, _images(), train=True, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(logits)), changed["batch_stats"]
 
-    with conv.native():  # quicker to compile
+    with conv.xla_convolutions():  # quicker to compile
         loss, once = jax.jit(lambda p: train(p, plain))(params)
         (again, moved), grads = jax.jit(jax.value_and_grad(lambda p: train(p, model), has_aux=True))(params)
     np.testing.assert_allclose(again, loss, rtol=1e-5)
@@ -377,8 +379,8 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
         ({"ffn_rank": 0.5}, "model.ffn_rank=0.5 needs model.ffn='dense', not 'tied'"),
         ({"ffn_branches": 0}, "model.ffn_branches=0 must be at least 1"),
         ({"ffn_ratio": 0.0}, "model.ffn_ratio=0.0 leaves nothing of model.width=384"),
-        ({"dtype": "floaty"}, "dtype='floaty' is no type of floating-point numbers"),
-        ({"dtype": "int32"}, "dtype='int32' is no type of floating-point numbers"),
+        ({"dtype": "floaty"}, "dtype='floaty' is not a floating-point type"),
+        ({"dtype": "int32"}, "dtype='int32' is not a floating-point type"),
         ({"groups": 32}, "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, patch_size,"),
     ],
 )

@@ -23,7 +23,7 @@ SHVIT = {
     "image_size": 16,
     "depths": (1, 1),
     "widths": (16, 24),
-    "partial": (8, 8),
+    "partial_dims": (8, 8),
     "stages": ("i", "s"),
     "stem_strides": (1, 2),
     "dtype": "float64",

@@ -1,28 +1,15 @@
-"""Where examples come from: one file a kind of source."""
+"""Sources of examples: one file and one row in `SOURCES` for each kind."""
 
+from collections.abc import Callable, Mapping, Sequence
+
+from halvit_jax.data.evals import EvalSet, parse_evals
 from halvit_jax.data.sources.base import Source
-from halvit_jax.data.sources.image_folder import Folder
+from halvit_jax.data.sources.image_folder import open_folder
 from halvit_jax.data.sources.tfds import open_tfds
 from halvit_jax.text import first_few
 
-
-def open_sources(
-    name: str, data_dir: str, root: str, train_split: str, eval_name: str, eval_split: str
-) -> tuple[Source, Source]:
-    """The sources to train on and to evaluate on; `open_source` says what the words mean.
-
-    Raises:
-        ValueError: also where the two have other classes, whose numbers would then mean different things.
-    """
-    train = open_source(name, data_dir, train_split, root=root)
-    evaluation = open_source(eval_name, data_dir, eval_split, root=root)
-    differing = sorted(set(train.class_names) ^ set(evaluation.class_names))
-    if differing:
-        raise ValueError(
-            f"data.train_split={train_split!r} of {root or name} and data.eval_split={eval_split!r} of "
-            f"{root or eval_name} must have the same classes; only one of them has {first_few(differing)}"
-        )
-    return train, evaluation
+SOURCES: Mapping[str, Callable[[str, str, str, str], Source]] = {"folder": open_folder}
+"""data.name -> (name, data_dir, split, root) -> source. Every other name is a data set of TFDS."""
 
 
 def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Source:
@@ -32,10 +19,38 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
     missing; nothing is ever downloaded.
 
     Raises:
-        ValueError: no such data set or split, not or only partly prepared, or without `image` and `label`.
+        ValueError: no such data set or split, not or only partly prepared, or without the features needed.
     """
-    if name == "folder":
-        return Folder(root, split)
-    if root:
-        raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
-    return open_tfds(name, data_dir, split)
+    return SOURCES.get(name, open_tfds)(name, data_dir, split, root)
+
+
+def open_sources(
+    name: str, data_dir: str, root: str, train_split: str, eval_name: str, eval_split: str, evals: Sequence[str] = ()
+) -> tuple[Source, dict[str, Source]]:
+    """The training source, and the evaluation sources by the name of their curves; `open_source` explains the words.
+
+    The first is "eval"; the entry "v2=imagenet_v2:test" of `evals` is "eval_v2". An entry without a data set, such as
+    "half=:test[:50%]", is a split of `name`.
+
+    Raises:
+        ValueError: also where a source has other classes than the training source, because labels would then mean
+            different things.
+    """
+    train = open_source(name, data_dir, train_split, root=root)
+    sets = {"eval": (f"data.eval_split={eval_split!r}", EvalSet(eval_name, eval_split))}
+    sets |= {f"eval_{key}": (f"data.evals {key}=", given) for key, given in parse_evals(evals).items()}
+    sources = {}
+    for key, (field, (eval_set, split)) in sets.items():
+        try:
+            source = open_source(eval_set or name, data_dir, split, root=root)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
+        classes, found = train.info.class_names, source.info.class_names
+        if classes != found:
+            differing = first_few(sorted(set(classes) ^ set(found)))
+            raise ValueError(
+                f"data.train_split={train_split!r} of {root or name} and {field} of {root or eval_set or name} must "
+                f"have the same classes; {f'only one of them has {differing}' if differing else 'their order differs'}"
+            )
+        sources[key] = source
+    return train, sources

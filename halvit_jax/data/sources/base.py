@@ -1,63 +1,58 @@
-"""Where examples come from: what a source is, and data sets prepared by TFDS. Image folders are in folder.py.
+"""The source protocol, and the cutting of a split into shards.
 
-A source is read in two moves. `reader` gives the entries of one part of a split in an order, and an entry is cheap to
-order, repeat and skip; `fetch` turns an entry into its record and may run on many entries at once. Where records can
-only be read one after the other (TFRecord) the entry holds the record; elsewhere it is a position.
+A source is read in two phases: index, then load. `shard` yields the entries of one shard of a split, which are cheap to
+shuffle, repeat and skip; `fetch` turns an entry into its record and may run on many entries at once. An entry is a
+position, or where records can only be read in sequence (TFRecord) the serialized record.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 import tensorflow as tf
 
-MEND_RECORD = "put it right, or prepare the data set again"
+from halvit_jax.protocols import DatasetInfo
 
-Record = dict[str, tf.Tensor]  # image: encoded bytes; label: int32; name: where it comes from, for messages
+RECORD_HINT = "put it right, or prepare the data set again"
+
 Entry = dict[str, tf.Tensor]
-Reader = Callable[..., tf.data.Dataset]  # (part: int | int64 scalar, seed: int64 scalar | None) -> its entries
+Record = dict[str, tf.Tensor]
+"""Named features of one example, undecoded: `name` (its origin, for messages), `image` (encoded bytes) and others, such
+as `label` (int32)."""
 
 
 class Source(Protocol):
-    """One split of a data set of labelled images, undecoded: skipping a record costs no decoding."""
+    """One split of a data set. Skipping a record decodes nothing."""
 
-    num_examples: int
-    class_names: list[str]
+    info: DatasetInfo
 
-    def reader(self, parts: int) -> Reader:
-        """A function of a number below `parts`, and a seed, that reads this part of the split.
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The entries of shard number `index` of `count`.
 
-        Parts are consecutive, and the first ones have one record more where they cannot be equal. With a seed they come
-        in an order that is a function of it; without, in their own.
+        Shards are consecutive, and the first ones have one record more where they cannot be equal. A seed (int64
+        scalar) shuffles the entries; without one they come in the order of the split.
         """
         ...
 
     def fetch(self, entry: Entry) -> Record:
-        """The record of an entry. A function of tensors, for `tf.data.Dataset.map`."""
+        """Load the record of an entry. A function of tensors, for `tf.data.Dataset.map`."""
         ...
 
-
-def positions(size: int, parts: int) -> Reader:
-    """The reader of a source that can read any of its `size` records at any time; see `Source.reader`."""
-
-    def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        places = tf.range(*bounds(size, part, parts))
-        if seed is not None:
-            places = tf.random.experimental.stateless_shuffle(places, tf.stack([seed, 0]), alg="philox")
-        return tf.data.Dataset.from_tensor_slices({"position": places})
-
-    return read
+    def diagnose(self, error: tf.errors.OpError) -> str:
+        """Name the file that caused an error in reading and what to do; "" where the error does not tell."""
+        del error
+        return ""
 
 
-def bounds(size: int, part: tf.Tensor | int, parts: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where a part begins and ends, int64."""
-    least, more = divmod(size, parts)
-    numbers = (tf.cast(part, tf.int64), tf.cast(part, tf.int64) + 1)
+def position_shard(size: int, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+    """`Source.shard` of a source with random access to its `size` records: entries are positions."""
+    positions = tf.range(*shard_bounds(size, index, count))
+    if seed is not None:
+        positions = tf.random.experimental.stateless_shuffle(positions, tf.stack([seed, 0]), alg="philox")
+    return tf.data.Dataset.from_tensor_slices({"position": positions})
+
+
+def shard_bounds(size: int, index: tf.Tensor | int, count: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The first position of a shard and that behind its last one, int64."""
+    least, more = divmod(size, count)
+    numbers = (tf.cast(index, tf.int64), tf.cast(index, tf.int64) + 1)
     start, stop = (number * least + tf.minimum(number, more) for number in numbers)
     return start, stop
-
-
-def checked(image: tf.Tensor, label: tf.Tensor, name: tf.Tensor, classes: int) -> Record:
-    """The record; an error where the label is no class, which would train the model on nonsense without a word."""
-    message = [name, "has the label", label, "outside of", classes, "classes"]
-    with tf.control_dependencies([tf.debugging.Assert((label >= 0) & (label < classes), message)]):
-        return {"image": image, "label": tf.identity(label), "name": name}

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-TEST_SHARE = 5  # every fifth example of a class is for the test
+TEST_EVERY = 5  # every fifth example of a class belongs to the test split
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """8x8 grey digits, split 80/20 by class and always in the same way."""
+    """8x8 grey digits, split 80/20 within each class by a fixed rule."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -43,7 +43,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         digits = load_digits()
         seen = np.zeros(10, int)
         for index, (image, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            for_test = seen[label] % TEST_SHARE == 0
+            for_test = seen[label] % TEST_EVERY == 0
             seen[label] += 1
             if for_test == test:
                 pixels = np.round(image * (255 / 16)).astype(np.uint8)[..., None]  # [8, 8, 1]

@@ -1,21 +1,23 @@
-"""Own images: root/train/<class>/<image> and root/val/<class>/<image> as a source."""
+"""Your own images: root/train/<class>/<image> and root/val/<class>/<image> as a source."""
 
 import collections
 import os
 
 import tensorflow as tf
 
-from halvit_jax.data.sources.base import Entry, Reader, Record, positions
+from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
+from halvit_jax.protocols import DatasetInfo
 from halvit_jax.text import first_few
 
+NAME = "folder"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what TensorFlow decodes; of a GIF the first frame
 
 
-class Folder:
-    """The images in root/split/<class>/, in the order of their names; the label is the place of the class by name.
+class ImageFolder(Source):
+    """The images in root/split/<class>/, sorted by path; the label is the index of the class among the sorted names.
 
-    Hidden files, files with other suffixes and what lies deeper are passed over. An entry is the position of an image,
-    so ordering, repeating and skipping reads no file.
+    Hidden files, files with other suffixes and deeper folders are ignored. An entry is the position of an image, so
+    shuffling, repeating and skipping reads no file.
 
     Raises:
         ValueError: a folder that is missing or holds no classes, or a class without images.
@@ -29,30 +31,36 @@ class Folder:
             raise ValueError(f"data.root={root!r} is no folder")
         if not tf.io.gfile.isdir(folder):
             raise ValueError(
-                f"data.root={root!r} has no folder {split!r}; data.train_split and data.eval_split name its "
-                f"sub-folders, and it has {', '.join(_subfolders(root)) or 'none'}"
+                f"data.root={root!r} has no folder {split!r}; data.train_split, data.eval_split and data.evals name "
+                f"its sub-folders, and it has {', '.join(_subfolders(root)) or 'none'}"
             )
-        self.class_names = _subfolders(folder)
-        if not self.class_names:
+        classes = _subfolders(folder)
+        if not classes:
             raise ValueError(f"{folder} of data.root has no sub-folders; each class needs one, named after it")
-        images = {name: _images(os.path.join(folder, name)) for name in self.class_names}
-        empty = [name for name in self.class_names if not images[name]]
+        images = {name: _images(os.path.join(folder, name)) for name in classes}
+        empty = [name for name in classes if not images[name]]
         if empty:
             found = first_few([_describe(os.path.join(folder, name)) for name in empty])
             raise ValueError(f"{folder} of data.root has classes without images ({', '.join(SUFFIXES)}): {found}")
-        paths = [path for name in self.class_names for path in images[name]]
-        labels = [label for label, name in enumerate(self.class_names) for _ in images[name]]
-        self.num_examples = len(paths)
+        paths = [path for name in classes for path in images[name]]
+        labels = [label for label, name in enumerate(classes) for _ in images[name]]
+        self.info = DatasetInfo(classes, len(paths), NAME)
         self._paths, self._labels = tf.constant(paths), tf.constant(labels, tf.int32)
 
-    def reader(self, parts: int) -> Reader:
-        """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
-        return positions(self.num_examples, parts)
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The positions of a shard; a seed shuffles them uniformly."""
+        return position_shard(self.info.num_examples, index, count, seed)
 
     def fetch(self, entry: Entry) -> Record:
-        """The file at the entry's position, undecoded."""
+        """The file at the entry's position, undecoded, and its label."""
         path = tf.gather(self._paths, entry["position"])
         return {"image": tf.io.read_file(path), "label": tf.gather(self._labels, entry["position"]), "name": path}
+
+
+def open_folder(name: str, data_dir: str, split: str, root: str) -> ImageFolder:
+    """The images in root/split/<class>/."""
+    del name, data_dir
+    return ImageFolder(root, split)
 
 
 def _subfolders(folder: str) -> list[str]:

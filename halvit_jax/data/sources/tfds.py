@@ -11,84 +11,64 @@ import tensorflow_datasets as tfds
 
 from halvit_jax.data import ops
 from halvit_jax.data.sources import digits  # registers the builder `digits` with TFDS
-from halvit_jax.data.sources.base import (
-    MEND_RECORD,
-    Entry,
-    Reader,
-    Record,
-    Source,
-    bounds,
-    checked,
-    positions,
-)
-from halvit_jax.protocols import DataError
+from halvit_jax.data.sources.base import RECORD_HINT, Entry, Record, Source, position_shard, shard_bounds
+from halvit_jax.protocols import DataError, DatasetInfo
 from halvit_jax.text import first_few
 
-EMBEDDED = (digits.Digits.name,)  # made on the spot where they are missing, in seconds
+EMBEDDED = (digits.Digits.name,)  # prepared on first use, in seconds
 MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
-OPEN_FILES = 4  # TFRecord files a reader mixes while reading
+OPEN_FILES = 4  # TFRecord files a shard mixes while reading
 
 
-class TfrecordSource:
-    """A split that TFDS prepared as TFRecord: files that can only be read one after the other.
+class TfrecordSource(Source):
+    """A split that TFDS prepared as TFRecord: files that can only be read in sequence.
 
-    A file that is damaged or has fewer records than its metadata says ends the reading with an error; an epoch is
-    never silently shorter.
+    A corrupt file, or one with fewer records than its metadata says, ends the reading with an error; an epoch is never
+    silently shorter.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self._builder = builder
-        self._split = split
-        self.num_examples: int = builder.info.splits[split].num_examples
-        self.class_names: list[str] = list(builder.info.features["label"].names)
+        self._files = builder.info.splits[split].file_instructions
+        self.info = _info(builder, split)
 
-    def reader(self, parts: int) -> Reader:
-        """A function of a number below `parts`, and a seed, that reads this part of the split.
-
-        With a seed the files of the part come in a random order and mixed; without, as they were written.
-        """
-        files = self._builder.info.splits[self._split].file_instructions
-        names = tf.constant([file.filename for file in files], tf.string)
-        skips = tf.constant([file.skip for file in files], tf.int64)
-        takes = tf.constant([file.take for file in files], tf.int64)
-        begins = tf.cumsum(takes, exclusive=True)  # the place in the split of each file's first record
-
-        def read(part: tf.Tensor | int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-            start, stop = bounds(self.num_examples, part, parts)
-            first = tf.maximum(start - begins, 0)
-            count = tf.minimum(stop - begins, takes) - first
-            own = count > 0
-            files = tf.data.Dataset.from_tensor_slices((names[own], (skips + first)[own], count[own]))
-            if seed is None:
-                return files.flat_map(ops.plain(self._open_file))
-            return files.shuffle(len(names), seed=seed).interleave(ops.plain(self._open_file), OPEN_FILES)
-
-        return read
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The serialized records of a shard; a seed shuffles its files and mixes their records."""
+        names = tf.constant([file.filename for file in self._files], tf.string)
+        skips = tf.constant([file.skip for file in self._files], tf.int64)
+        takes = tf.constant([file.take for file in self._files], tf.int64)
+        begins = tf.cumsum(takes, exclusive=True)  # position in the split of each file's first record
+        start, stop = shard_bounds(self.info.num_examples, index, count)
+        first = tf.maximum(start - begins, 0)
+        length = tf.minimum(stop - begins, takes) - first
+        own = length > 0
+        files = tf.data.Dataset.from_tensor_slices((names[own], (skips + first)[own], length[own]))
+        if seed is None:
+            return files.flat_map(ops.no_autograph(self._open_file))
+        return files.shuffle(len(self._files), seed=seed).interleave(ops.no_autograph(self._open_file), OPEN_FILES)
 
     def fetch(self, entry: Entry) -> Record:
-        """The entry's own record."""
-        example = _parse(self._builder, entry["serialized"])
+        """The record that the entry holds."""
         name = tf.strings.join([entry["file"], ", record ", tf.strings.as_string(entry["number"])])
-        return checked(example["image"], example["label"], name, len(self.class_names))
+        return _parse(self._builder, entry["serialized"], name, self.info)
 
-    def blame(self, error: tf.errors.OpError) -> str:
-        """What is wrong with which file, after an error in reading them."""
-        if isinstance(error, tf.errors.DataLossError):  # which does not name it
-            return f"{self._damaged_file()} is damaged ({ops.reason(error)}); prepare the data set again"
-        return f"{ops.reason(error)}; {MEND_RECORD}"
+    def diagnose(self, error: tf.errors.OpError) -> str:
+        """Name the corrupt file of a data loss, whose own message does not."""
+        if not isinstance(error, tf.errors.DataLossError):
+            return ""
+        return f"{self._corrupt_file()} is damaged ({ops.reason(error)}); prepare the data set again"
 
-    def _damaged_file(self) -> str:
+    def _corrupt_file(self) -> str:
         """The first file of the split that cannot be read to its end.
 
-        Reads them all, the smallest first because it may be cut off.
+        Reads them all, the smallest first because it may be truncated.
         """
-        files = (file.filename for file in self._builder.info.splits[self._split].file_instructions)
-        for file in sorted(files, key=lambda file: tf.io.gfile.stat(file).length):
+        for file in sorted((file.filename for file in self._files), key=lambda file: tf.io.gfile.stat(file).length):
             try:
                 tf.data.TFRecordDataset(file).reduce(0, lambda count, _: count + 1)
             except tf.errors.DataLossError:
                 return file
-        return f"a file of {self._builder.data_dir}"  # it could be read this time
+        return f"a file of {self._builder.data_dir}"  # this time all could be read
 
     def _open_file(self, file: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
         """`take` records of a file from number `skip` on; an error where it has fewer."""
@@ -98,41 +78,43 @@ class TfrecordSource:
             with tf.control_dependencies([tf.debugging.Assert(False, [file, "ends before its record", last])]):
                 return tf.constant(b"")
 
-        too_short = tf.data.Dataset.from_tensors(skip + take - 1).map(ops.plain(too_few))
+        too_short = tf.data.Dataset.from_tensors(skip + take - 1).map(ops.no_autograph(too_few))
         records = tf.data.TFRecordDataset(file).skip(skip).take(take).concatenate(too_short).take(take)
         numbers = tf.data.Dataset.range(skip, skip + take)
 
         def entry(number: tf.Tensor, serialized: tf.Tensor) -> Entry:
             return {"serialized": serialized, "file": file, "number": number}
 
-        return tf.data.Dataset.zip((numbers, records)).map(ops.plain(entry))
+        return tf.data.Dataset.zip((numbers, records)).map(ops.no_autograph(entry))
 
 
-class InMemory:
-    """A small split that is read once and kept, so an entry is the position in it.
+class InMemorySource(Source):
+    """A small split, read once and kept; an entry is the position in it.
 
-    It comes in its own order whatever the seed, for the caller shuffles records anyway.
+    A seed does not shuffle, because the loader shuffles records as well.
     """
 
     def __init__(self, source: TfrecordSource) -> None:
         self._source = source
-        self._records: Entry = {}  # all entries of the source, each field one tensor; read when a reader is made
-        self.num_examples, self.class_names = source.num_examples, source.class_names
+        self._records: Entry = {}  # all entries of the source, each field one tensor; read when a shard is opened
+        self.info = source.info
 
-    def reader(self, parts: int) -> Reader:
-        """A function of a number below `parts` that gives the positions of this part.
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The positions of a shard.
 
         Raises:
-            DataError: a file is damaged or too short.
+            DataError: a file is corrupt or too short.
         """
+        del seed
         if not self._records:
-            entries = self._source.reader(1)(0).batch(self.num_examples)
-            try:
-                self._records = entries.get_single_element()
-            except tf.errors.OpError as error:
-                raise DataError(self._source.blame(error)) from error
-        read = positions(self.num_examples, parts)
-        return lambda part, seed=None: read(part)
+            with tf.init_scope():  # a shard may be opened inside of a tf.data function
+                entries = self._source.shard(0, 1).batch(self.info.num_examples)
+                try:
+                    self._records = entries.get_single_element()
+                except tf.errors.OpError as error:
+                    found = self._source.diagnose(error) or f"{ops.reason(error)}; {RECORD_HINT}"
+                    raise DataError(found) from error
+        return position_shard(self.info.num_examples, index, count)
 
     def fetch(self, entry: Entry) -> Record:
         """The record at the entry's position."""
@@ -141,27 +123,25 @@ class InMemory:
         )
 
 
-class ArrayRecordSource:
-    """A split that TFDS prepared as ArrayRecord: any record can be read at any time, so an entry is its position."""
+class ArrayRecordSource(Source):
+    """A split that TFDS prepared as ArrayRecord: random access to records, so an entry is a position."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str) -> None:
         self._builder = builder
-        self.num_examples: int = builder.info.splits[split].num_examples
-        self.class_names: list[str] = list(builder.info.features["label"].names)
+        self.info = _info(builder, split)
         self._files = builder.info.splits[split].file_instructions
         self._ends = list(itertools.accumulate(file.take for file in self._files))
-        _allow_open_files(len(self._files))  # each stays open, and the usual limit is as low as ImageNet's 1024
+        raise_open_file_limit(len(self._files))  # each stays open, and the usual limit is as low as ImageNet's 1024
         self._serialized = builder.as_data_source(split).data_source  # position -> serialized example
 
-    def reader(self, parts: int) -> Reader:
-        """A function of a number below `parts`, and a seed, that gives this part's positions in any possible order."""
-        return positions(self.num_examples, parts)
+    def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
+        """The positions of a shard; a seed shuffles them uniformly."""
+        return position_shard(self.info.num_examples, index, count, seed)
 
     def fetch(self, entry: Entry) -> Record:
         """The record at the entry's position."""
         serialized, name = tf.numpy_function(self._read, [entry["position"]], (tf.string, tf.string), stateful=False)
-        example = _parse(self._builder, tf.ensure_shape(serialized, []))
-        return checked(example["image"], example["label"], tf.ensure_shape(name, []), len(self.class_names))
+        return _parse(self._builder, tf.ensure_shape(serialized, []), tf.ensure_shape(name, []), self.info)
 
     def _read(self, position: int) -> tuple[bytes, bytes]:
         index = bisect.bisect_right(self._ends, position)
@@ -169,16 +149,18 @@ class ArrayRecordSource:
         name = f"{file.filename}, record {file.skip + position - (self._ends[index] - file.take)}"
         try:
             return self._serialized[position], name.encode()
-        except Exception as error:  # array_record raises what it likes; none of it names the file
+        except Exception as error:  # of any type that array_record raises; none of them names the file
             raise ValueError(f"{name} cannot be read: {error}") from error
 
 
-def open_tfds(name: str, data_dir: str, split: str) -> Source:
+def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     """The split of the prepared TFDS data set `name` under `data_dir`; embedded ones are prepared where missing.
 
     Raises:
         ValueError: no such data set or split, not or only partly prepared, or without `image` and `label`.
     """
+    if root:
+        raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
     try:
         builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -190,13 +172,21 @@ def open_tfds(name: str, data_dir: str, split: str) -> Source:
                 f"{_command(builder, data_dir)}"
             )
         builder.download_and_prepare(file_format="tfrecord")
-    _check(builder, split, data_dir)
+    _validate(builder, split, data_dir)
     return FORMATS[builder.info.file_format.value](builder, split)
+
+
+def raise_open_file_limit(count: int) -> None:
+    """Raise this process's limit of open files by `count`, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _tfrecord(builder: tfds.core.DatasetBuilder, split: str) -> Source:
     source = TfrecordSource(builder, split)
-    return source if builder.info.dataset_size > MEMORY_BYTES else InMemory(source)
+    return source if builder.info.dataset_size > MEMORY_BYTES else InMemorySource(source)
 
 
 FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
@@ -205,10 +195,13 @@ FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
 }
 
 
-def _check(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None:
+def _validate(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None:
     missing = {"image", "label"} - set(builder.info.features)
     if missing:
-        raise ValueError(f"data.name={builder.name!r} lacks the feature {' and '.join(sorted(missing))}")
+        raise ValueError(
+            f"data.name={builder.name!r} lacks the feature {' and '.join(sorted(missing))}; "
+            f"it has {', '.join(builder.info.features)}"
+        )
     file_format = builder.info.file_format.value
     if file_format not in FORMATS:
         raise ValueError(f"data.name={builder.name!r} is prepared as {file_format}, not as {' or '.join(FORMATS)}")
@@ -237,14 +230,20 @@ def _command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
     )
 
 
-def _parse(builder: tfds.core.DatasetBuilder, serialized: tf.Tensor) -> dict[str, tf.Tensor]:
+def _info(builder: tfds.core.DatasetBuilder, split: str) -> DatasetInfo:
+    return DatasetInfo(
+        list(builder.info.features["label"].names), builder.info.splits[split].num_examples, builder.name
+    )
+
+
+def _parse(builder: tfds.core.DatasetBuilder, serialized: tf.Tensor, name: tf.Tensor, info: DatasetInfo) -> Record:
+    """The record of a labelled image.
+
+    Raises:
+        tf.errors.InvalidArgumentError: the label is no class, which would silently train the model on nonsense.
+    """
     example = builder.info.features.deserialize_example(serialized, decoders={"image": tfds.decode.SkipDecoding()})
-    return {"image": example["image"], "label": tf.cast(example["label"], tf.int32)}
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise this process's limit of open files by `count`, as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY:
-        wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    label, classes = tf.cast(example["label"], tf.int32), len(info.class_names)
+    message = [name, "has the label", label, "outside of", classes, "classes"]
+    with tf.control_dependencies([tf.debugging.Assert((label >= 0) & (label < classes), message)]):
+        return {"image": example["image"], "label": tf.identity(label), "name": name}

@@ -17,7 +17,7 @@ def _examples(digits_dir: pathlib.Path, split: str) -> list[tuple[bytes, int]]:
     ]
 
 
-def test_the_split_holds_every_digit_of_scikit_learn_exactly_once(digits_dir: pathlib.Path) -> None:
+def test_the_digits_splits_hold_every_digit_of_scikit_learn_once(digits_dir: pathlib.Path) -> None:
     found = Counter(_examples(digits_dir, "train") + _examples(digits_dir, "test"))
     raw = load_digits()
     pixels = np.round(raw.images * (255 / 16)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Folders of images: the digits as PNG files, from the first listing to a trained model."""
+"""Image folders: the digits as PNG files, from listing the folders to a trained model."""
 
 import hashlib
 import itertools
@@ -18,10 +18,13 @@ from sklearn.datasets import load_digits
 
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
-from halvit_jax.data.pipeline import Host, Loaders, make_loaders
-from halvit_jax.data.sources import open_source, open_sources
-from halvit_jax.main import work
-from halvit_jax.protocols import DataError
+from halvit_jax.data.pipeline import Host, Loaders, TrainLoader, make_loaders
+from halvit_jax.data.sources import open_source
+from halvit_jax.data.sources.base import Entry, Record
+from halvit_jax.data.sources.image_folder import ImageFolder
+from halvit_jax.data.transforms import eval_transform
+from halvit_jax.main import run_experiment
+from halvit_jax.protocols import DataError, DatasetInfo
 
 CONFIG = pathlib.Path(__file__).parents[3] / "configs/halvit_folder.py"
 NAMES = [f"digit {i}" for i in range(10)]
@@ -64,7 +67,7 @@ def _loaders(root: pathlib.Path, **changes: Any) -> Loaders:
         "virtual_shards": 8,
     }
     fields |= {"crop": "whole", "shift": 1}
-    return make_loaders(**fields | {"batch_size": BATCH, "image_size": 8, "seed": 0} | changes)
+    return make_loaders(**fields | {"batch_size": BATCH, "size": (8, 8), "seed": 0} | changes)
 
 
 def _hash(batch: dict[str, np.ndarray]) -> str:
@@ -78,32 +81,15 @@ def reference(root: pathlib.Path) -> list[str]:
     return [_hash(batch) for batch in itertools.islice(loader.batches(), loader.steps_per_epoch * 5 // 2)]
 
 
-def test_every_image_is_there_once_with_its_class(root: pathlib.Path) -> None:
+def test_every_image_is_read_once_with_its_label(root: pathlib.Path) -> None:
     source = open_source("folder", "", "train", root=str(root))
-    assert source.class_names == NAMES
-    assert source.num_examples == 10 * TRAIN
-    found = list(source.reader(1)(0).map(source.fetch).as_numpy_iterator())
+    assert source.info == DatasetInfo(NAMES, 10 * TRAIN, "folder")
+    found = list(source.shard(0, 1).map(source.fetch).as_numpy_iterator())
     paths = [pathlib.Path(record["name"].decode()) for record in found]
     assert paths == sorted((root / "train").glob("*/*.png"))
     for path, record in zip(paths, found, strict=True):
         assert record["image"] == path.read_bytes()
         assert NAMES[record["label"]] == path.parent.name
-
-
-def test_parts_are_consecutive_and_hold_every_image_once(root: pathlib.Path) -> None:
-    source = open_source("folder", "", "val", root=str(root))
-    for parts in (1, 7, 50):
-        places = [[int(entry["position"]) for entry in source.reader(parts)(part)] for part in range(parts)]
-        assert list(itertools.chain(*places)) == list(range(50))
-        assert min(map(len, places)) == 50 // parts
-
-
-def test_the_order_of_a_part_is_a_permutation_that_the_seed_draws(root: pathlib.Path) -> None:
-    read = open_source("folder", "", "train", root=str(root)).reader(4)
-    orders = [tuple(int(e["position"]) for e in read(1, tf.constant(seed, tf.int64))) for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2]) == list(range(60, 120))
-    assert abs(np.corrcoef(orders[0], range(60))[0, 1]) < 0.5
 
 
 def test_batches_are_a_function_of_seed_and_epoch(root: pathlib.Path, reference: list[str]) -> None:
@@ -116,13 +102,13 @@ def test_batches_are_a_function_of_seed_and_epoch(root: pathlib.Path, reference:
 
 
 @pytest.mark.parametrize("start", tiered([1, 14, 15, 16, 33], {16}))
-def test_batches_from_a_step_on_are_the_same_batches(root: pathlib.Path, reference: list[str], start: int) -> None:
+def test_resume_at_a_step_gives_the_same_batches(root: pathlib.Path, reference: list[str], start: int) -> None:
     batches = itertools.islice(_loaders(root).train.batches(start), len(reference) - start)
     assert [_hash(batch) for batch in batches] == reference[start:]
 
 
 @pytest.mark.parametrize("hosts", tiered([2, 8], {2}))
-def test_any_number_of_hosts_sees_the_same_global_batches(root: pathlib.Path, reference: list[str], hosts: int) -> None:
+def test_global_batches_are_elastic_over_hosts(root: pathlib.Path, reference: list[str], hosts: int) -> None:
     loaders = [_loaders(root, host=Host(i, hosts)).train.batches(12) for i in range(hosts)]
     for step in range(12, 18):
         parts = [next(loader) for loader in loaders]
@@ -130,29 +116,31 @@ def test_any_number_of_hosts_sees_the_same_global_batches(root: pathlib.Path, re
         assert _hash(whole) == reference[step]
 
 
-def test_resuming_reads_no_skipped_file(root: pathlib.Path, reference: list[str]) -> None:
-    loader = _loaders(root, flip=False, shift=0).train
-    source = loader._source
+def test_resume_reads_no_skipped_file(root: pathlib.Path) -> None:
     read = []
-    spied = {"fetch": lambda _, entry: _noted(source, entry, read)}
-    loader._source = type("Spy", (), {"reader": source.reader, "num_examples": source.num_examples, **spied})()
-    next(loader.batches(14))
+
+    class Spy(ImageFolder):
+        def fetch(self, entry: Entry) -> Record:
+            position = tf.numpy_function(lambda p: (read.append(int(p)), p)[1], [entry["position"]], tf.int64)
+            return super().fetch({"position": tf.ensure_shape(position, [])})
+
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
+    loader = TrainLoader(Spy(str(root), "train"), transform, batch_size=BATCH, seed=0, virtual_shards=8)
+    labels = [batch["label"] for batch in itertools.islice(_loaders(root).train.batches(), 15)]
+    np.testing.assert_array_equal(next(loader.batches(14))["label"], labels[14])
     assert len(read) <= 3 * BATCH  # the batch and what is read ahead of it, of 240
 
 
-def _noted(source: Any, entry: dict[str, tf.Tensor], read: list[int]) -> dict[str, tf.Tensor]:
-    position = tf.numpy_function(lambda p: (read.append(int(p)), p)[1], [entry["position"]], tf.int64)
-    return source.fetch({"position": tf.ensure_shape(position, [])})
-
-
 @pytest.mark.parametrize("hosts", tiered([1, 3], {3}))
-def test_evaluation_counts_every_image_once(root: pathlib.Path, hosts: int) -> None:
-    loaders = [_loaders(root, batch_size=48, virtual_shards=48, host=Host(i, hosts)).eval for i in range(hosts)]
+def test_eval_counts_every_image_once(root: pathlib.Path, hosts: int) -> None:
+    loaders = [
+        _loaders(root, batch_size=48, virtual_shards=48, host=Host(i, hosts)).evals["eval"] for i in range(hosts)
+    ]
     labels = [batch["label"][batch["mask"]] for loader in loaders for batch in loader.batches()]
     assert np.bincount(np.concatenate(labels)).tolist() == [VAL] * 10
 
 
-def test_all_kinds_of_images_are_read_and_other_files_passed_over(own: pathlib.Path) -> None:
+def test_all_image_formats_are_decoded_and_other_files_ignored(own: pathlib.Path) -> None:
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     for name in ("a.JPG", "b.jpeg", "c.JPEG", "d.bmp"):
         red.save(own / "val/cat" / name, "BMP" if name == "d.bmp" else "JPEG")
@@ -162,44 +150,44 @@ def test_all_kinds_of_images_are_read_and_other_files_passed_over(own: pathlib.P
     (own / "val/.hidden").mkdir()
     (own / "val/README.txt").write_text("read me")
     loaders = _loaders(own, batch_size=2, virtual_shards=2)
-    (batch, *more) = loaders.eval.batches()
+    (batch, *more) = loaders.evals["eval"].batches()
     images = np.concatenate([batch["image"], *(b["image"] for b in more)])
     masks = np.concatenate([batch["mask"], *(b["mask"] for b in more)])
-    assert masks.sum() == loaders.eval.num_examples == 7
-    assert loaders.class_names == ["cat", "dog"]
+    assert masks.sum() == loaders.evals["eval"].num_examples == 7
+    assert loaders.info.class_names == ["cat", "dog"]
     assert (images[1:6, :, :, 0] >= 250).all()
     assert (images[1:6, :, :, 1:] <= 5).all()
 
 
-def test_a_file_that_is_gone_is_named(own: pathlib.Path) -> None:
+def test_a_missing_file_is_named(own: pathlib.Path) -> None:
     loaders = _loaders(own, batch_size=2, virtual_shards=2)
     (own / "val/dog/1.png").unlink()
     with pytest.raises(DataError, match=r"val/dog/1\.png; No such file or directory; put it right"):
-        list(loaders.eval.batches())
+        list(loaders.evals["eval"].batches())
 
 
-def test_a_root_that_is_not_there_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_missing_root_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"data.name='folder' needs data.root"):
         _loaders("")
     with pytest.raises(ValueError, match=r"data.root='.*/nowhere' is no folder"):
         _loaders(tmp_path / "nowhere")
 
 
-def test_a_split_that_is_not_there_is_refused(own: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(ValueError, match=r"no folder 'validation'; data.train_split and data.eval_split .* train, val"):
+def test_a_missing_split_is_an_error(own: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(ValueError, match=r"no folder 'validation'; data.train_split, data.eval_split .* train, val"):
         _loaders(own, eval_split="validation")
     with pytest.raises(ValueError, match=r"no folder 'train'; .* it has none"):
         _loaders(tmp_path_factory.mktemp("empty"))
 
 
-def test_a_split_without_classes_is_refused(tmp_path: pathlib.Path) -> None:
+def test_a_split_without_classes_is_an_error(tmp_path: pathlib.Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train/1.png").write_bytes(b"")
     with pytest.raises(ValueError, match=r"/train of data.root has no sub-folders; each class needs one"):
         _loaders(tmp_path)
 
 
-def test_classes_without_images_are_named_with_what_they_hold(own: pathlib.Path) -> None:
+def test_empty_classes_are_named_with_their_other_files(own: pathlib.Path) -> None:
     for folder in ("ant", "bee"):
         (own / "train" / folder).mkdir()
     for name in ("1.webp", "2.webp", "notes"):
@@ -209,14 +197,6 @@ def test_classes_without_images_are_named_with_what_they_hold(own: pathlib.Path)
     )
     with pytest.raises(ValueError, match=message):
         _loaders(own)
-
-
-def test_classes_of_only_one_split_are_named(own: pathlib.Path) -> None:
-    for name in ("eel", *(f"x{i}" for i in range(6))):
-        (own / "val" / name).mkdir()
-        Image.new("RGB", (8, 8)).save(own / "val" / name / "1.png")
-    with pytest.raises(ValueError, match=r"same classes; only one of them has eel, x0, x1, x2, x3 and 2 more"):
-        open_sources("folder", "", str(own), "train", "folder", "val")
 
 
 def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
@@ -238,8 +218,8 @@ def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
     return config
 
 
-def test_the_config_for_own_images_needs_only_their_folder(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    result = work(_small(root), tmp_path / "run")
+def test_the_folder_config_trains_given_only_its_root(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    result = run_experiment(_small(root), tmp_path / "run")
     assert result["step"] == 2  # two epochs of 240 images in batches of 128
     assert np.isfinite(result["eval"]["loss"])
     assert json.loads((tmp_path / "run/classes.json").read_text()) == NAMES
@@ -258,12 +238,12 @@ EVERY_IMAGE = {"batch_size": 48, "data.virtual_shards": 16}  # in every epoch
 
 
 @pytest.mark.slow  # half a minute to compile
-def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
+def test_the_command_answers_a_decode_error_with_one_line(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
         f"error: {spoilt}/train/digit 3/005.png cannot be decoded (Invalid JPEG data, size 6); remove"
@@ -271,10 +251,10 @@ def test_the_command_ends_with_a_line_that_names_a_file_that_is_no_image(
 
 
 @pytest.mark.slow
-def test_the_command_finishes_where_images_are_replaced(
+def test_the_command_finishes_where_bad_images_are_replaced(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = work(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
+    result = run_experiment(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
     assert result["step"] == 10
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
     messages = [record.getMessage() for record in caplog.records if record.name == "halvit_jax.data"]
@@ -284,10 +264,10 @@ def test_the_command_finishes_where_images_are_replaced(
     )
 
 
-def test_another_number_of_classes_is_answered_with_the_field(
+def test_a_wrong_num_classes_is_answered_with_the_field(
     root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "data.name='folder' has 10 classes; set model.num_classes=10" in capsys.readouterr().err

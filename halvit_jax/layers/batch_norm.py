@@ -1,0 +1,129 @@
+"""Batch normalisation, and what becomes of it at inference.
+
+Shapes: `b` batch, `c` channels.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from jax import lax
+
+from halvit_jax.layers.initializers import Dtype, Initializer
+
+EPSILON = 1e-5  # of every batch normalisation
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's bookkeeping: [..., c] -> [..., c].
+
+    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch,
+    the whole of it also when it is sharded, and moves the averages in `batch_stats` towards its mean and *unbiased*
+    variance, as PyTorch does; evaluation normalises with the averages. `momentum` is the weight of the old average.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = EPSILON
+    scale_init: Initializer = nn.initializers.ones
+    dtype: Dtype = None
+    folded: str = ""  # see `fold`: "merged" into the convolution before it, or "affine": a scale and a bias are left
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        if self.folded and train:
+            raise ValueError(f"{self.name} is folded and cannot be trained; train the model as it was before `fold`")
+        if self.folded == "merged":
+            return x
+        features = (x.shape[-1],)
+        scale = self.param("scale", self.scale_init, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        if self.folded:
+            x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
+            return x * scale + bias
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+
+        wide = x.astype(wide_type(x))
+        if train:
+            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+            mean = wide.mean(axes)
+            # Not the mean of squares less the squared mean, which loses digits. The variance is least at the mean, so
+            # its gradient with respect to the mean is zero.
+            var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
+            if not self.is_initializing():
+                move = functools.partial(_moving_average, self.momentum)
+                running_mean.value = move(running_mean.value, mean)
+                running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
+        else:
+            mean, var = running_mean.value, running_var.value
+        # One multiply and one add per element, both here and in the gradient that differentiation makes of it.
+        factor = scale * lax.rsqrt(var + self.epsilon)
+        return (wide * factor + (bias - mean * factor)).astype(self.dtype or x.dtype)
+
+
+@contextlib.contextmanager
+def norms_in_evaluation(active: bool) -> Iterator[None]:
+    """Within it, if `active`, batch normalisations use their averages and do not update them, also in training.
+
+    For detectors: with few images a batch, the statistics of a pretrained backbone are better than the batch's.
+    """
+
+    def evaluate(
+        call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext
+    ) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            kwargs = kwargs | {"train": False}
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(evaluate) if active else contextlib.nullcontext():
+        yield
+
+
+def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
+    """The variables of a model whose batch normalisations are folded: the outputs of evaluation, in fewer steps.
+
+    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
+    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), or a matrix
+    (`dense` before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias
+    in place of the normalisation.
+    """
+    params = jax.tree.map(np.asarray, dict(variables["params"]))
+    stats = jax.tree.map(np.asarray, dict(variables.get("batch_stats", {})))
+    for *folders, name in sorted(_norms(stats)):
+        parent, found = params, stats
+        for folder in folders:
+            parent, found = parent[folder], found[folder]
+        norm, moved = parent[name], found[name]
+        scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
+        bias = norm["bias"] - moved["mean"] * scale
+        before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
+        before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
+        if before is None:
+            parent[name] = {"scale": scale, "bias": bias}
+        else:
+            before["bias"] = before.get("bias", np.float32(0)) * scale + bias
+            before["kernel"] = before["kernel"] * scale
+            del parent[name]
+    return {"params": params}
+
+
+def wide_type(x: jax.Array) -> jnp.dtype:
+    """The type to add up in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def _norms(stats: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The paths of all normalisations."""
+    if "mean" in stats:
+        return [path]
+    return [found for name, below in stats.items() for found in _norms(below, (*path, name))]
+
+
+def _moving_average(momentum: float, old: jax.Array, new: jax.Array) -> jax.Array:
+    return momentum * old + (1 - momentum) * lax.stop_gradient(new)

@@ -1,0 +1,163 @@
+import ast
+import inspect
+import json
+import pathlib
+import textwrap
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ml_collections import ConfigDict
+
+from halvit_jax import data, distributed
+from halvit_jax.cli import app
+from halvit_jax.config import default_config, from_json, to_json, validate
+from halvit_jax.experiment import teacher
+from halvit_jax.models import FAMILIES
+from halvit_jax.models.validation import merge_field_types
+from halvit_jax.recipes import imagenet
+from halvit_jax.tasks.classification import Classification
+from halvit_jax.tasks.distillation import Distillation
+from halvit_jax.training import loop
+from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
+from halvit_jax.training.fault_tolerance.watchdog import Watchdog
+from halvit_jax.training.optim import make_optimizer
+from halvit_jax.training.sharding import make_mesh
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "halvit_jax"
+
+
+def test_json_brings_back_the_same_config() -> None:
+    config = imagenet.deit("halvit_tiny")
+    config.model.width = 96
+    assert to_json(from_json(to_json(config))) == to_json(config)
+
+
+@pytest.mark.parametrize("fields", [{"modell": {}}, {"batch_size": "many"}, {"model": 3}])
+def test_a_text_that_is_no_config_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="not a config of this library"):
+        from_json(json.dumps({"format": 1} | fields))
+    with pytest.raises(ValueError, match="not a config of this library"):
+        from_json("[]")
+
+
+def test_a_config_of_another_format_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"config\.json has format=None, .* format=1"):
+        from_json("{}")
+    with pytest.raises(ValueError, match=r"config\.json has format=2, .* format=1"):
+        from_json(to_json(default_config()).replace('"format": 1', '"format": 2'))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size=0 must be at least 1"),
+        ("save.keep", 0, "save.keep=0 must be at least 1"),
+        ("seed", -1, "seed=-1 must not be negative"),
+        ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
+        ("loop.ema_decay", 1.0, r"loop.ema_decay=1.0 must lie in \[0, 1\)"),
+        ("compute_dtype", "half", "compute_dtype='half' is not one of auto, float32, bfloat16"),
+    ],
+)
+def test_impossible_values_are_refused(field: str, value: object, message: str) -> None:
+    config = imagenet.deit("halvit_tiny")
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=message):
+        validate(config)
+
+
+def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
+    app.check_overrides(["prog", "--config.model.width=3", "--config=x.py", "--workdir=y"], default_config())
+    with pytest.raises(ValueError, match=r"model.widht is no field of the config; did you mean --config.model.width"):
+        app.check_overrides(["--config.model.widht=3"], default_config())
+
+
+# Sub-tree -> the constructor whose keywords it lists.
+CONSTRUCTORS: dict[str, Any] = {
+    "data": data.make_loaders,
+    "classification": Classification.__init__,
+    "distillation": Distillation.__init__,
+    "loop": loop.train,
+    "save": Checkpointer.__init__,
+    "optim": make_optimizer,
+    "mesh": make_mesh,
+    "cluster": distributed.joined,
+    "watchdog": Watchdog.__init__,
+    "skip_updates": make_guard,
+}
+
+
+def test_every_field_is_read_somewhere() -> None:
+    """A field that nothing reads would be a knob that does nothing."""
+    config = default_config()
+    by_name = {name for path in sources() for name in config_reads(path.read_text())}
+    for name, value in config.items():
+        if name in CONSTRUCTORS:
+            assert set(value) <= used_keywords(CONSTRUCTORS[name]), name
+        elif name == "model":
+            assert set(value) - {"name"} <= {field for path in sources() for field in self_reads(path.read_text())}
+        elif name == "teacher":
+            functions = (function for function in vars(teacher).values() if inspect.isfunction(function))
+            assert any(set(value) <= used_keywords(function) for function in functions)
+        else:
+            assert ({f"{name}.{field}" for field in value} if isinstance(value, ConfigDict) else {name}) <= by_name
+
+
+@pytest.mark.parametrize(
+    ("source", "reads"),
+    [("x = config.seed", {"seed"}), ("config.seed = 1", set()), ("x = run.seed", set())],
+)
+def test_a_field_is_read_where_it_is_loaded_from_the_config(source: str, reads: set[str]) -> None:
+    assert set(config_reads(source)) == reads
+
+
+def test_a_keyword_that_is_not_used_is_no_field_that_is_read() -> None:
+    def constructor(used: int, unused: int) -> int:
+        return used
+
+    assert used_keywords(constructor) == {"used"}
+
+
+def sources() -> list[pathlib.Path]:
+    """All files of the package but those that define and set the fields."""
+    return [path for path in PACKAGE.rglob("*.py") if path.name != "config.py" and path.parent.name != "recipes"]
+
+
+def config_reads(source: str) -> list[str]:
+    """Fields that code loads from a config by name: "seed" of `config.seed`, "task.mean" of `config.task.mean`."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            _, _, field = ast.unparse(node).rpartition("config.")
+            found += [field] if ast.unparse(node).startswith(("config.", "self.config.")) else []
+    return found
+
+
+def self_reads(source: str) -> set[str]:
+    """Attributes of themselves that the methods in a file read."""
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+    return {node.attr for node in nodes if ast.unparse(node.value) == "self" and isinstance(node.ctx, ast.Load)}
+
+
+def used_keywords(function: Callable[..., Any]) -> set[str]:
+    """The parameters of a function that its body uses."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    names = {node.id for node in ast.walk(body) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    return names & set(inspect.signature(function).parameters)
+
+
+def test_the_model_has_the_fields_of_all_families_with_their_types() -> None:
+    kinds = merge_field_types({family.model.__name__: family.field_types for family in FAMILIES})
+    config = default_config().model
+    assert set(config) - {"name"} == set(kinds) - {"dtype", "folded"}
+    for field in set(config) - {"name"}:
+        assert issubclass(config.get_type(field), typing.get_origin(kinds[field]) or kinds[field]), field
+
+
+def test_two_families_with_one_field_of_two_types_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.num_heads is int in VisionTransformer and tuple\[int, \.\.\.\] in Other"
+    ):
+        merge_field_types({"VisionTransformer": {"num_heads": int}, "Other": {"num_heads": tuple[int, ...]}})
