@@ -1,30 +1,36 @@
 """Both detectors, untrained and small: what must hold whatever the weights are."""
 
 import functools
-import importlib.util
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from halvit_jax.detection import MaskRCNN, RetinaNet
+from halvit_jax.layers.conv import ConvNorm
 from halvit_jax.trees import flatten
 
 CANVAS, CLASSES, ROWS = (64, 96), 3, 4
 
 
-def _backbones() -> Any:
-    spec = importlib.util.spec_from_file_location("backbones", pathlib.Path(__file__).parent / "backbones.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+class TinyBackbone(nn.Module):
+    """A convolution a stage."""
+
+    dtype: str | None = None
+
+    @nn.compact
+    def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
+        maps, x = {}, images.astype(self.dtype)
+        for i, stride in enumerate((4, 8, 16, 32)):
+            conv = ConvNorm(8 * (i + 1), 3, 4 if i == 0 else 2, dtype=self.dtype, name=f"stage{i}")
+            x = maps[stride] = nn.relu(conv(x, train=train and not frozen_norms))
+        return maps
 
 
-Backbone = _backbones().TinyBackbone
 SMALL: dict[type, dict[str, Any]] = {
     MaskRCNN: {
         "num_classes": CLASSES,
@@ -54,7 +60,7 @@ both = pytest.mark.parametrize("kind", [pytest.param(MaskRCNN, marks=pytest.mark
 
 
 def _model(kind: type, **fields: Any) -> Any:
-    return kind(Backbone(fields.get("dtype")), **SMALL[kind] | fields)
+    return kind(TinyBackbone(fields.get("dtype")), **SMALL[kind] | fields)
 
 
 def _batch(b: int = 4, canvas: tuple[int, int] = CANVAS) -> tuple[jax.Array, dict[str, jax.Array]]:

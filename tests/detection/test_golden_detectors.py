@@ -1,29 +1,20 @@
 """Whole detectors against mmdetection's and torchvision's, from the names of their states to boxes and gradients."""
 
-import importlib.util
-import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import detector_states
 
 from halvit_jax.detection.boxes import rescale
 from halvit_jax.detection.mask_rcnn import MaskRCNN
 from halvit_jax.detection.paste import paste, paste_torchvision
 from halvit_jax.detection.retinanet import RetinaNet
+from halvit_jax.models import create_model
 from halvit_jax.trees import flatten
 
-
-def _sibling(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, pathlib.Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-backbones, state_names = _sibling("backbones"), _sibling("state_names")
 TEST = {
     "test_candidates": 150,
     "test_proposals": 80,
@@ -45,7 +36,7 @@ ALL_SAMPLES = {
 
 def _variables(info: Any, reference_weights: Any, table: Any, first: int = 4) -> tuple[Any, dict[str, str]]:
     state = {name: reference_weights.weights(name, tuple(shape)) for name, shape in info["state"].items()}
-    return state_names.variables(state, table, first)
+    return detector_states.variables(state, table, first)
 
 
 def _images(reference_weights: Any, n: int, canvas: list[int]) -> jax.Array:
@@ -96,10 +87,10 @@ def _check_norms(expected: dict[str, float], paths: dict[str, str], gradients: d
 @pytest.mark.slow
 def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_inference")
-    variables, _ = _variables(info, reference_weights, state_names.MMDET)
+    variables, _ = _variables(info, reference_weights, detector_states.MMDET)
     images = _images(reference_weights, 2, info["canvas"])
     size = jnp.asarray(info["image_shapes"])
-    model = MaskRCNN(backbones.resnet18(), **SMALL, **TEST)
+    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **TEST)
 
     def run(variables: Any, images: jax.Array) -> Any:
         maps = model.apply(variables, images, size, train=False, method="features")
@@ -131,9 +122,9 @@ def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> No
 
 def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_training")
-    variables, paths = _variables(info, reference_weights, state_names.MMDET)
+    variables, paths = _variables(info, reference_weights, detector_states.MMDET)
     images = _images(reference_weights, 2, info["canvas"])
-    model = MaskRCNN(backbones.resnet18(), **SMALL, **ALL_SAMPLES)
+    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **ALL_SAMPLES)
     made, gradients = _losses_and_gradients(model, variables, images, _truth(arrays, info))
     names = {
         "rpn_class": "loss_rpn_cls",
@@ -151,9 +142,9 @@ def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: 
 @pytest.mark.slow
 def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
-    variables, _ = _variables(info, reference_weights, state_names.TORCHVISION)
+    variables, _ = _variables(info, reference_weights, detector_states.TORCHVISION)
     images = _images(reference_weights, 1, info["canvas"])
-    model = MaskRCNN(backbones.resnet18(), **SMALL, **TEST, conventions="torchvision")
+    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **TEST, conventions="torchvision")
     found = jax.jit(model.apply)(variables, images, jnp.asarray([info["canvas"]]))
     assert found["valid"].all()
     np.testing.assert_array_equal(found["labels"][0] + 1, arrays["labels"])
@@ -167,10 +158,10 @@ def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weight
 @pytest.mark.slow
 def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
-    variables, paths = _variables(info, reference_weights, state_names.TORCHVISION)
+    variables, paths = _variables(info, reference_weights, detector_states.TORCHVISION)
     info = info["training"]
     images = _images(reference_weights, 2, info["canvas"])
-    model = MaskRCNN(backbones.resnet18(), **SMALL, **ALL_SAMPLES, conventions="torchvision")
+    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **ALL_SAMPLES, conventions="torchvision")
     truth = _truth(arrays, info)
     truth["label"] -= truth["real"].astype(jnp.int32)  # number 0 is their background
     made, gradients = _losses_and_gradients(model, variables, images, truth)
@@ -189,9 +180,16 @@ def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, refere
 @pytest.mark.slow
 def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
     info, arrays = case("retinanet")
-    variables, paths = _variables(info, reference_weights, state_names.MMDET, first=8)
+    variables, paths = _variables(info, reference_weights, detector_states.MMDET, first=8)
     images = _images(reference_weights, 2, info["canvas"])
-    model = RetinaNet(backbones.resnet18(), num_classes=6, width=48, head_depth=2, test_candidates=100, detections=25)
+    model = RetinaNet(
+        create_model("resnet18", num_classes=0),
+        num_classes=6,
+        width=48,
+        head_depth=2,
+        test_candidates=100,
+        detections=25,
+    )
     truth = _truth(arrays, info, masks=False)
     made, gradients = _losses_and_gradients(model, variables, images, truth)
     for ours, theirs in {"class": "loss_cls", "box": "loss_bbox"}.items():
