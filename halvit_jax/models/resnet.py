@@ -55,6 +55,7 @@ class ResNet(nn.Module):
     groups: int = 1  # of the 3x3 convolutions
     base_width: int = 64  # channels of one group in the first stage
     kernel_init: str = "kaiming_fan_out"  # of every convolution: a key of KERNEL_INITS
+    zero_init_residual: bool = False  # the scale of each block's last norm starts at 0, as in timm
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # what a recipe feeds; the network runs at any size
@@ -95,6 +96,7 @@ class ResNet(nn.Module):
                 stride=1 if i == 0 else 2,
                 groups=self.groups,
                 kernel_init=init,
+                zero_init=self.zero_init_residual,
                 dtype=self.dtype,
                 remat=self.remat,
                 folded=self.folded,
@@ -129,6 +131,7 @@ class Stage(nn.Module):
     stride: int  # of the first block
     groups: int
     kernel_init: Initializer
+    zero_init: bool  # of the scale of each block's last norm
     dtype: Dtype
     remat: bool
     folded: bool
@@ -139,6 +142,9 @@ class Stage(nn.Module):
     def _common(self) -> dict[str, Any]:
         return {"kernel_init": self.kernel_init, "dtype": self.dtype, "folded": self.folded}
 
+    def _of_block(self) -> dict[str, Any]:
+        return {**self._common(), "zero_init": self.zero_init}
+
 
 class BasicStage(Stage):
     """Blocks of two 3x3 convolutions."""
@@ -147,7 +153,7 @@ class BasicStage(Stage):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            x = self._run(BasicBlock(self.out, stride, rate, **self._common(), name=f"block{i}"), x, train=train)
+            x = self._run(BasicBlock(self.out, stride, rate, **self._of_block(), name=f"block{i}"), x, train=train)
         return x
 
 
@@ -158,7 +164,7 @@ class BottleneckStage(Stage):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = Bottleneck(self.out, self.width, stride, rate, self.groups, **self._common(), name=f"block{i}")
+            block = Bottleneck(self.out, self.width, stride, rate, self.groups, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, train=train)
         return x
 
@@ -184,7 +190,7 @@ class HalvitStage(Stage):
             shortcut = norm(strided(x, train=train), train=train)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._common(), name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
@@ -205,7 +211,7 @@ class HalvitPrenormStage(Stage):
             x = Conv(self.out, kernel_init=self.kernel_init, dtype=self.dtype, name="widen")(x)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._common(), name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
