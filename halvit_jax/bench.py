@@ -1,11 +1,12 @@
-"""How fast models run on this machine, and what they weigh; how fast images are read; or all families side by side.
+"""Benchmarks: speed and memory of models on this machine, of the input pipeline, or all families side by side.
 
 python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
+python -m halvit_jax.bench --config=configs/NAME.py --batch=8          the task, model and optimizer of a config
 python -m halvit_jax.bench --what=input [--batch=64]
 python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
 
 One device works, however many there are. The models take turns within every round, so that drift of a shared machine
-hits all of them alike; figures are medians over the rounds. A training step is forward, backward and AdamW's update.
+hits all of them alike; figures are medians over the rounds. A training step is forward, backward and update.
 """
 
 import gc
@@ -14,92 +15,107 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from halvit_jax.analysis.hlo import memory_of
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
+from halvit_jax.protocols import Array, ArraySpec
+
+STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule, which no figure depends on
 
 
 def define_flags() -> None:
-    """The flags of this door."""
+    """Define the command-line flags."""
     flags.DEFINE_enum("what", "models", ["models", "input", "families"], "Models, the input pipeline, or families.")
+    config_flags.DEFINE_config_file("config", None, "File of configs/ to benchmark instead of --models.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
     flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
-    flags.DEFINE_string("workdir", "runs/families", "Where the runs of the families lie, and their picture.")
+    flags.DEFINE_string("workdir", "runs/families", "Folder for the runs of the families, and their picture.")
     flags.DEFINE_integer("seeds", 3, "Runs of each family.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Length of each run.", lower_bound=1)
     flags.DEFINE_list("families", [], "The families to measure; without it one or two of each kind.")
 
 
-class Subject:
-    """One model, compiled for inference and for training steps on one batch of noise."""
+class ModelBenchmark:
+    """The task and model of a config, compiled for inference and for training steps on one random batch."""
 
-    def __init__(self, name: str, *, batch: int, dtype: str) -> None:
-        from halvit_jax.models import create_model
-        from halvit_jax.tasks.classification import Classification
-        from halvit_jax.training.optim import make_optimizer
+    def __init__(self, name: str, config: ConfigDict) -> None:
+        from halvit_jax.experiment import build, tasks
         from halvit_jax.training.sharding import bytes_of, make_mesh
-        from halvit_jax.training.state import abstract_state, init_state
-        from halvit_jax.training.step import make_train_step
+        from halvit_jax.training.state import init_state
 
-        config = default_config()
-        model = create_model(name, dtype=dtype)
-        task = Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
-        optimizer = make_optimizer(**config.optim, batch_size=batch, steps_per_epoch=1000, total_steps=300_000)
-        size = task.model.image_size
-        rng = np.random.default_rng(0)
-        self.name, self._task = name, task
-        self._batch = {
-            "image": jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), np.uint8)),
-            "label": jnp.asarray(rng.integers(0, task.model.num_classes, batch, np.int32)),
-            "mask": jnp.ones(batch, bool),
-        }
-        mesh = make_mesh(devices=jax.devices()[:1])
-        abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=False)
-        self._state = init_state(task, optimizer, abstract, seed=0, use_ema=False)
+        task = tasks.build_task(config)
+        optimizer = build.build_optimizer(config, steps_per_epoch=STEPS_PER_EPOCH)
+        self.name, self._constants = name, task.constants
+        self._batch = random_batch(task.batch_spec(), config.batch_size)
+        abstract = build.build_abstract_state(config, task, optimizer, make_mesh(devices=jax.devices()[:1]))
+        use_ema, guard = config.loop.ema_decay > 0, build.make_guard(**config.skip_updates)
+        self._state = init_state(task, optimizer, abstract, seed=config.seed, use_ema=use_ema, guard=guard)
         self.state_bytes = bytes_of(self._state.params) + bytes_of(self._state.opt_state)
 
         started = time.perf_counter()
-        step = make_train_step(task, optimizer, seed=0, ema_decay=0.0).lower(self._state, {}, self._batch).compile()
+        step = build.build_train_step(config, task, optimizer)
+        self._step = step.lower(self._state, self._constants, self._batch).compile()
         self.compile_s = time.perf_counter() - started
-        self._step = step
-        self._infer = jax.jit(task.predict).lower(self._state.params, self._state.model_state, self._batch).compile()
-        self.peak_bytes = _peak_bytes(step)
-        self.infer_folded = self._folded() if self._state.model_state else None
+        self.peak_bytes = _peak_bytes(self._step)
+        variables = {"params": self._state.params, **self._state.model_state}
+        self._infer = self._inference(task.serving(variables, folded=False))
+        has_norms = bool(self._state.model_state)
+        self.infer_folded = self._inference(task.serving(variables)) if has_norms else None
 
     def infer(self) -> None:
-        """One batch of inference, to the end."""
-        jax.block_until_ready(self._infer(self._state.params, self._state.model_state, self._batch))
-
-    def _folded(self) -> Callable[[], None]:
-        """One batch of inference with the batch normalisations folded."""
-        from halvit_jax.models import fold
-
-        model, variables = fold(self._task.model, {"params": self._state.params, **self._state.model_state})
-        variables, images = jax.device_put(variables), self._batch["image"]
-        call = jax.jit(lambda variables, images: model.apply(variables, self._task.normalise(images), train=False))
-        compiled = call.lower(variables, images).compile()
-        return lambda: jax.block_until_ready(compiled(variables, images))
+        """Run one batch of inference to the end."""
+        self._infer()
 
     def train(self) -> None:
-        """One training step, to the end."""
-        self._state, sums = self._step(self._state, {}, self._batch)
-        jax.block_until_ready((self._state, sums))
+        """Run one training step to the end."""
+        self._state, report = self._step(self._state, self._constants, self._batch)
+        jax.block_until_ready((self._state, report))
+
+    def _inference(self, serving: Any) -> Callable[[], None]:
+        """A function that runs one batch of inference to the end."""
+        variables = jax.tree.map(jnp.copy, serving.variables)  # training donates the state's own
+        images = self._batch["image"]
+        compiled = jax.jit(serving.apply).lower(variables, images).compile()
+        return lambda: jax.block_until_ready(compiled(variables, images))
 
 
-def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
-    """One row of figures for each model, in the order given."""
-    subjects = [Subject(name, batch=batch, dtype=dtype) for name in names]
+def random_batch(spec: Mapping[str, ArraySpec], batch_size: int) -> dict[str, Array]:
+    """Random images and numbers, labels of 0 and masks of True, in the shapes of `Task.batch_spec()`."""
+    rng = np.random.default_rng(0)
+
+    def values(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if dtype == np.uint8:
+            return rng.integers(0, 256, shape, np.uint8)
+        if np.issubdtype(dtype, np.floating):
+            return rng.standard_normal(shape).astype(dtype)
+        return np.full(shape, dtype.kind == "b", dtype)
+
+    return {name: jnp.asarray(values((batch_size, *one.shape), np.dtype(one.dtype))) for name, one in spec.items()}
+
+
+def config_of(name: str, *, batch: int, dtype: str) -> ConfigDict:
+    """The default config with this model."""
+    config = default_config()
+    config.model.name, config.compute_dtype = name, dtype
+    config.batch_size, config.num_epochs = batch, EPOCHS
+    return config
+
+
+def measure(configs: Mapping[str, ConfigDict], *, repeats: int) -> list[dict[str, Any]]:
+    """One row of figures for each config, in the order given."""
+    subjects = [ModelBenchmark(name, config) for name, config in configs.items()]
     times: dict[tuple[str, str], list[float]] = {}
     for round_number in range(repeats + 1):
         for subject in subjects:
@@ -110,42 +126,55 @@ def measure(names: list[str], *, batch: int, dtype: str, repeats: int) -> list[d
                 if round_number:  # the first round only warms up
                     times.setdefault((subject.name, what), []).append(seconds)
     device = jax.devices()[0].device_kind
-    speeds = {key: round(batch / statistics.median(each), 2) for key, each in times.items()}
+    speeds = {key: round(configs[key[0]].batch_size / statistics.median(each), 2) for key, each in times.items()}
     return [
         {
             "model": subject.name,
             "device": device,
-            "batch": batch,
-            "dtype": dtype,
+            "batch": config.batch_size,
+            "dtype": config.compute_dtype,
             "compile_s": round(subject.compile_s, 2),
             "infer_images_per_s": speeds[subject.name, "infer"],
-            "infer_folded_images_per_s": speeds.get((subject.name, "folded")),  # where there is BatchNorm
+            "infer_folded_images_per_s": speeds.get((subject.name, "folded")),  # if there is BatchNorm
             "train_images_per_s": speeds[subject.name, "train"],
             "train_peak_bytes": subject.peak_bytes,
             "params_and_optimizer_bytes": subject.state_bytes,
         }
-        for subject in subjects
+        for subject, config in zip(subjects, configs.values(), strict=True)
     ]
+
+
+def configs_to_measure(given: Any) -> dict[str, ConfigDict]:
+    """The configs of the flags: one for each of --models, or that of --config with this batch and dtype.
+
+    Raises:
+        ValueError: an unknown model, or a config that is not valid.
+    """
+    from halvit_jax.experiment import tasks
+
+    if given.config is None:
+        configs = {name: config_of(name, batch=given.batch, dtype=given.dtype) for name in given.models}
+    else:
+        config = given.config.copy_and_resolve_references()
+        config.batch_size, config.compute_dtype = given.batch, given.dtype
+        configs = {config.model.name: config}
+    for config in configs.values():
+        tasks.build_task(config)
+    return configs
 
 
 def main(argv: list[str]) -> None:
     """Measure and print."""
-    with app.bad_input():
-        app.no_arguments(argv, "name models with --models=a,b")
-        from halvit_jax.models import create_model
-
-        given = flags.FLAGS
-        for name in given.models:
-            create_model(name)
+    given = flags.FLAGS
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "name models with --models=a,b")
+        configs = configs_to_measure(given)
     if given.what == "input":
-        rows = measure_input(batch=given.batch, repeats=given.repeats)
-        report = report_input
+        rows, report = measure_input(batch=given.batch, repeats=given.repeats), report_input
     elif given.what == "families":
-        rows = measure_families(given)
-        report = report_families
+        rows, report = measure_families(given), report_families
     else:
-        rows = measure(given.models, batch=given.batch, dtype=given.dtype, repeats=given.repeats)
-        report = report_models
+        rows, report = measure(configs, repeats=given.repeats), report_models
     if given.json:
         for row in rows:
             print(json.dumps(row))
@@ -166,7 +195,7 @@ def report_models(rows: list[dict[str, Any]], given: Any) -> None:
 
 
 def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """One row for each way of preparing images."""
+    """One row for each image transform."""
     from halvit_jax.data import benchmark, hide_accelerators
 
     hide_accelerators()
@@ -188,11 +217,11 @@ def measure_families(given: Any) -> list[dict[str, Any]]:
     from halvit_jax import main
     from halvit_jax.analysis import family_benchmark
 
-    with app.bad_input():
+    with app.report_user_errors():
         family_benchmark.validate_labels(given.families)
     labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
     lengths = {"seeds": given.seeds, "steps": given.steps, "repeats": given.repeats}
-    return family_benchmark.measure(labels, workdir, train=main.work, **lengths)
+    return family_benchmark.measure(labels, workdir, train=main.run_experiment, **lengths)
 
 
 def report_families(rows: list[dict[str, Any]], given: Any) -> None:
@@ -201,7 +230,7 @@ def report_families(rows: list[dict[str, Any]], given: Any) -> None:
 
     print(family_benchmark.table(rows))
     picture = pathlib.Path(given.workdir) / "family_benchmark.png"
-    with app.bad_input():
+    with app.report_user_errors():
         family_benchmark.plot(rows, picture)
     print(f"accuracy against parameters: {picture}")
 
@@ -214,7 +243,7 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def _peak_bytes(compiled: Any) -> int:
-    """Memory the compiled step needs on a device: its arguments, outputs and temporaries, donated ones once."""
+    """Memory of the compiled step on a device: its arguments, outputs and temporaries, donated ones once."""
     sizes = memory_of(compiled)
     return sizes["arguments"] + sizes["temporaries"] + sizes["output"]
 

@@ -1,13 +1,13 @@
-"""Is a run sound, after it or before it?
+"""Verify the checkpoints of a run, or dry-run a config.
 
-python -m halvit_jax.check --workdir=DIR [--files_only]                        are the checkpoints what was saved?
-python -m halvit_jax.check --config=configs/NAME.py [--workdir=DIR] [--no_compile]        would this run go well?
+python -m halvit_jax.check --workdir=DIR [--files_only]                                        verify its checkpoints
+python -m halvit_jax.check --config=configs/NAME.py [--workdir=DIR] [--no_compile]             dry-run before training
 
-The first looks at every checkpoint of a workdir, on the CPU, so that a run which is at work there is not disturbed. The
-second goes through all that a run needs before its first step, says what is wrong with it, and trains nothing. Neither
-changes a workdir, but for the file with which the second tries whether it can be written to.
+The first verifies every checkpoint of a workdir, on the CPU, so a run that trains there is not disturbed. The second
+checks everything that a run needs before its first step, and trains nothing. Neither changes a workdir, except for the
+file that tests whether it can be written to.
 
-Exit codes: 0 all is well; 1 something in the workdir is damaged; 2 bad input, or a run that would not go well.
+Exit codes: 0 all is well; 1 something in the workdir is corrupt; 2 bad input, or a check of the dry run failed.
 """
 
 import pathlib
@@ -20,48 +20,47 @@ from ml_collections import config_flags
 
 from halvit_jax import distributed
 from halvit_jax.cli import app
-from halvit_jax.cli.preflight import bytes_in, preflight
+from halvit_jax.cli.preflight import preflight
 from halvit_jax.experiment import lock, tasks
 from halvit_jax.experiment import workdir as files
-from halvit_jax.experiment.trained import stored_state
-from halvit_jax.protocols import PyTree
+from halvit_jax.experiment.trained import abstract_checkpoint_state
+from halvit_jax.protocols import ExitCode, PyTree
 from halvit_jax.training.checkpoint import manifest
-from halvit_jax.training.checkpoint.manifest import DamagedError
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
-DAMAGED = 1  # exit code
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a folder that Orbax has not committed
 
 
 def define_flags() -> None:
-    """The flags of this door."""
+    """Define the command-line flags."""
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
-    flags.DEFINE_string("workdir", None, "With --config: where the run would be kept. Without: the run to look at.")
-    flags.DEFINE_bool("files_only", False, "Without --config: compare files alone, and restore no arrays.")
-    flags.DEFINE_bool("no_compile", False, "With --config: leave out the training step, whose compiling takes longest.")
+    flags.DEFINE_string("workdir", None, "With --config: the workdir of the future run. Without: the run to verify.")
+    flags.DEFINE_bool("files_only", False, "Without --config: compare files only, and restore no arrays.")
+    flags.DEFINE_bool("no_compile", False, "With --config: do not compile the training step, which takes longest.")
     distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
-    """Look, print, and exit with what was found."""
+    """Run the checks, print them, and exit with their verdict."""
     values = flags.FLAGS
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of reading only
-    with app.bad_input():
-        app.no_arguments(argv, "flags look like --config.batch_size=64")
+    logging.set_verbosity(logging.ERROR)  # Orbax warns about read-only access
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "flags look like --config.batch_size=64")
         if values.config is None and values.workdir is None:
-            raise ValueError("give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run")
+            raise ValueError("give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to dry-run it")
         wrong = "no_compile" if values.config is None else "files_only"
         if values[wrong].value:
             raise ValueError(f"--{wrong} goes {'with' if values.config is None else 'without'} --config")
         workdir = None if values.workdir is None else pathlib.Path(values.workdir)
         if values.config is None:
-            jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for the run that may be at work
+            jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for a run that may use it
             sys.exit(verify(workdir, files_only=values.files_only))
         processes = {name: values[name].value for name in distributed.FLAGS}
         sys.exit(preflight(values.config, workdir, compile_step=not values.no_compile, processes=processes))
 
 
 def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
-    """A line for each checkpoint of a workdir, in order, for what was left over, and for the lock; returns the code.
+    """Print a line for the lock, each checkpoint of a workdir in order, and leftovers; return the exit code.
 
     Files are compared with their manifest; unless `files_only`, arrays are restored, one step after the other, and
     compared with their digests.
@@ -69,72 +68,74 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     Raises:
         ValueError: this is no workdir of a run.
     """
-    from halvit_jax.training.checkpoint.checkpointer import DAMAGED_FOLDER, FOLDER, Checkpointer
+    from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 
     if not workdir.is_dir():
         raise ValueError(f"--workdir={workdir} is no folder; name the workdir of a run")
-    folder, file = workdir / FOLDER, workdir / files.CONFIG_FILE
+    folder, file = workdir / files.CHECKPOINT_FOLDER, workdir / files.CONFIG_FILE
     if not folder.is_dir() and not file.is_file():
-        raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {FOLDER} nor {file.name}")
-    holder = lock.holder(workdir)
-    print(f"lock  {f'held by {holder}' if holder else 'free'}")
-    abstract, damaged, good = None, [], []
+        raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {folder.name} nor {file.name}")
+    owner = lock.owner(workdir)
+    print(f"lock  {f'held by {owner}' if owner else 'free'}")
+    abstract, corrupt, good = None, [], []
     try:
         config = files.read_config(workdir)
-        abstract = None if files_only else stored_state(tasks.build_task(config), config)
+        abstract = None if files_only else abstract_checkpoint_state(tasks.build_task(config), config)
     except ValueError as error:
-        damaged.append(file.name)
-        print(f"{file.name}  damaged: {error}" + ("" if files_only else "; so the arrays were not verified"))
+        corrupt.append(file.name)
+        print(f"{file.name}  corrupt: {error}" + ("" if files_only else "; so the arrays were not verified"))
     checkpointer = Checkpointer(workdir, read_only=True)
     steps = checkpointer.steps()
     for step in steps:
-        is_good, line = _verify_step(checkpointer, folder / str(step), abstract, is_live=bool(holder))
+        is_good, line = _verify_step(checkpointer, folder / str(step), abstract, is_live=bool(owner))
         if is_good is not None:
-            (good if is_good else damaged).append(f"step {step}")
+            (good if is_good else corrupt).append(f"step {step}")
         print(f"step {step}  {line}", flush=True)
     checkpointer.close()
     for path in sorted(folder.glob(f"*{UNFINISHED}*")):
-        fate = "perhaps under way now" if holder else "the next run removes it"
-        print(f"leftover  {path.relative_to(workdir)}, {bytes_in(path):,} bytes: an unfinished save; {fate}")
-    for path in sorted((workdir / DAMAGED_FOLDER).glob("*")):
-        size = f"{bytes_in(path):,} bytes"
-        print(f"leftover  {path.relative_to(workdir)}, {size}: a damaged checkpoint set aside; delete it when you like")
+        fate = "perhaps in progress" if owner else "the next run removes it"
+        print(
+            f"leftover  {path.relative_to(workdir)}, {files.directory_size(path):,} bytes: an unfinished save; {fate}"
+        )
+    for path in sorted((workdir / files.CORRUPT_CHECKPOINT_FOLDER).glob("*")):
+        size = f"{files.directory_size(path):,} bytes"
+        print(f"leftover  {path.relative_to(workdir)}, {size}: a quarantined corrupt checkpoint; safe to delete")
     unseen = sum(path.name.isdigit() for path in folder.glob("*")) - len(steps)
-    counted = f"{len(steps)} checkpoints, {len(good)} good" + (f", {unseen} older not looked at" if unseen > 0 else "")
-    print(f"{counted}; damaged: {', '.join(damaged)}" if damaged else counted)
+    counted = f"{len(steps)} checkpoints, {len(good)} good" + (f", {unseen} older not verified" if unseen > 0 else "")
+    print(f"{counted}; corrupt: {', '.join(corrupt)}" if corrupt else counted)
     if steps and not good:
-        print("no checkpoint is good; begin anew with --restart_if_damaged, or in another --workdir")
+        print("no checkpoint is good; start over with --restart_if_corrupt, or in another --workdir")
     elif good:
-        print(f"a run would go on from {good[-1]}")
-    return DAMAGED if damaged else 0
+        print(f"a run would resume from {good[-1]}")
+    return ExitCode.PARTLY if corrupt else ExitCode.DONE
 
 
 def _verify_step(
     checkpointer: Any, folder: pathlib.Path, abstract: PyTree | None, *, is_live: bool
 ) -> tuple[bool | None, str]:
-    """Whether a checkpoint is good, and what to say of it; None of one that the run is deleting."""
+    """Whether a checkpoint is good, or None if the run is deleting it, and a line about it."""
     step = int(folder.name)
-    sealed, label, damage = manifest.is_sealed(folder), "damaged", ""
-    facts: dict[str, Any] = {}
+    sealed, label, reason = manifest.is_sealed(folder), "corrupt", ""
+    metadata: dict[str, Any] = {}
     try:
         if abstract is None:
             checkpointer.verify_files(step)
-            facts = checkpointer.facts(step)
+            metadata = checkpointer.metadata(step)
         else:
-            facts = checkpointer.restore(abstract, step=step).facts
-    except DamagedError as error:
-        damage = str(error).removeprefix(f"the checkpoint of step {step} is damaged: ")
-    except Exception as error:  # of whatever kind, the other steps are still to be looked at
+            metadata = checkpointer.restore(abstract, step=step).metadata
+    except CorruptCheckpointError as error:
+        reason = str(error).removeprefix(f"the checkpoint of step {step} is corrupt: ")
+    except Exception as error:  # of any kind, because the other steps are still to be verified
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        damage, label = f"{kind}{error}", "cannot be restored"
-    if damage and is_live and not manifest.is_sealed(folder):
+        reason, label = f"{kind}{error}", "cannot be restored"
+    if reason and is_live and not manifest.is_sealed(folder):
         return None, "is being written or deleted by the run"
-    score = "" if facts.get("score") is None else f", score {facts['score']:.6g}"
-    if sealed or label != "damaged":
-        return not damage, f"{label}: {damage}" if damage else f"good{score}"
+    score = "" if metadata.get("score") is None else f", score {metadata['score']:.6g}"
+    if sealed or label != "corrupt":
+        return not reason, f"{label}: {reason}" if reason else f"good{score}"
     why = "a run may be writing it" if is_live else "the run ended while it was written"
-    arrays = f"do not verify: {damage}" if damage else "were not looked at" if abstract is None else "verify"
-    return not damage, f"not sealed ({why}); its arrays {arrays}{score}"
+    arrays = f"do not verify: {reason}" if reason else "were not verified" if abstract is None else "verify"
+    return not reason, f"not sealed ({why}); its arrays {arrays}{score}"
 
 
 if __name__ == "__main__":

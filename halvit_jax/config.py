@@ -2,8 +2,8 @@
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
 `classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
-Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of joined, `watchdog` of Watchdog,
-`skip_updates` of make_limit. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
+Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
+`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
 The tree is locked: a name that is not below is refused.
 """
 
@@ -301,8 +301,6 @@ def validate(config: ConfigDict) -> None:
             f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
             "the one or clear the other"
         )
-    if config.model.num_classes < 1:
-        raise ValueError(f"model.num_classes={config.model.num_classes} must be at least 1 to train a classifier")
 
 
 def to_json(config: ConfigDict) -> str:
@@ -322,10 +320,19 @@ def from_json(text: str) -> ConfigDict:
         given = fields.pop("format", None)
         if given != FORMAT:
             raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")
+        task = fields.get("task", {}).get("name")
+        if task not in config and isinstance(fields.get(task), dict):
+            add_task_fields(config, task, fields.pop(task))
         config.update(fields)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a config of this library: {error}") from error
     return config
+
+
+def add_task_fields(config: ConfigDict, task: str, fields: Mapping[str, Any]) -> None:
+    """Add the sub-tree of a task that is registered in `experiment.tasks.TASKS` from outside this package."""
+    with config.unlocked():
+        config[task] = ConfigDict(dict(fields))
 
 
 def _named(tree: str, fields: Mapping[str, Any]) -> dict[str, Any]:

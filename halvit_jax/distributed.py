@@ -20,16 +20,16 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
-from halvit_jax.protocols import BAD_INPUT, STOPPED, STUCK
+from halvit_jax.protocols import ExitCode
 from halvit_jax.text import one_line
 
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
-ALONE: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
-GRACE = 10  # seconds by which the runtime's own limit is later than ours
-FAREWELL = 1.0  # seconds by which the coordinator ends later than an error would have it
-PATIENCE = 6.0  # seconds in which every process answers a roll call
-ROLL_CALL = "halvit_jax/roll_call/"
-NOWHERE = 1 << 60  # the step of one that does not know it
+SINGLE_PROCESS: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
+INIT_MARGIN_S = 10  # seconds by which the runtime's own limit is later than ours
+COORDINATOR_LINGER_S = 1.0  # seconds by which the coordinator ends later than an error would have it
+STATUS_TIMEOUT_S = 6.0  # seconds in which every process answers a roll call
+STATUS_KEY = "halvit_jax/collect_status/"
+UNKNOWN_STEP = 1 << 60  # the step of one that does not know it
 
 
 def define_flags() -> None:
@@ -41,7 +41,7 @@ def define_flags() -> None:
 
 
 @contextlib.contextmanager
-def joined(
+def process_group(
     *,
     cluster: bool = False,
     coordinator: str | None = None,
@@ -79,16 +79,16 @@ def joined(
         print(f"{name()}on {socket.gethostname()} with {devices()}", flush=True)
         yield
     except SystemExit as end:
-        if end.code != STOPPED:
-            _leave(end.code if isinstance(end.code, int) else 1)
+        if end.code != ExitCode.PREEMPTED:
+            _exit_now(end.code if isinstance(end.code, int) else 1)
         # That was agreed on, so all come here, and none of them takes the coordinator from the others.
         jax.distributed.shutdown()
         raise
     except BaseException as error:
         line = f"{type(error).__name__}: {one_line(error)}"
         traceback.print_exc()
-        print(f"error: {name()}{line}\n{roll_call(line)}", file=sys.stderr, flush=True)
-        _leave(STUCK)
+        print(f"error: {name()}{line}\n{collect_status(line)}", file=sys.stderr, flush=True)
+        _exit_now(ExitCode.STALLED)
     jax.distributed.shutdown()
 
 
@@ -102,7 +102,7 @@ def name() -> str:
     return f"rank {jax.process_index()} of {jax.process_count()}: " if jax.process_count() > 1 else ""
 
 
-def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> str:
+def collect_status(line: str, *, step: int | None = None, waiting: bool = False) -> str:
     """Ask every process where it stands, and say who did not answer and who is behind.
 
     `step` is how far this process is; `waiting`, whether it does nothing but wait for the others.
@@ -111,18 +111,18 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
         return ""
     answers: dict[int, list] = {}
     try:
-        _answer(line, step if step is not None else NOWHERE, waiting)
-        end = time.monotonic() + PATIENCE
+        _answer(line, step if step is not None else UNKNOWN_STEP, waiting)
+        end = time.monotonic() + STATUS_TIMEOUT_S
         while len(answers) < jax.process_count() and time.monotonic() < end:
             time.sleep(0.2)
             answers = _answers()
-        time.sleep(FAREWELL if is_first() else 0)  # the others read what is kept here
+        time.sleep(COORDINATOR_LINGER_S if is_first() else 0)  # the others read what is kept here
     except Exception as error:  # the coordinator itself may be what is missing
         return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
     lines = [f"  rank {rank}: {answers[rank][2]}" for rank in sorted(answers)]
     silent = [rank for rank in range(jax.process_count()) if rank not in answers]
     if silent:
-        lines.append(f"{_ranks(silent)} did not answer within {PATIENCE:.0f} s")
+        lines.append(f"{_ranks(silent)} did not answer within {STATUS_TIMEOUT_S:.0f} s")
     elif step is not None:
         least = min(answer[:2] for answer in answers.values())
         lines.append(f"{_ranks([rank for rank in sorted(answers) if answers[rank][:2] == least])} held the others up")
@@ -130,7 +130,7 @@ def roll_call(line: str, *, step: int | None = None, waiting: bool = False) -> s
 
 
 @contextlib.contextmanager
-def answering(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
+def status_responder(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
     """A thread that answers the roll calls of others; `where` gives what to say, the step, and whether this process
     waits. One that is well would otherwise not know that it is asked.
     """
@@ -143,7 +143,7 @@ def answering(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
                     _answer(*where())
                     return
 
-    thread = threading.Thread(target=listen, name="answering", daemon=True)
+    thread = threading.Thread(target=listen, name="status_responder", daemon=True)
     if jax.process_count() > 1:
         thread.start()
     try:
@@ -154,12 +154,12 @@ def answering(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
 
 def _answer(line: str, step: int, waiting: bool) -> None:
     own = json.dumps([step, waiting, line])
-    _store().key_value_set(f"{ROLL_CALL}{jax.process_index()}", own, allow_overwrite=True)
+    _store().key_value_set(f"{STATUS_KEY}{jax.process_index()}", own, allow_overwrite=True)
 
 
 def _answers() -> dict[int, list]:
     """{rank: [step, whether it waits, what it says]} of those that have answered."""
-    return {int(key.rsplit("/", 1)[-1]): json.loads(value) for key, value in _store().key_value_dir_get(ROLL_CALL)}
+    return {int(key.rsplit("/", 1)[-1]): json.loads(value) for key, value in _store().key_value_dir_get(STATUS_KEY)}
 
 
 def _store() -> Any:
@@ -172,13 +172,13 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
     """Meet the others. Where they are many, JAX's runtime ends the process without a word of who is missing, so each
     announces itself by a file in the workdir, and this process ends by itself a little earlier.
     """
-    announced = _announce(folder, given)
+    announced = _register(folder, given)
     met = threading.Event()
 
     def give_up() -> None:
         if not met.wait(start_timeout):
             print(f"error: {_missing(folder, given, start_timeout)}", file=sys.stderr, flush=True)
-            os._exit(BAD_INPUT)
+            os._exit(ExitCode.BAD_INPUT)
 
     threading.Thread(target=give_up, daemon=True).start()
     # CPUs would begin several programs at once, and each process may come to their exchanges in another order.
@@ -188,7 +188,7 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             coordinator_address=given["coordinator"],
             num_processes=given["num_processes"],
             process_id=given["process_id"],
-            initialization_timeout=start_timeout + GRACE,
+            initialization_timeout=start_timeout + INIT_MARGIN_S,
             heartbeat_timeout_seconds=heartbeat_timeout,
             shutdown_timeout_seconds=start_timeout,  # for those that end while rank 0 still writes
         )
@@ -202,7 +202,7 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             announced.unlink(missing_ok=True)
 
 
-def _announce(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
+def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
     """Say in the workdir that this rank has started; warn where another process says that it is the same."""
     rank = given["process_id"]
     if folder is None or rank is None:
@@ -225,7 +225,7 @@ def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> st
     if given["coordinator"] is None:
         return f"the processes did not find each other within cluster.start_timeout={start_timeout} s"
     rank, count = given["process_id"], given["num_processes"]
-    since = time.time() - start_timeout - GRACE
+    since = time.time() - start_timeout - INIT_MARGIN_S
     files = {} if folder is None else {n: folder / f"starting_{n}" for n in range(count)}
     there = [n for n, file in files.items() if file.is_file() and file.stat().st_mtime > since]
     absent = ", ".join(str(n) for n in range(count) if n not in there)
@@ -246,12 +246,12 @@ def _ranks(ranks: list[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} of {jax.process_count()}"
 
 
-def _leave(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     """End without waiting for the others, as the runtime would at a normal end.
 
     They are ended by the runtime when the coordinator is gone, hence its moment for those that end by themselves.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    time.sleep(FAREWELL if is_first() else 0)
+    time.sleep(COORDINATOR_LINGER_S if is_first() else 0)
     os._exit(code)

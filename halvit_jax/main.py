@@ -1,6 +1,11 @@
-"""Train or evaluate: flags -> config -> devices -> loop; nothing else.
+"""Train or evaluate: flags -> config -> devices -> loop.
 
 python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvit_digits [--mode=train|eval] [--cluster]
+python -m halvit_jax.main ... --profile=100:105        also trace these steps, counted from 0, for TensorBoard
+
+The program from here: experiment/build.py makes the parts of a run from its config (experiment/tasks.py the task,
+data/pipeline.py the loaders, training/optim.py the optimizer), experiment/init_from.py its initial weights,
+training/loop.py trains (training/step.py is the step), training/evaluate.py evaluates, training/checkpoint/ saves.
 """
 
 import contextlib
@@ -17,171 +22,195 @@ from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.cli import app
 from halvit_jax.experiment import lock
+from halvit_jax.experiment import workdir as files
 
 if TYPE_CHECKING:
     from halvit_jax.experiment.build import Run
-
-DEBUG_FOLDER = "debug"  # of the workdir: what is written where a run ends badly
+    from halvit_jax.training.profiling import ProfileRange
 
 
 def define_flags() -> None:
-    """The flags of this door."""
+    """Define the command-line flags."""
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
-    flags.DEFINE_string("workdir", None, "Where checkpoints, curves and results of the run are kept.")
+    flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
-    flags.DEFINE_bool("restart_if_damaged", False, "Begin anew where every checkpoint is damaged.")
+    flags.DEFINE_bool("restart_if_corrupt", False, "Start over if every checkpoint is corrupt.")
+    flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile, counted from 0.")
     distributed.define_flags()
 
 
 def main(argv: list[str]) -> None:
-    """Work on the parsed flags."""
+    """Train or evaluate as the flags say."""
     values = flags.FLAGS
-    with app.bad_input():
-        app.no_arguments(argv, "flags look like --config.batch_size=64")
+    profile = None
+    with app.report_user_errors():
+        app.reject_positional_args(argv, "flags look like --config.batch_size=64")
         if values.config is None or values.workdir is None:
             raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
         if values.step is not None and values.mode != "eval":
-            raise ValueError(f"--step={values.step} is for --mode=eval; training goes on from the newest checkpoint")
-    work(
+            raise ValueError(f"--step={values.step} is for --mode=eval; training resumes from the newest checkpoint")
+        if values.profile is not None:
+            from halvit_jax.training.profiling import parse_range
+
+            profile = parse_range(values.profile)
+            if values.mode != "train":
+                raise ValueError(f"--profile={values.profile} is for --mode=train")
+    run_experiment(
         values.config,
         pathlib.Path(values.workdir),
         mode=values.mode,
         step=values.step,
-        restart_if_damaged=values.restart_if_damaged,
+        restart_if_corrupt=values.restart_if_corrupt,
+        profile=profile,
         processes={name: values[name].value for name in distributed.FLAGS},
     )
 
 
-def work(
+def run_experiment(
     config: ConfigDict,
     workdir: pathlib.Path,
     *,
     mode: str = "train",
     step: int | None = None,
-    restart_if_damaged: bool = False,
-    processes: Mapping[str, Any] = distributed.ALONE,
+    restart_if_corrupt: bool = False,
+    profile: "ProfileRange | None" = None,
+    processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
 
-    Bad input ends the program with one line and exit code 2, before anything is compiled; `door` lists the other codes.
+    Bad input ends the program with one line and exit code 2, before anything is compiled.
     """
     with contextlib.ExitStack() as stack:
-        with app.bad_input():
+        with app.report_user_errors():
             config_lib.validate(config)
-            stack.enter_context(distributed.joined(**processes, folder=workdir, **config.cluster))
+            stack.enter_context(distributed.process_group(**processes, folder=workdir, **config.cluster))
             from halvit_jax.experiment import build
-            from halvit_jax.experiment import workdir as files
 
             run = build.build(config, training=mode == "train")
+            if profile and profile.last >= run.total_steps:
+                raise ValueError(f"--profile={profile.first}:{profile.last} must end below {run.total_steps} steps")
             files.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
-                stack.enter_context(lock.held(workdir))
+                stack.enter_context(lock.acquire(workdir))
         if mode == "eval":
             return _evaluate(config, workdir, run, step)
-        return _train(config, workdir, run, restart_if_damaged=restart_if_damaged)
+        return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
 def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
-    # Orbax and CLU take seconds to import, so what is wrong with the config has been said by now.
+    # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-    from halvit_jax.training.report import Report
 
-    with app.bad_input():
+    with app.report_user_errors():
         checkpointer = Checkpointer(workdir, read_only=True)
         restored = checkpointer.restore(run.abstract_state(), step=step)
         if restored is None:
             raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
-        report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-    with app.bad_data(), _attended(config, workdir) as attention:
+        report = _make_report(config, workdir, run)
+    with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
-            run.task, restored.state, run.eval_loader, mesh=run.mesh, report=report, **attention
+            run.task, restored.state, run.loaders.evals, mesh=run.mesh, report=report, **handlers
         )
     checkpointer.close()
     report.close()
-    report.say(json.dumps(result))
+    report.log(json.dumps(result))
     return result
 
 
-def _train(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_damaged: bool) -> dict[str, Any]:
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_corrupt: bool, profile: "ProfileRange | None"
+) -> dict[str, Any]:
     from halvit_jax.experiment import build, init_from, teacher
-    from halvit_jax.experiment import workdir as files
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-    from halvit_jax.training.report import Report
+    from halvit_jax.training.profiling import Profiler
 
-    with app.bad_input():
-        report = Report(workdir, total_steps=run.total_steps, batch_size=config.batch_size)
-        checkpointer = Checkpointer(
-            workdir,
-            **config.save,
-            say=report.say,
-        )
-        beginning = loop.begin(
+    with app.report_user_errors():
+        report = _make_report(config, workdir, run)
+        checkpointer = Checkpointer(workdir, **config.save, log=report.log)
+        start = loop.restore_or_init(
             checkpointer,
             report,
             run.abstract_state(),
             functools.partial(
                 init_from.fresh_state,
-                model=run.task.model,
+                task=run.task,
                 init=run.fresh_state,
                 config=config,
                 workdir=workdir,
-                say=report.say,
+                log=report.log,
             ),
             eval_every=config.loop.eval_every,
-            restart_if_damaged=restart_if_damaged,
+            restart_if_corrupt=restart_if_corrupt,
         )
-        if run.taught:
-            teacher.remember(run.taught.record, workdir, resumed=int(beginning.state.step) > 0)
-            for line in run.taught.lines():
-                report.say(line)
-    for line in build.departures(config):
-        report.say(f"WARNING: {line}")
-    files.write_description(workdir, config, run.class_names)
+        if run.distillation:
+            teacher.pin_teacher(run.distillation.record, workdir, resumed=int(start.state.step) > 0)
+            for line in run.distillation.lines():
+                report.log(line)
+    for line in build.recipe_deviations(config):
+        report.log(f"WARNING: {line}")
+    files.write_run_metadata(workdir, config, run.loaders.info)
     report.hyperparameters(config.to_dict())
-    with app.bad_data(), app.broken_run(), _attended(config, workdir) as attention:
+    profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
+    with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:
         result = loop.train(
             run.task,
             run.optimizer,
-            beginning,
-            run.train_loader,
-            run.eval_loader,
+            start,
+            run.loaders.train,
+            run.loaders.evals,
             mesh=run.mesh,
             checkpointer=checkpointer,
             report=report,
-            debug_folder=workdir / DEBUG_FOLDER,
+            debug_folder=workdir / files.DEBUG_FOLDER,
             seed=config.seed,
             total_steps=run.total_steps,
-            limit=run.limit,
             **config.loop,
-            **attention,
+            guard=run.guard,
+            profiler=profiler,
+            **handlers,
         )
         checkpointer.close()
     if "stopped" in result:
         report.close()
-        app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command goes on from there")
+        app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command resumes from there")
     files.write_result(workdir, result)
     report.result(result, workdir)
     report.close()
     return result
 
 
+def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
+    from halvit_jax.training.report import Report
+
+    return Report(
+        workdir,
+        total_steps=run.total_steps,
+        batch_size=config.batch_size,
+        progress=run.task.progress_metrics,
+        units=run.task.units,
+    )
+
+
 @contextlib.contextmanager
-def _attended(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Signals are listened to and the watchdog watches, both as keywords for the loop."""
-    from halvit_jax.training.fault_tolerance.preemption import Signals
+def _fault_handlers(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The preemption handler and the watchdog, both at work, as keywords of the loop."""
+    from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 
-    signals = Signals()
+    preemption = PreemptionHandler()
     watchdog = Watchdog(
-        workdir / DEBUG_FOLDER, **config.watchdog, name=distributed.name(), explain=distributed.roll_call
+        workdir / files.DEBUG_FOLDER,
+        **config.watchdog,
+        name=distributed.name(),
+        diagnose_peers=distributed.collect_status,
     )
     watchdog.start()
     try:
-        with signals.listen(), distributed.answering(watchdog.where):
-            yield {"signals": signals, "watchdog": watchdog}
+        with preemption.install(), distributed.status_responder(watchdog.status):
+            yield {"preemption": preemption, "watchdog": watchdog}
     finally:
         watchdog.stop()
 

@@ -1,35 +1,45 @@
-"""The words every room shares: what a batch, a loader and a task are."""
+"""The shared vocabulary: batch, loader, task, collector, serving model, and exit codes."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-BAD_INPUT, BROKEN_RUN, STUCK, STOPPED = 2, 3, 70, 75
-"""Exit codes, which `door` explains."""
-
 Array = Any  # a jax or NumPy array; this file imports neither framework
+ArraySpec = Any  # a jax.ShapeDtypeStruct
 PyTree = Any
 Batch = Mapping[str, Array]
-"""`image` uint8 [b, h, w, 3]; `label` int32 [b]; `mask` bool [b], False where a row only fills up the batch."""
+"""Arrays whose first axis is the example; `mask` bool [b] is False where a row only pads the batch."""
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of all commands."""
+
+    DONE = 0
+    PARTLY = 1  # done in part, or a negative answer (`check`: corrupt, `plan`: does not fit), or an uncaught error
+    BAD_INPUT = 2  # flags, config, files or data that the user can correct
+    FATAL_RUN = 3  # the run cannot continue: values are not finite, or no checkpoint can be written
+    STALLED = 70  # no progress, or other processes were lost; the same command resumes
+    PREEMPTED = 75  # stopped by a signal after a checkpoint was saved; the same command resumes
 
 
 class DataError(ValueError):
-    """The data are not what they should be; the message says which file and what to do."""
+    """Bad data; the message names the file and the remedy."""
 
 
 class DatasetInfo(NamedTuple):
-    """What a task has to know of a data set."""
+    """Facts about a data set; a copy lies in the workdir for the commands that read no data."""
 
     class_names: list[str]
     num_examples: int
     name: str = ""
-    extra: Mapping[str, Any] = {}
-    """What only some data sets have, such as the category numbers of an annotation file."""
+    extra: Mapping[str, Any] = {}  # plain JSON values that only some data sets have, such as category numbers
 
 
 class Loader(Protocol):
-    """Where batches come from. A host sees its own rows of each global batch."""
+    """Source of batches. A host sees its own rows of each global batch."""
 
     num_examples: int
     steps_per_epoch: int
@@ -40,41 +50,105 @@ class Loader(Protocol):
 
 
 class Loss(NamedTuple):
-    """What `Task.loss` returns: the scalar to minimise, the new model state, and sums for the report."""
+    """Result of `Task.loss`: the scalar to minimise, the new model state, and sums for the report."""
 
     value: Array
     model_state: PyTree
-    sums: dict[str, Array]
+    sums: dict[str, Array]  # over examples; `examples` is their number
+
+
+class Collector(Protocol):
+    """Turns the scores of all batches of an evaluation into metrics, on the host."""
+
+    def add(self, scored: PyTree, batch: Batch) -> None:
+        """Add `Task.score` of one global batch, and what `batch_spec` names of that batch except the images."""
+        ...
+
+    def result(self) -> dict[str, float | None]:
+        """The metrics by name; None where one is undefined."""
+        ...
 
 
 class Task(Protocol):
-    """What is learned. Pure functions over plain nested dicts; the trainer knows nothing else of a model."""
+    """A learning problem as pure functions over nested dicts. Training knows nothing else of a model."""
 
-    frozen: PyTree
-    """Arrays the loss reads that are neither trained nor saved, such as a teacher."""
+    constants: PyTree
+    """Arrays that the loss reads and that are neither trained nor saved, such as a teacher."""
 
-    partition_rules: tuple[tuple[str, tuple[tuple[str, ...] | str | None, ...]], ...]
-    """(regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
+    partition_rules: Sequence[tuple[str, tuple[Any, ...]]]
+    """(regex of a parameter path, mesh axis or axes of each dimension), first match wins; see `trees.Rules`."""
 
-    headline: str
-    """The score of an evaluation by which the best checkpoint is chosen; more is better."""
+    transfer_rules: Sequence[tuple[str, str]]
+    """(regex of a parameter path, how loaded weights may differ there), first match wins; see `convert.transfer`."""
 
-    def init(self, key: Array) -> tuple[PyTree, PyTree]:
-        """Fresh (params, model_state)."""
+    primary_metric: str
+    """The metric that chooses the best checkpoint; more is better."""
+
+    progress_metrics: tuple[str, ...]
+    """Names in `Loss.sums` that the progress line shows."""
+
+    units: Mapping[str, str]
+    """Metric -> unit. A metric with the unit "%" is a fraction, shown in percent."""
+
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """Shape and dtype of one example under each name that the task reads from a batch."""
         ...
 
-    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: Array) -> Loss:
+    def init(self, key: Array) -> tuple[PyTree, PyTree]:
+        """Initial (params, model_state)."""
+        ...
+
+    def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: Array) -> Loss:
         """The training loss of one batch."""
         ...
 
-    def predict(self, params: PyTree, model_state: PyTree, batch: Batch) -> PyTree:
-        """The model's outputs on one batch, in inference."""
+    def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> PyTree:
+        """Arrays that an evaluation keeps of one batch: sums, or one row an example."""
         ...
 
-    def score(self, outputs: PyTree, batch: Batch) -> dict[str, Array]:
-        """Sums over the real examples of one batch, among them `examples`; averages are sums / examples."""
+    def collector(self) -> Collector:
+        """A new collector for one evaluation."""
         ...
 
     def summary_images(self, batch: Batch) -> dict[str, Array]:
-        """Images worth looking at, as the model gets them in training: name -> [n, h, w, 3] in [0, 1]."""
+        """Images as the model gets them in training: name -> [n, h, w, 3] in [0, 1]."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable and weakly referable, as jax.jit wants it
+class ServingModel:
+    """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
+
+    apply: Callable[[PyTree, Array], PyTree]  # (variables, images) -> outputs
+    variables: PyTree
+    input_size: tuple[int, int]  # height and width of the images
+    capture: Callable[[PyTree, Array], Mapping[str, Mapping[str, Array]]] | None = None
+    """(variables, images) -> {kind: {layer: array}} of the intermediates, where the model sows them."""
+
+    def __call__(self, images: Array) -> PyTree:
+        """The outputs."""
+        return self.apply(self.variables, images)
+
+
+class Servable(Protocol):
+    """Methods that predict, export, bench and check need in addition to `Task`.
+
+    A task may also have `check_records(records, info) -> (summary, warning)`, which `check` calls with the undecoded
+    records of a small training split.
+    """
+
+    def check_dataset(self, info: DatasetInfo) -> None:
+        """Refuse a data set that does not fit the task.
+
+        Raises:
+            ValueError: with the config field to change.
+        """
+        ...
+
+    def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:
+        """The model with the trained variables {"params": ..., **model_state}, by default in its fastest form."""
+        ...
+
+    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
+        """The outputs of a batch as one JSON object an image."""
         ...

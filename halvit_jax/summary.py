@@ -6,7 +6,9 @@ python -m halvit_jax.summary [--json | --markdown] [NAME...]
 with its baseline, the known model that it is derived from, deployed too. --markdown prints what docs/models.md holds.
 """
 
+import importlib.util
 import json
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +31,8 @@ HEADINGS = (
     "of its baseline",
     "published (not measured here)",
 )
-MARKDOWN_HEADINGS = ("model", "parameters", "deployed", "GMACs", "image", "saved", "published top-1")
+MARKDOWN_HEADINGS = ("model", "parameters", "deployed", "GMACs", "image", "saved", "published top-1", "config")
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"  # of a checkout; an installed package has none
 
 
 def define_flags() -> None:
@@ -41,7 +44,7 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Print the table of the named models, or of all."""
     given = flags.FLAGS
-    with app.bad_input():
+    with app.report_user_errors():
         if given.json and given.markdown:
             raise ValueError("--json and --markdown: give one of them")
         rows = {name: summarize(name) for name in argv[1:] or list_models()}
@@ -66,7 +69,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
 def markdown(rows: Mapping[str, dict[str, Any]]) -> str:
     """The rows of `summarize`, {model: row}, as a Markdown table for each family."""
-    tables = []
+    tables, configs = [], configs_by_model()
     for family in FAMILIES:
         chosen = [rows[name] for name in family.sizes if name in rows]
         if not chosen:
@@ -83,9 +86,25 @@ def markdown(rows: Mapping[str, dict[str, Any]]) -> str:
                 saved = f"{row['params_saved']:.1f} %, {row['gmacs_saved']:.1f} % of `{row['baseline']}`"
             deployed = f"{row['params_deployed']:,}" if row["params_deployed"] != row["params"] else "the same"
             counts = f"{row['params']:,}", deployed, f"{row['gmacs_deployed']:.3f}", str(row["image_size"])
-            lines.append(_cells([f"`{row['model']}`", *counts, saved, _published(row["published"])]))
+            config = f"`{configs[row['model']]}`" if row["model"] in configs else ""
+            lines.append(_cells([f"`{row['model']}`", *counts, saved, _published(row["published"]), config]))
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
+
+
+def configs_by_model(folder: pathlib.Path = CONFIGS) -> dict[str, str]:
+    """{model: the config that trains it on ImageNet}, as after `--config=`; a file's default comes before variants."""
+    found: dict[str, tuple[bool, str]] = {}
+    for path in sorted(folder.glob("*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for variant in ("", *(name for group in getattr(module, "VARIANTS", ()) for name in group if name)):
+            config = module.get_config(variant) if variant else module.get_config()
+            if config.data.name == "imagenet2012":
+                entry = bool(variant), f"configs/{path.name}{variant and ':'}{variant}"
+                found[config.model.name] = min(found.get(config.model.name, entry), entry, key=lambda each: each[0])
+    return {name: entry for name, (_, entry) in found.items()}
 
 
 def _cells(cells: Iterable[str]) -> str:

@@ -57,7 +57,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     """
     from helpers.runs import tiny
 
-    from halvit_jax.main import work
+    from halvit_jax.main import run_experiment
 
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
@@ -65,7 +65,7 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
     with (shared / "finished.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not returned.exists():
-            returned.write_text(json.dumps(work(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
+            returned.write_text(json.dumps(run_experiment(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
     workdir = shutil.copytree(made, tmp_path_factory.mktemp("copy") / "finished")
     return workdir, json.loads(returned.read_text())
 

@@ -21,7 +21,7 @@ from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-from halvit_jax.training.fault_tolerance.grad_spikes import make_limit
+from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
@@ -85,7 +85,7 @@ CONSTRUCTORS: dict[str, Any] = {
     "mesh": make_mesh,
     "cluster": distributed.joined,
     "watchdog": Watchdog.__init__,
-    "skip_updates": make_limit,
+    "skip_updates": make_guard,
 }
 
 

@@ -153,7 +153,7 @@ def test_a_signal_to_one_of_two_stops_both(then: str, digits_dir: pathlib.Path, 
         return
     again = Processes(tmp_path, digits_dir, count=1, **short)
     assert again.codes() == [0], again.all_said()
-    assert f"going on from the checkpoint of step {stops[0][1]}" in again.said(0)
+    assert f"resuming from the checkpoint of step {stops[0][1]}" in again.said(0)
     assert sorted(losses(tmp_path)) == list(range(1, 25))
     assert result(tmp_path)["step"] == 24
 
@@ -263,7 +263,7 @@ def test_processes_that_do_not_find_each_other_say_so_in_time(
     with socket.socket() as taken:
         if wrong == "the port is taken":
             taken.bind(("", port))
-            taken.listen()
+            taken.install()
         began = time.monotonic()
         running = [
             subprocess.Popen(
@@ -300,15 +300,15 @@ def test_processes_that_do_not_find_each_other_say_so_in_time(
     ],
 )
 def test_flags_that_do_not_fit_are_refused(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message), distributed.joined(**given):
+    with pytest.raises(ValueError, match=message), distributed.process_group(**given):
         pass
 
 
 def test_alone_nothing_is_said() -> None:
-    with distributed.joined(), distributed.answering(lambda: ("", 0, False)):
+    with distributed.process_group(), distributed.status_responder(lambda: ("", 0, False)):
         assert distributed.is_first()
         assert distributed.name() == ""
-        assert distributed.roll_call("anything", step=1, waiting=False) == ""
+        assert distributed.collect_status("anything", step=1, waiting=False) == ""
 
 
 def test_the_script_starts_a_cluster_and_ends_with_its_code(tmp_path: pathlib.Path) -> None:
@@ -322,7 +322,7 @@ def test_the_script_starts_a_cluster_and_ends_with_its_code(tmp_path: pathlib.Pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=50,  # below the script's GRACE, for it leaves nobody behind who keeps its output open
+        timeout=50,  # below the script's INIT_MARGIN_S, for it leaves nobody behind who keeps its output open
         check=False,
     )
     assert done.returncode == 2

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from halvit_jax.analysis.counts import counts_of
 from halvit_jax.convert import weights_file
 from halvit_jax.experiment import workdir as files
-from halvit_jax.experiment.trained import load_trained, stored_state
+from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
 from halvit_jax.training.sharding import bytes_of
@@ -139,7 +139,7 @@ def _trained(
 def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], None]]:
     """The size of a run's model, and a function that classifies one image."""
     trained = load_trained(folder)
-    state = stored_state(trained.task, trained.config)
+    state = abstract_checkpoint_state(trained.task, trained.config)
     model, variables = fold(trained.task.model, trained.model_variables)
     fields = {**trained.config.model, "folded": True} if model is not trained.task.model else trained.config.model
     name, weights = fields["name"], folder / WEIGHTS_FILE

@@ -1,9 +1,4 @@
-"""What all doors (`python -m halvit_jax.<door>`) share: parsing flags, and answering bad input with one line.
-
-Exit codes: 0 done; 1 done in part, or an error of ours with its traceback; 2 bad input; 3 the run cannot go on as it is
-(not finite, or no checkpoint can be written); 70 stuck, or other processes were lost; 75 stopped by a signal, and the
-same command goes on.
-"""
+"""Shared by all commands: flag parsing and one-line errors for bad input. `protocols.ExitCode` lists the exit codes."""
 
 import contextlib
 import difflib
@@ -18,23 +13,23 @@ from ml_collections import ConfigDict
 
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.config import default_config
-from halvit_jax.protocols import BAD_INPUT, BROKEN_RUN, STOPPED, DataError
+from halvit_jax.protocols import DataError, ExitCode
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Parse the command line and call `main`; a wrong flag or config field ends the program with one line."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow only reads data here: none of its greetings,
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # nor its warning that results may vary
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # hide TensorFlow's start-up messages
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # and its warning that results may vary
     keep_freed_memory()
     logging.set_verbosity(logging.WARNING)
-    # Where a checkpoint cannot be written, asyncio says of each array what we say once of all.
+    # If a checkpoint cannot be written, asyncio logs each array; the Checkpointer logs it once.
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     app.run(main, flags_parser=_parse)
 
 
 @contextlib.contextmanager
-def bad_input() -> Iterator[None]:
-    """Errors inside are the user's to mend: say what they say, without a traceback, and exit with 2."""
+def report_user_errors() -> Iterator[None]:
+    """Turn a ValueError or OSError into a one-line message and exit code 2."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -42,8 +37,8 @@ def bad_input() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bad_data() -> Iterator[None]:
-    """Bad data found while they are read end the program in the same way; other errors keep their traceback."""
+def report_data_errors() -> Iterator[None]:
+    """Turn a DataError into a one-line message and exit code 2; other errors keep their traceback."""
     try:
         yield
     except DataError as error:
@@ -51,30 +46,30 @@ def bad_data() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def broken_run() -> Iterator[None]:
-    """A run that cannot go on as it is says why, and ends."""
+def report_fatal_run() -> Iterator[None]:
+    """Turn an error that ends a run (not finite, not saved) into a one-line message and exit code 3."""
     from halvit_jax.training.checkpoint.checkpointer import SaveError
 
     try:
         yield
     except (ArithmeticError, SaveError) as error:
-        fail(str(error), code=BROKEN_RUN)
+        fail(str(error), code=ExitCode.FATAL_RUN)
 
 
-def fail(message: str, *, code: int = BAD_INPUT) -> NoReturn:
+def fail(message: str, *, code: int = ExitCode.BAD_INPUT) -> NoReturn:
     """End the program with this message."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def stopped(message: str) -> NoReturn:
-    """End the program as one that was asked to stop."""
+    """End the program after a stop request."""
     print(f"stopped by {message}", flush=True)
-    sys.exit(STOPPED)
+    sys.exit(ExitCode.PREEMPTED)
 
 
-def no_arguments(argv: list[str], hint: str) -> None:
-    """Refuse what is neither a flag nor the value of one.
+def reject_positional_args(argv: list[str], hint: str) -> None:
+    """Refuse arguments that are not flags.
 
     Raises:
         ValueError: with a hint at what a flag looks like.
@@ -84,7 +79,7 @@ def no_arguments(argv: list[str], hint: str) -> None:
 
 
 def check_overrides(arguments: list[str], config: ConfigDict) -> None:
-    """Refuse `--config.some.field` where the config has no such field.
+    """Refuse `--config.some.field` if the config has no such field.
 
     Raises:
         ValueError: with the nearest name there is.
@@ -107,7 +102,7 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _parse(arguments: list[str]) -> list[str]:
-    with bad_input():
+    with report_user_errors():
         check_overrides(arguments, default_config())
         try:
             return flags.FLAGS(arguments)

@@ -50,7 +50,7 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
 
 def main(argv: list[str]) -> None:
     """Convert one file and print what was read and written."""
-    with app.bad_input():
+    with app.report_user_errors():
         if len(argv) != 3:
             raise ValueError("give a file to read and one to write: python -m halvit_jax.convert IN OUT --model=NAME")
         given = flags.FLAGS

@@ -1,9 +1,9 @@
-"""A run: from its config to its parts, and back from its workdir.
+"""From a config to the parts of a run: the one place where a ConfigDict is taken apart.
 
-The one place where a ConfigDict is taken apart; each sub-tree becomes the keywords of one constructor.
+Each sub-tree becomes the keywords of one constructor.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -11,13 +11,14 @@ from ml_collections import ConfigDict
 
 from halvit_jax.experiment import teacher
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.teacher import Taught
-from halvit_jax.protocols import Loader
-from halvit_jax.tasks.classification import Classification
-from halvit_jax.training.fault_tolerance.grad_spikes import Limit, make_limit
+from halvit_jax.experiment.teacher import DistillationSetup
+from halvit_jax.protocols import Task
+from halvit_jax.training import state as state_lib
+from halvit_jax.training.fault_tolerance.grad_spikes import GradSpikeGuard, make_guard
 from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import check_batch_size, make_mesh
-from halvit_jax.training.state import TrainState, abstract_state, init_state
+from halvit_jax.training.state import TrainState
+from halvit_jax.training.step import TrainStep, make_train_step
 
 if TYPE_CHECKING:
     from halvit_jax.data.pipeline import Loaders
@@ -26,70 +27,77 @@ if TYPE_CHECKING:
 class Run(NamedTuple):
     """The parts of a run, built and checked, before anything is compiled."""
 
-    task: Classification
+    config: ConfigDict
+    task: Any  # a Task that is Servable
     optimizer: Optimizer
     mesh: Mesh
-    train_loader: Loader
-    eval_loader: Loader
-    class_names: list[str]
+    loaders: "Loaders"
     total_steps: int
-    limit: Limit
-    seed: int
-    ema_decay: float
-    taught: Taught | None = None  # the task again and its teacher, where there is one
+    guard: GradSpikeGuard
+    distillation: DistillationSetup | None = None  # the task with its teacher, if there is one
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""
-        return abstract_state(self.task, self.optimizer, mesh=self.mesh, use_ema=self.ema_decay > 0, limit=self.limit)
+        return build_abstract_state(self.config, self.task, self.optimizer, self.mesh)
 
     def fresh_state(self, abstract: TrainState) -> TrainState:
-        """The train state that the run begins with."""
-        use_ema = self.ema_decay > 0
-        return init_state(self.task, self.optimizer, abstract, seed=self.seed, use_ema=use_ema, limit=self.limit)
+        """The initial train state."""
+        return state_lib.init_state(
+            self.task,
+            self.optimizer,
+            abstract,
+            seed=self.config.seed,
+            use_ema=self.config.loop.ema_decay > 0,
+            guard=self.guard,
+        )
 
 
 def build(config: ConfigDict, *, training: bool = True) -> Run:
     """All parts of a run. Cheap checks come first, so a wrong field is answered before TensorFlow is imported.
 
-    Where it is not for training, a teacher is left out.
+    Unless it is for training, a teacher is left out.
 
     Raises:
         ValueError: what was given, what is allowed and which field of the config to change.
     """
     task = build_task(config)
-    mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
-    limit = make_limit(**config.skip_updates)
-
-    loaders = build_loaders(config, image_size=task.model.image_size)
-    check_classes(config, loaders.info.class_names)
-    total_steps = length(config, loaders.train.steps_per_epoch)
-    optimizer = make_optimizer(
-        **config.optim,
-        batch_size=config.batch_size,
-        steps_per_epoch=loaders.train.steps_per_epoch,
-        total_steps=total_steps,
-    )
-    taught = None
-    if training and config.task.name == "distillation":
-        taught = teacher.taught_task(config, mesh)
+    mesh = build_mesh(config)
+    guard = make_guard(**config.skip_updates)
+    loaders = build_loaders(config, size=input_size(task))
+    task.check_dataset(loaders.info)
+    steps_per_epoch = loaders.train.steps_per_epoch
+    optimizer = build_optimizer(config, steps_per_epoch=steps_per_epoch)
+    setup = teacher.build_distillation(config, mesh) if training and teacher.is_used(config) else None
     return Run(
-        task=taught.task if taught else task,
+        config=config,
+        task=setup.task if setup else task,
         optimizer=optimizer,
         mesh=mesh,
-        train_loader=loaders.train,
-        eval_loader=loaders.evals["eval"],
-        class_names=loaders.info.class_names,
-        total_steps=total_steps,
-        limit=limit,
-        seed=config.seed,
-        ema_decay=config.loop.ema_decay,
-        taught=taught,
+        loaders=loaders,
+        total_steps=total_steps(config, steps_per_epoch),
+        guard=guard,
+        distillation=setup,
     )
 
 
-def build_loaders(config: ConfigDict, *, image_size: int) -> "Loaders":
-    """The loaders of `config.data` for this process.
+def build_mesh(config: ConfigDict, **devices: Any) -> Mesh:
+    """The mesh of `config.mesh`, over which a batch can be split.
+
+    Raises:
+        ValueError: the mesh does not fit the devices, or the batch not the mesh.
+    """
+    mesh = make_mesh(**config.mesh, **devices)
+    check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
+    return mesh
+
+
+def input_size(task: Task) -> tuple[int, int]:
+    """Height and width of the images that a task reads."""
+    return task.batch_spec()["image"].shape[:2]
+
+
+def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
+    """The loaders of `config.data` for this process, with images of this height and width.
 
     Raises:
         ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
@@ -98,31 +106,45 @@ def build_loaders(config: ConfigDict, *, image_size: int) -> "Loaders":
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "size": (image_size, image_size), "seed": config.seed, "host": host}
+    given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
     return data.make_loaders(**config.data, **given)
 
 
-def check_classes(config: ConfigDict, class_names: list[str]) -> None:
-    """Refuse a classifier of another size than the data have classes.
+def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:
+    """The optimizer of `config.optim` for a run over this data.
 
     Raises:
-        ValueError: with the number to set.
+        ValueError: a value that is not allowed, naming its field.
     """
-    classes = len(class_names)
-    if classes != config.model.num_classes:
-        raise ValueError(
-            f"model.num_classes={config.model.num_classes}, but data.name={config.data.name!r} has {classes} classes; "
-            f"set model.num_classes={classes}"
-        )
+    length = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps(config, steps_per_epoch)}
+    return make_optimizer(**config.optim, batch_size=config.batch_size, **length)
 
 
-def length(config: ConfigDict, steps_per_epoch: int) -> int:
-    """The steps of a run."""
+def build_abstract_state(config: ConfigDict, task: Task, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the train state of a run."""
+    guard = make_guard(**config.skip_updates)
+    return state_lib.abstract_state(task, optimizer, mesh=mesh, use_ema=config.loop.ema_decay > 0, guard=guard)
+
+
+def build_train_step(config: ConfigDict, task: Task, optimizer: Optimizer) -> TrainStep:
+    """The jitted training step of a run, as `loop.train` makes it."""
+    return make_train_step(
+        task,
+        optimizer,
+        seed=config.seed,
+        ema_decay=config.loop.ema_decay,
+        accumulate=config.loop.accumulate,
+        guard=make_guard(**config.skip_updates),
+    )
+
+
+def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    """The length of a run in steps."""
     return config.total_steps or config.num_epochs * steps_per_epoch
 
 
-def departures(config: ConfigDict) -> list[str]:
-    """One line for each way in which the config leaves its recipe, to be said loudly."""
+def recipe_deviations(config: ConfigDict) -> list[str]:
+    """One line for each way in which the config deviates from its recipe, to be logged as a warning."""
     if config.recipe_batch_size in (0, config.batch_size):
         return []
     ratio = f"{config.batch_size}/{config.optim.base_batch_size}"

@@ -1,58 +1,80 @@
-"""What a run begins with where it does not begin with nothing: `config.init_from`."""
+"""Initial weights from a workdir or a weight file (`config.init_from`)."""
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from halvit_jax.convert import shapes_of
 from halvit_jax.convert.transfer import Transfer, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.models import transfer_rules
+from halvit_jax.experiment.workdir import INIT_FROM_FILE
+from halvit_jax.protocols import Task
 from halvit_jax.training.state import TrainState, with_arrays
-from halvit_jax.trees import flatten
+from halvit_jax.trees import TransferRules, flatten
 
-FILE = "init_from.json"  # of the workdir: every path and what became of it
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 Init = Callable[[TrainState], TrainState]
 
 
 def fresh_state(
-    abstract: TrainState, *, model: Any, init: Init, config: ConfigDict, workdir: pathlib.Path, say: Say
+    abstract: TrainState, *, task: Task, init: Init, config: ConfigDict, workdir: pathlib.Path, log: Log
 ) -> TrainState:
-    """The train state that a run begins with, in the shardings of `abstract`; it says what it has taken over.
+    """The initial train state, in the shardings of `abstract`; logs which weights were loaded.
 
     Raises:
         ValueError: what `read` refuses.
     """
     if not config.init_from:
         return init(abstract)
-    found = read(config.init_from, config.model.name, model, fresh=config.init_exclude)
+    found = read_for_task(config, task)
     if jax.process_index() == 0:
         rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
-        (workdir / FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (workdir / INIT_FROM_FILE).write_text(json.dumps(content, indent=2) + "\n")
     for line in found.lines():
-        say(f"init_from={config.init_from}: {line}")
+        log(f"init_from={config.init_from}: {line}")
     return with_arrays(init(abstract), found.arrays)
 
 
-def read(source: str, name: str, model: Any, *, fresh: Sequence[str], field: str = "init_from") -> Transfer:
-    """What the model `name` can begin with of a workdir or a weight file, both being left as they are.
+def read_for_task(config: ConfigDict, task: Task) -> Transfer:
+    """The weights of `config.init_from` for a task, by its own transfer rules.
+
+    Raises:
+        ValueError: what `read` refuses.
+    """
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
+    model, rules = getattr(task, "model", None), task.transfer_rules
+    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, exclude=config.init_exclude)
+
+
+def read(
+    source: str,
+    name: str,
+    model: Any,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    rules: TransferRules,
+    exclude: Sequence[str] = (),
+    field: str = "init_from",
+) -> Transfer:
+    """The arrays of a workdir or a weight file that fit the model `name` with variables of these shapes.
 
     `field` of the config names the source.
 
     Raises:
-        ValueError: it is neither, or holds what the model cannot begin with, all of it by path.
+        ValueError: it is neither, or holds arrays that do not fit, all of them by path.
     """
     try:
         if pathlib.Path(source).is_dir():
             arrays = flatten(load_trained(source).model_variables)
+        elif model is None:
+            raise ValueError("this task loads weights from a workdir only")
         else:
             arrays = read_for(source, name, model)
-        return transfer(name, arrays, shapes_of(model), transfer_rules(model), exclude=fresh)
+        return transfer(name, arrays, shapes, rules, exclude=exclude)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

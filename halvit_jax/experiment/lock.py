@@ -1,4 +1,4 @@
-"""One run at a time in a workdir."""
+"""A lock on a workdir, for one training run at a time."""
 
 import contextlib
 import datetime
@@ -9,24 +9,23 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-FILE = "lock.json"
+from halvit_jax.experiment.workdir import LOCK_FILE
 
 
 @contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
-    """Hold the lock of a workdir. The system releases it when the process ends, however that happens, so a lock file
-    that is left behind locks nothing.
+def acquire(workdir: pathlib.Path) -> Iterator[None]:
+    """Hold the lock of a workdir. The system releases it when the process ends, so a stale file locks nothing.
 
     Raises:
-        ValueError: another run holds it; the message says which, where, and since when.
+        ValueError: another run holds it; the message names its process, host and start.
     """
-    with (workdir / FILE).open("a+") as file:
+    with (workdir / LOCK_FILE).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
             raise ValueError(
-                f"--workdir={workdir} is in use by {_holder(file.read())}; wait for it, or name another one"
+                f"--workdir={workdir} is in use by {_owner(file.read())}; wait for it, or name another one"
             ) from error
         file.truncate(0)
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -35,20 +34,20 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def holder(workdir: pathlib.Path) -> str:
-    """Who holds the lock of a workdir, as "process 7 on host since ..."; "" where nobody does. Writes nothing."""
+def owner(workdir: pathlib.Path) -> str:
+    """The process that holds the lock, as "process 7 on HOST since ...", "" if none does. Writes nothing."""
     try:
-        with (workdir / FILE).open() as file:
+        with (workdir / LOCK_FILE).open() as file:
             try:  # shared, and given back at once
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return _holder(file.read())
+                return _owner(file.read())
     except (FileNotFoundError, NotADirectoryError):
         pass
     return ""
 
 
-def _holder(text: str) -> str:
+def _owner(text: str) -> str:
     try:
         return "process {pid} on {host} since {since}".format(**json.loads(text))
     except (ValueError, KeyError):

@@ -1,4 +1,7 @@
-"""From `config.task` to the task of a run, as it is evaluated."""
+"""Tasks by name: from the config to the task as it is evaluated and served."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -7,20 +10,35 @@ from halvit_jax import config as config_lib
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classification import Classification
 
-TASKS = ("classification", "distillation")  # what was distilled is evaluated as what was not
+
+def _classification(model: Any, config: ConfigDict) -> Classification:
+    return Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
 
 
-def build_task(config: ConfigDict) -> Classification:
-    """The model of `config.model` under the task of `config.task`, as it is evaluated; a teacher is for training alone.
+# config.task.name -> a function of the model and the config. A task with fields reads them from the config's sub-tree
+# of its own name. The teacher of a distillation is for training alone: see `build.training_task`.
+TASKS: dict[str, Callable[[Any, ConfigDict], Any]] = {
+    "classification": _classification,
+    "distillation": _classification,
+}
+
+
+def build_task(config: ConfigDict) -> Any:
+    """The model of `config.model` under the task of `config.task`, a `Task` that is `Servable`.
 
     Raises:
         ValueError: fields that are not allowed or do not fit each other.
     """
     config_lib.validate(config)
+    return make_task(config)
+
+
+def make_task(config: ConfigDict) -> Any:
+    """`build_task` without the checks between other fields of the config."""
     if config.task.name not in TASKS:
         raise ValueError(f"task.name={config.task.name!r} is not one of {', '.join(TASKS)}")
     model = create_model(**config.model, dtype=compute_dtype(config.compute_dtype))
-    return Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
+    return TASKS[config.task.name](model, config)
 
 
 def compute_dtype(name: str) -> str:

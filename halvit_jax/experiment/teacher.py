@@ -1,8 +1,8 @@
-"""The teacher of a distillation: which model it is, and its weights, where the training step reads them.
+"""The teacher of a distillation: its model, and its weights in the task's constants.
 
-`teacher.init_from` names a workdir, a file of ours or a PyTorch state. The first two know their model; for the third,
-and to plan a run whose teacher is not there, `teacher.name` says it; what is said twice must agree. A teacher computes
-in the type of the run on images of the student's size, and each device holds its share of it.
+`teacher.init_from` names a workdir, a weight file of `halvit_jax.convert` or a PyTorch state. The first two know their
+model; for the third, and to plan a run without the teacher's file, `teacher.name` gives it. A teacher computes in the
+dtype of the run on images of the student's size, and each device holds its share of it.
 """
 
 import json
@@ -15,33 +15,39 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from halvit_jax.convert import readers, weights_file
-from halvit_jax.experiment import init_from, tasks, workdir
-from halvit_jax.models import create_model, partition_rules
+from halvit_jax.convert import readers, shapes_of, weights_file
+from halvit_jax.experiment import init_from, tasks
+from halvit_jax.experiment.workdir import TEACHER_FILE, read_config
+from halvit_jax.models import create_model, partition_rules, transfer_rules
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.training.sharding import partition
 from halvit_jax.trees import map_paths, sha256, variable_shapes
 
 Colours = Sequence[float] | None
-FILE = "teacher.json"  # of the workdir: which weights the run learns from
+TASK = "distillation"  # the task.name that trains with a teacher
 
 
-class Taught(NamedTuple):
-    """A task with its teacher, and what is written down of that one: {"source", "model", "sha256", ...}."""
+class DistillationSetup(NamedTuple):
+    """A task with its teacher, and the teacher's record: {"source", "model", "sha256", ...}."""
 
     task: Distillation
     record: dict[str, Any]
 
     def lines(self) -> list[str]:
-        """What to tell of the teacher."""
+        """Lines for the log."""
         size, digest = f"{self.record['parameters']:,} parameters", f"sha256 {self.record['sha256'][:16]}"
         lines = [f"{self.record['model']}, {size}, {digest}", *self.record["arrays"]]
         return [f"teacher.init_from={self.record['source']}: {line}" for line in lines]
 
 
-def abstract_task(config: ConfigDict, mesh: Mesh) -> Distillation:
-    """The task of a run, its teacher being shapes and shardings alone.
+def is_used(config: ConfigDict) -> bool:
+    """True if the run trains with a teacher."""
+    return config.task.name == TASK
+
+
+def abstract_distillation(config: ConfigDict, mesh: Mesh) -> Distillation:
+    """The task of a run, its teacher as shapes and shardings only.
 
     Raises:
         ValueError: fields that are not allowed or do not fit each other.
@@ -49,15 +55,16 @@ def abstract_task(config: ConfigDict, mesh: Mesh) -> Distillation:
     return _named_task(config, mesh)[0]
 
 
-def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
+def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     """The task of a run with its teacher.
 
     Raises:
-        ValueError: what `abstract_task` refuses, and weights that are not there or not of this teacher.
+        ValueError: what `abstract_distillation` refuses, and weights that are missing or not of this teacher.
     """
     task, name = _named_task(config, mesh)
     source = config.teacher.init_from
-    found = init_from.read(source, name, task.teacher, fresh=(), field="teacher.init_from")
+    shapes, rules = shapes_of(task.teacher), transfer_rules(task.teacher)
+    found = init_from.read(source, name, task.teacher, shapes=shapes, rules=rules, field="teacher.init_from")
     if found.initialized:
         raise ValueError(
             f"teacher.init_from={source} has not all that a teacher needs, which must have the student's "
@@ -68,7 +75,7 @@ def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: found.arrays[path][index])
 
-    task.frozen = map_paths(place, task.frozen)
+    task.constants = map_paths(place, task.constants)
     record = {
         "source": source,
         "model": name,
@@ -76,22 +83,22 @@ def taught_task(config: ConfigDict, mesh: Mesh) -> Taught:
         "arrays": found.lines(),
         "sha256": sha256(found.arrays),
     }
-    return Taught(task, record)
+    return DistillationSetup(task, record)
 
 
-def remember(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
-    """Write down whom a run learns from; one that goes on must go on learning from the same weights.
+def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
+    """Record the teacher's digest; a resumed run must use the same teacher.
 
     Raises:
-        ValueError: they are others.
+        ValueError: its weights are others.
     """
-    path = workdir / FILE
+    path = workdir / TEACHER_FILE
     if resumed and path.is_file():
         before = json.loads(path.read_text())
         if before["sha256"] != record["sha256"]:
             raise ValueError(
                 f"teacher.init_from={record['source']} (sha256 {record['sha256'][:16]}) holds other weights than the "
-                f"teacher that the run in --workdir={workdir} began with, {before['source']} (sha256 "
+                f"teacher that the run in --workdir={workdir} started with, {before['source']} (sha256 "
                 f"{before['sha256'][:16]}); give that one, or another --workdir"
             )
     elif jax.process_index() == 0:
@@ -99,7 +106,7 @@ def remember(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) ->
 
 
 def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
-    """The task with shapes for a teacher, and the teacher's name."""
+    """The task with shapes for a teacher, and the name of the teacher's model."""
     student = tasks.build_task(config)
     teacher, name = _describe(student, **config.teacher)
     model = teacher.model
@@ -111,12 +118,12 @@ def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     return Distillation(student.model, teacher=teacher, **config.distillation, **task), name
 
 
-class _Known(NamedTuple):
-    """What a workdir or a file of ours says of its model."""
+class _StoredModel(NamedTuple):
+    """Model name and fields stored in a workdir or weight file of `halvit_jax.convert`."""
 
     name: str
     fields: dict[str, Any]  # of the model
-    images: dict[str, Any]  # "mean" and "std", where it says them
+    images: dict[str, Any]  # "mean" and "std", if stored
 
 
 def _describe(
@@ -143,12 +150,12 @@ def _describe(
     return Teacher(model, {}, **({"mean": student.mean, "std": student.std} | images)), name
 
 
-def _known(source: str) -> _Known | None:
-    """What there is to know without a table of names."""
+def _known(source: str) -> _StoredModel | None:
+    """The stored model of a source, if it has any."""
     if os.path.isdir(source):
-        config = workdir.read_config(pathlib.Path(source))
+        config = read_config(pathlib.Path(source))
         fields = {field: value for field, value in config.model.items() if value is not None}
-        return _Known(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
+        return _StoredModel(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
     if not source.endswith(".safetensors"):
         return None
     weights = readers.read(source)
@@ -156,12 +163,12 @@ def _known(source: str) -> _Known | None:
     if found is None:
         return None
     info = json.loads(weights.metadata.get("info", "{}"))
-    return _Known(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
+    return _StoredModel(found.name, found.fields, {field: info[field] for field in ("mean", "std") if field in info})
 
 
-def _check_agreement(source: str, given: dict[str, Any], said: dict[str, Any]) -> None:
+def _check_agreement(source: str, given: dict[str, Any], stored: dict[str, Any]) -> None:
     for field, value in given.items():
-        value, known = (tuple(each) if isinstance(each, list) else each for each in (value, said.get(field, value)))
+        value, known = (tuple(each) if isinstance(each, list) else each for each in (value, stored.get(field, value)))
         if value != known:
             raise ValueError(
                 f"teacher.{field}={value!r}, but the model in teacher.init_from={source} has {known!r}; leave "

@@ -1,23 +1,33 @@
-"""The files of a workdir: one table of their names, and reading and writing them."""
+"""Files of a workdir: their names in one table, and reading and writing them."""
 
+import contextlib
 import json
+import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
+from halvit_jax.protocols import DatasetInfo
+from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
-if TYPE_CHECKING:
-    pass
-
-
-CONFIG_FILE, CLASSES_FILE, RESULT_FILE = "config.json", "classes.json", "result.json"
+CONFIG_FILE = "config.json"  # the config of the run
+DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class names
+RESULT_FILE = "result.json"  # metrics of the finished run
+INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
+TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
+LOCK_FILE = "lock.json"  # the process that trains here
+CHECKPOINT_FOLDER = FOLDER  # a folder for each step, sealed by a manifest.json
+CORRUPT_CHECKPOINT_FOLDER = CORRUPT_FOLDER  # checkpoints that did not verify, moved away
+DEBUG_FOLDER = "debug"  # batches and stacks of a run that ended badly
+PROFILE_FOLDER = "profile"  # traces of --profile
+# Beside them: TensorBoard's event files.
 
 
 def create_workdir(workdir: pathlib.Path) -> None:
-    """Make the workdir if it is missing, and try whether it can be written to.
+    """Create the workdir if it is missing, and test that it can be written to.
 
     Raises:
         ValueError: it cannot.
@@ -31,19 +41,19 @@ def create_workdir(workdir: pathlib.Path) -> None:
         raise ValueError(f"--workdir={workdir} cannot be written to ({error.strerror}); name another one") from error
 
 
-def write_description(workdir: pathlib.Path, config: ConfigDict, class_names: list[str]) -> None:
-    """What `load_trained` needs beside the checkpoint: the config and the class names, as JSON in the workdir."""
+def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetInfo) -> None:
+    """Write what `load_trained` needs beside the checkpoint: the config and the data set's facts."""
     if jax.process_index():
         return
     (workdir / CONFIG_FILE).write_text(config_lib.to_json(config) + "\n")
-    (workdir / CLASSES_FILE).write_text(json.dumps(class_names) + "\n")
+    (workdir / DATASET_FILE).write_text(json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n")
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
-    """The config a workdir was trained with.
+    """The config that a workdir was trained with.
 
     Raises:
-        ValueError: there is none, so no run has begun here.
+        ValueError: there is none, so no run has started here.
     """
     path = workdir / CONFIG_FILE
     if not path.is_file():
@@ -51,11 +61,26 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     return config_lib.from_json(path.read_text())
 
 
+def read_dataset_info(workdir: pathlib.Path) -> DatasetInfo:
+    """The facts of the data set that a workdir was trained on."""
+    return DatasetInfo(**json.loads((workdir / DATASET_FILE).read_text()))
+
+
 def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
-    """The result of a finished run, as JSON in the workdir; a run that is only evaluated again keeps its speed."""
+    """Write the result of a finished run; a run that is only evaluated again keeps its speed."""
     if jax.process_index():
         return
     path = workdir / RESULT_FILE
     if result["images_per_s"] is None and path.is_file():
         result = {**result, "images_per_s": json.loads(path.read_text())["images_per_s"]}
     path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def directory_size(folder: pathlib.Path) -> int:
+    """Bytes of all files in a folder, some of which may vanish while they are counted."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total

@@ -1,1 +1,1 @@
-"""Tasks: what is learned. Batch in, loss and predictions out."""
+"""Tasks: losses, scores and metrics of a learning problem."""

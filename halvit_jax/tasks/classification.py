@@ -1,6 +1,7 @@
 """Image classification: uint8 images and labels in, cross-entropy out."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,27 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.models import partition_rules
-from halvit_jax.protocols import Batch, Loss, PyTree
+from halvit_jax.models import fold, partition_rules, transfer_rules
+from halvit_jax.models.intermediates import capture
+from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
-from halvit_jax.tasks.metrics import classification_sums
+from halvit_jax.tasks.metrics import MeanCollector, classification_sums
 from halvit_jax.tasks.mixup import ERASE_FILLS, mixup_or_cutmix, random_erase
+from halvit_jax.text import first_few
 
+TOP = 5  # classes that `decode` lists
 MIXUP_MODES = ("batch", "elem")
 
 
 class Classification:
-    """Train `model` to name the class of an image.
+    """Image classification, a `Task` that is `Servable`.
 
     Training: normalise, erase, smooth the labels, mix, apply, average the loss over the real rows. The order is timm's:
-    erasing before mixing, smoothing inside the mixed target. Evaluation scores plain cross-entropy, top-1 and top-5.
+    erasing before mixing, smoothing inside the mixed target. The metrics are plain cross-entropy, top-1 and top-5.
 
     Args:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
-        mean, std: of the three colours, black being 0 and white 1; the model sees (colour - mean) / std.
+        mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
         bce_threshold: where above 0 and the loss is binary, targets above it count as 1 and all others as 0.
-        label_smoothing: share of a target spread over all classes.
+        label_smoothing: fraction of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mixup_switch: probability of CutMix where both are on.
         mixup_mode: what is mixed with one draw: the whole "batch", or every element for itself ("elem").
@@ -36,7 +40,9 @@ class Classification:
         erase_fill: what fills the erased box: "noise" or "zero".
     """
 
-    headline = "top1"
+    primary_metric = "top1"
+    progress_metrics = ("loss", "top1")
+    units: Mapping[str, str] = {"top1": "%", "top5": "%"}
 
     def __init__(
         self,
@@ -54,14 +60,14 @@ class Classification:
         erase: float = 0.0,
         erase_fill: str = "noise",
     ) -> None:
+        if model.num_classes < 1:
+            raise ValueError(f"model.num_classes={model.num_classes} must be at least 1 to train a classifier")
         if loss not in LOSSES:
             raise ValueError(f"classification.loss={loss!r} is not one of {', '.join(LOSSES)}")
         if mixup_mode not in MIXUP_MODES:
             raise ValueError(f"classification.mixup_mode={mixup_mode!r} is not one of {', '.join(MIXUP_MODES)}")
         if erase_fill not in ERASE_FILLS:
-            raise ValueError(
-                f"classification.erase_fill={erase_fill!r} is not one of {', '.join(ERASE_FILLS)}"
-            )
+            raise ValueError(f"classification.erase_fill={erase_fill!r} is not one of {', '.join(ERASE_FILLS)}")
         if bce_threshold and loss != "binary_cross_entropy":
             raise ValueError(
                 f"classification.bce_threshold={bce_threshold} is for classification.loss='binary_cross_entropy', not "
@@ -75,8 +81,8 @@ class Classification:
             if value < 0.0:
                 raise ValueError(f"classification.{name}={value} must not be negative")
         self.model = model
-        self.frozen: PyTree = {}
-        self.partition_rules = partition_rules(model)
+        self.constants: PyTree = {}
+        self.partition_rules, self.transfer_rules = partition_rules(model), transfer_rules(model)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
@@ -85,15 +91,19 @@ class Classification:
         self._bce_threshold = bce_threshold
         self._erase = {"probability": erase, "fill": erase_fill}
 
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """A uint8 image, its label and its mask."""
+        shapes = {"image": ((*self._input_size, 3), "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+        return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
+
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Fresh (params, model_state); model_state holds BatchNorm's running statistics, if the model has any."""
-        size = self.model.image_size
-        variables = self.model.init(key, jnp.zeros((1, size, size, 3)), train=False)
+        """Initial (params, model_state); model_state holds BatchNorm's running statistics, if the model has any."""
+        variables = self.model.init(key, jnp.zeros((1, *self._input_size, 3)), train=False)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
-    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
+    def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
         """The mean training loss over the rows where mask is True, and the sums of the plain scores."""
-        del frozen
+        del constants
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
         logits, new_state = self.model.apply(
@@ -111,19 +121,70 @@ class Classification:
         """Logits [b, num_classes] in inference."""
         return self.model.apply({"params": params, **model_state}, self.normalise(batch["image"]), train=False)
 
-    def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
-        targets = smooth_one_hot(batch["label"], outputs.shape[-1], 0.0)
-        return classification_sums(cross_entropy(outputs, targets), outputs, batch["label"], batch["mask"])
+        logits = self.predict(params, model_state, batch)
+        targets = smooth_one_hot(batch["label"], logits.shape[-1], 0.0)
+        return classification_sums(cross_entropy(logits, targets), logits, batch["label"], batch["mask"])
+
+    def collector(self) -> MeanCollector:
+        """The means over all examples."""
+        return MeanCollector()
 
     def summary_images(self, batch: Batch) -> dict[str, Any]:
-        """The first 64 images as the model gets them in training."""
+        """The first 64 images of a batch, augmented."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
         return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Images of 0 to 255 [b, h, w, 3] as the model wants them."""
         return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+
+    def check_dataset(self, info: DatasetInfo) -> None:
+        """Refuse another number of classes than the classifier has.
+
+        Raises:
+            ValueError: with the number to set.
+        """
+        classes = len(info.class_names)
+        if classes != self.model.num_classes:
+            raise ValueError(
+                f"model.num_classes={self.model.num_classes}, but data.name={info.name!r} has {classes} classes; "
+                f"set model.num_classes={classes}"
+            )
+
+    def check_records(self, records: Iterable[Mapping[str, Any]], info: DatasetInfo) -> tuple[str, str]:
+        """Images per class in the training split: (summary, warning about classes without an image)."""
+        counts = Counter(int(record["label"]) for record in records)
+        numbers = [counts[label] for label in range(len(info.class_names))]
+        empty = [name for name, number in zip(info.class_names, numbers, strict=True) if not number]
+        warning = f"{len(empty)} classes of data.train_split have no image: {first_few(empty)}" if empty else ""
+        return f"{len(numbers)} classes of {min(numbers):,} to {max(numbers):,} images", warning
+
+    def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:
+        """Images -> logits [b, num_classes]; `folded` merges batch normalisations into the layers before them."""
+        model, variables = fold(self.model, variables) if folded else (self.model, variables)
+
+        def apply(variables: PyTree, images: jax.Array) -> jax.Array:
+            return model.apply(variables, self.normalise(images), train=False)
+
+        def captured(variables: PyTree, images: jax.Array) -> dict[str, dict[str, jax.Array]]:
+            return capture(model, variables, self.normalise(images))
+
+        return ServingModel(apply, variables, self._input_size, captured)
+
+    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
+        """The five classes of highest probability: [{"top5": [{"class", "probability"}, ...]}, ...]."""
+        probabilities = np.asarray(jax.nn.softmax(outputs))
+        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :TOP]
+        return [
+            {"top5": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
+            for row, order in zip(probabilities, best, strict=True)
+        ]
+
+    @property
+    def _input_size(self) -> tuple[int, int]:
+        return self.model.image_size, self.model.image_size
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Distillation: classification with a teacher, whose answers and inner states the student learns beside the labels."""
+"""Knowledge distillation: classification on the labels and on a teacher's logits and intermediates."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ from flax import linen as nn
 
 from halvit_jax.protocols import Batch, Loss, PyTree
 from halvit_jax.tasks.classification import Classification
-from halvit_jax.tasks.losses import TEACHINGS
+from halvit_jax.tasks.losses import DISTILL_LOSSES
 from halvit_jax.tasks.metrics import classification_sums
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 from halvit_jax.trees import variable_shapes
 
-# Field of the weight -> what a layer keeps under which name, and the loss between two layers.
+# Field of the weight -> name of the sown intermediate, and the loss between two layers.
 RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": ("hidden", hidden_relation)}
 
 
@@ -29,23 +29,23 @@ class Teacher(NamedTuple):
 
 
 class Distillation(Classification):
-    """Train `model` on the labels and on what `teacher` makes of the same images, erased and mixed as they are.
+    """Classification with a teacher, which sees the same erased and mixed images as the student `model`.
 
-        loss = (1 - alpha) truth(class head) + alpha teaching(distillation head) + qkv_weight Q + hidden_weight H
+        loss = (1 - alpha) label(class head) + alpha distill(distillation head) + qkv_weight Q + hidden_weight H
 
-    A student without a distillation head has one for both. The teacher runs as in evaluation, and its variables are in
-    `frozen`: the step reads them, nothing trains or saves them. Evaluation is that of `Classification`.
+    A student without a distillation head uses the class head for both. The teacher runs as in evaluation, and its
+    variables are in `constants`. Evaluation is that of `Classification`.
 
     Args:
         model: the student.
         teacher: of as many classes, for images of the student's size.
-        kind: a key of TEACHINGS: "hard" (DeiT), "soft" (Mini-DeiT) or "soft_cross_entropy" (Mini-Swin).
-        alpha: the teacher's share of the loss over classes.
+        kind: a key of DISTILL_LOSSES: "hard" (DeiT), "soft" (Mini-DeiT) or "soft_cross_entropy" (Mini-Swin).
+        alpha: weight of the teacher in the loss over classes.
         tau: temperature of both softmaxes, where the kind is soft.
         qkv_weight: of the relations among queries, keys and values, averaged over the pairs of layers.
         hidden_weight: of the relations among the outputs of blocks, averaged likewise.
         student_layers, teacher_layers: the pairs of layers for both, counted from 0 through the whole network.
-        classification: the keywords of `Classification`, of which `loss` is the truth's.
+        classification: the keywords of `Classification`, of which `loss` is that of the labels.
 
     Raises:
         ValueError: a value that is not allowed, or student and teacher do not fit each other.
@@ -79,40 +79,42 @@ class Distillation(Classification):
         if self._relations:
             _check_layers(model, teacher, *self._layers, [RELATIONS[field][0] for field in self._relations])
         self.teacher = teacher.model
-        self.frozen = teacher.variables
+        self.constants = teacher.variables
         # From the student's normalisation to the teacher's: x -> x * scale + shift.
         mean, std = np.asarray(teacher.mean, np.float32), np.asarray(teacher.std, np.float32)
         self._scale, self._shift = self.std / std, (self.mean - mean) / std
-        self._teaching, self._alpha, self._tau = TEACHINGS[kind], alpha, tau
+        self._distill_loss, self._alpha, self._tau = DISTILL_LOSSES[kind], alpha, tau
 
-    def loss(self, params: PyTree, model_state: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> Loss:
+    def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
         """The mean training loss over the rows where mask is True; its parts are among the sums."""
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
-        asked = ["intermediates"] if self._relations else []
+        sown = ["intermediates"] if self._relations else []
         heads, new_state = self.model.apply(
             {"params": params, **model_state},
             images,
             train=True,
-            mutable=[*model_state, *asked],
+            mutable=[*model_state, *sown],
             rngs={"drop_path": drop_key},
             method="head_logits" if _is_distilled(self.model) else None,
         )
-        taught, kept = self.teacher.apply(frozen, images * self._scale + self._shift, train=False, mutable=asked)
+        teacher_logits, teacher_state = self.teacher.apply(
+            constants, images * self._scale + self._shift, train=False, mutable=sown
+        )
         heads = heads if _is_distilled(self.model) else {"class": heads}
 
-        truth = self._loss(heads["class"], targets)
-        teaching = self._teaching(heads.get("distill", heads["class"]), taught, self._tau)
-        parts = {"truth": truth, "teaching": teaching}
-        loss = (1.0 - self._alpha) * truth + self._alpha * teaching
+        label = self._loss(heads["class"], targets)
+        distill = self._distill_loss(heads.get("distill", heads["class"]), teacher_logits, self._tau)
+        parts = {"label": label, "distill": distill}
+        loss = (1.0 - self._alpha) * label + self._alpha * distill
         for field, weight in self._relations.items():
             name, relation = RELATIONS[field]
-            networks = (layers_of(state["intermediates"], name) for state in (new_state, kept))
+            networks = (layers_of(state["intermediates"], name) for state in (new_state, teacher_state))
             parts[field.removesuffix("_weight")] = related = self._related(relation, *networks, len(images))
             loss += weight * related
         sums = classification_sums(loss, sum(heads.values()), batch["label"], batch["mask"])
         sums |= {f"loss_{name}": jnp.sum(jnp.where(batch["mask"], part, 0.0)) for name, part in parts.items()}
-        new_state = {name: state for name, state in new_state.items() if name not in asked}
+        new_state = {name: state for name, state in new_state.items() if name not in sown}
         return Loss(sums["loss"] / jnp.maximum(sums["examples"], 1.0), new_state, sums)
 
     def _related(self, relation: Any, student: list[jax.Array], teacher: list[jax.Array], b: int) -> jax.Array:
@@ -126,8 +128,8 @@ def _is_distilled(model: nn.Module) -> bool:
 
 
 def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]) -> None:
-    if kind not in TEACHINGS:
-        raise ValueError(f"distillation.kind={kind!r} is not one of {', '.join(TEACHINGS)}")
+    if kind not in DISTILL_LOSSES:
+        raise ValueError(f"distillation.kind={kind!r} is not one of {', '.join(DISTILL_LOSSES)}")
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"distillation.alpha={alpha} must lie between 0 and 1")
     if tau <= 0.0:
@@ -138,27 +140,27 @@ def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]
 
 
 def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, float]) -> None:
-    """What is learned, and whether each classifier has something to learn that the others' does not contradict."""
+    """Check that each head has a target, and one that does not contradict the others'."""
     if not alpha and not any(weights.values()):
         fields = ", ".join(f"distillation.{field}" for field in ("alpha", *weights))
-        raise ValueError(f"nothing is learned of the teacher; set {fields} above 0, or task.name='classification'")
+        raise ValueError(f"the teacher has no effect; set {fields} above 0, or task.name='classification'")
     if _is_distilled(model) and alpha in (0.0, 1.0):
         which = "class" if alpha else "distillation"
         raise ValueError(
-            f"distillation.alpha={alpha} leaves the {which} head untrained, whose answer counts in evaluation; set it "
+            f"distillation.alpha={alpha} leaves the {which} head untrained, which evaluation uses too; set it "
             "between 0 and 1, or model.distilled=False"
         )
     if kind == "hard" and 0.0 < alpha < 1.0 and not _is_distilled(model):
         raise ValueError(
-            "distillation.kind='hard' needs a student with a head for the teacher's label beside that for the truth; "
-            "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
+            "distillation.kind='hard' needs a student with a second head for the teacher's label; set "
+            "model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'"
         )
 
 
 def _check_layers(
     model: nn.Module, teacher: Teacher, student_layers: Sequence[int], teacher_layers: Sequence[int], names: list[str]
 ) -> None:
-    """Whether the pairs of layers are there, and have the same tokens."""
+    """Check that the pairs of layers exist and have the same tokens."""
     if not student_layers or len(student_layers) != len(teacher_layers):
         raise ValueError(
             f"distillation.student_layers={student_layers} and distillation.teacher_layers={teacher_layers} must "
@@ -167,15 +169,15 @@ def _check_layers(
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     whole = {
-        "student": _kept(model, variable_shapes(model), images),
-        "teacher": _kept(teacher.model, teacher.variables, images),
+        "student": _intermediates(model, variable_shapes(model), images),
+        "teacher": _intermediates(teacher.model, teacher.variables, images),
     }
     for name in names:
-        found = {who: layers_of(kept, name) for who, kept in whole.items()}
+        found = {who: layers_of(sown, name) for who, sown in whole.items()}
         for who, layers in (("student", student_layers), ("teacher", teacher_layers)):
             if not found[who]:
                 raise ValueError(
-                    f"the {who} keeps no {name} of its layers; set distillation.qkv_weight and "
+                    f"the {who} sows no {name} of its layers; set distillation.qkv_weight and "
                     "distillation.hidden_weight to 0, or take a transformer"
                 )
             wrong = [i for i in layers if not 0 <= i < len(found[who])]
@@ -193,8 +195,8 @@ def _check_layers(
                 )
 
 
-def _kept(model: nn.Module, variables: PyTree, images: jax.ShapeDtypeStruct) -> PyTree:
-    """The shapes of what the model keeps for those who ask."""
+def _intermediates(model: nn.Module, variables: PyTree, images: jax.ShapeDtypeStruct) -> PyTree:
+    """The shapes of the intermediates that the model sows."""
 
     def run(variables: PyTree, images: jax.Array) -> PyTree:
         return model.apply(variables, images, train=False, mutable=["intermediates"])[1].get("intermediates", {})

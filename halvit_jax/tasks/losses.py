@@ -15,16 +15,16 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return per_class.mean(axis=-1)
 
 
-def hard_teaching(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
-    """Cross-entropy with the one class that the teacher names, whatever `tau`: [b, c], [b, c] -> [b] (DeiT)."""
+def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
+    """Cross-entropy with the teacher's best class, whatever `tau`: [b, c], [b, c] -> [b] (DeiT)."""
     del tau
     return cross_entropy(logits, jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1]))
 
 
-def soft_teaching(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
+def soft_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
     """tau^2 KL(teacher || student) / c, both softened by the temperature `tau`: [b, c], [b, c] -> [b].
 
-    DeiT and Mini-DeiT divide by the number of classes too, for PyTorch's mean is over all elements.
+    DeiT and Mini-DeiT divide by the number of classes too, because PyTorch's mean is over all elements.
     """
     own, theirs = (jax.nn.log_softmax(x / tau) for x in (logits, teacher))
     return tau**2 * jnp.mean(jnp.exp(theirs) * (theirs - own), axis=-1)
@@ -35,7 +35,7 @@ def soft_cross_entropy(logits: jax.Array, teacher: jax.Array, tau: float) -> jax
     return cross_entropy(logits / tau, jax.nn.softmax(teacher / tau))
 
 
-TEACHINGS = {"hard": hard_teaching, "soft": soft_teaching, "soft_cross_entropy": soft_cross_entropy}
+DISTILL_LOSSES = {"hard": hard_distillation, "soft": soft_distillation, "soft_cross_entropy": soft_cross_entropy}
 
 
 LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}

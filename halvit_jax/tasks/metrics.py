@@ -1,7 +1,31 @@
-"""Sums over the real examples of a batch, to be divided by their number once the last batch is in."""
+"""Classification metrics: sums over the real examples of a batch, and their means over a whole evaluation."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+
+from halvit_jax.protocols import Array, Batch
+
+
+class MeanCollector:
+    """Collector of sums over examples: each metric is its sum divided by the sum `examples`."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, float] = {}
+
+    def add(self, scored: Mapping[str, Array], batch: Batch) -> None:
+        """Add the sums of one batch."""
+        del batch
+        for name, value in scored.items():
+            self._totals[name] = self._totals.get(name, 0.0) + float(value)
+
+    def result(self) -> dict[str, float | None]:
+        """The means; None of no examples."""
+        examples = self._totals.get("examples", 0.0)
+        means = {name: value / examples if examples else None for name, value in self._totals.items()}
+        means.pop("examples", None)
+        return means
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:

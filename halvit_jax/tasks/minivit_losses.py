@@ -1,6 +1,6 @@
-"""What a MiniViT learns of the inside of its teacher (Zhang et al., 2022, arXiv 2204.07154, section 3.3).
+"""MiniViT's self-attention and hidden-state distillation losses (Zhang et al., 2022, arXiv 2204.07154, section 3.3).
 
-Not the teacher's numbers, which have another width, but how its tokens relate to each other.
+They compare how tokens relate to each other, because the widths of student and teacher differ.
 
 Shapes: `b` batch, `n` tokens, `c` width of one network, `m` windows of all images or the images themselves.
 """
@@ -20,7 +20,7 @@ SMALLEST = 1e-12  # length that a token is divided by
 
 
 def layers_of(intermediates: Mapping[str, Any], name: str) -> list[Any]:
-    """What the layers of a network kept under `name`, in order: each block after the other, its runs in a row."""
+    """The intermediates sown as `name`, one a layer, in the order of the network."""
     leaves = flatten(intermediates)
     return [leaves[path] for path in sorted(leaves, key=natural_key) if path.split("/")[-2] == name]
 

@@ -1,1 +1,1 @@
-"""Training: how a task is learned. Knows `Task`, not models."""
+"""Training: loop, step, state, optimizer and evaluation of a `Task`; knows no models."""

@@ -1,61 +1,64 @@
-"""Run a task over a finite loader; every example counts exactly once."""
+"""Evaluation: run a task over a finite loader, scoring every example exactly once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from halvit_jax.protocols import Array, Loader, PyTree
-from halvit_jax.training.fault_tolerance.preemption import STOP, Signals
-from halvit_jax.training.sharding import to_devices
-from halvit_jax.training.step import EvalStep
+from halvit_jax.protocols import Batch, Loader, PyTree, Task
+from halvit_jax.training.fault_tolerance.preemption import STOP, PreemptionHandler
+from halvit_jax.training.sharding import to_devices, to_host
+from halvit_jax.training.step import EvalReport, make_eval_step
+
+Metrics = dict[str, float | None]
 
 
-class StoppedError(Exception):
+class PreemptedError(Exception):
     """All hosts have agreed to stop before the end of an evaluation."""
 
 
 def evaluate(
-    eval_step: EvalStep,
+    task: Task,
     variables: PyTree,
     loader: Loader,
     mesh: Mesh,
     *,
-    signals: Signals,
-    moved: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Averages over all examples of the loader, for variables {"params": ..., "model_state": ...}.
+    preemption: PreemptionHandler,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> Metrics:
+    """The task's metrics over all examples of the loader, for variables {"params": ..., "model_state": ...}.
 
-    `moved` is called after every batch.
+    The scores of each global batch are gathered to every host, and each host computes the metrics for itself.
+    `heartbeat` is called after every batch.
 
     Raises:
-        StoppedError: a host was asked to stop.
-        RuntimeError: the masks of the batches do not sum to the number of examples the loader announced.
+        PreemptedError: a host was asked to stop.
+        RuntimeError: the masks of the batches do not sum to the number of examples that the loader announced.
     """
+    eval_step, spec, collector = make_eval_step(task), task.batch_spec(), task.collector()
     variables = (variables["params"], variables["model_state"])
-    sums: list[dict[str, Array]] = []
-    wish: Array = np.int32(0)
-    for batch in loader.batches():
-        before = wish
-        new, wish = eval_step(*variables, to_devices(signals.stamp(batch), mesh))
-        sums.append(new)
-        if int(before) == STOP:  # the wish of the batch before, so that two batches are under way
-            raise StoppedError
-        moved()
-    totals = total(sums) if sums else {"examples": 0.0}
-    if round(totals["examples"]) != loader.num_examples:
-        raise RuntimeError(f"scored {totals['examples']:.0f} examples where the split holds {loader.num_examples}")
-    return averages(totals)
+    examples, before = 0, None
+
+    def collect(scored: _Scored) -> int:
+        host = to_host((scored.report, {name: scored.batch[name] for name in spec if name != "image"}))
+        collector.add(host[0].scored, host[1])
+        return int(host[0].examples)
+
+    for rows in loader.batches():
+        batch = to_devices(preemption.attach_request({name: rows[name] for name in spec}), mesh)
+        newest = _Scored(eval_step(*variables, batch), batch)
+        if before is not None:  # read one batch late, so that two batches are in flight
+            examples += collect(before)
+            if int(before.report.request) == STOP:
+                raise PreemptedError
+        before = newest
+        heartbeat()
+    examples += 0 if before is None else collect(before)
+    if examples != loader.num_examples:
+        raise RuntimeError(f"scored {examples} examples where the split holds {loader.num_examples}")
+    return collector.result()
 
 
-def total(sums: Sequence[Mapping[str, Array]]) -> dict[str, float]:
-    """Sums of many batches, still on the device -> one sum each, on the host."""
-    fetched = jax.device_get(list(sums))
-    return {name: sum(float(part[name]) for part in fetched) for name in fetched[0]}
-
-
-def averages(totals: Mapping[str, float]) -> dict[str, float]:
-    """Sums over examples -> means; the number of examples itself is left out."""
-    examples = max(totals["examples"], 1.0)
-    return {name: value / examples for name, value in totals.items() if name != "examples"}
+class _Scored(NamedTuple):
+    report: EvalReport
+    batch: Batch

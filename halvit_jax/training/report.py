@@ -1,14 +1,12 @@
-"""What a run says: TensorBoard curves, the progress line, the table of parameters.
-
-Only the first host speaks. Scalars wait on the device until a report is due.
-"""
+"""Logging: TensorBoard curves, the progress line, the parameter table. Process 0 only."""
 
 import contextlib
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,32 +20,44 @@ GRID = 8  # images along a side of the grid that TensorBoard shows
 
 
 class Report:
-    """Writes the curves of a run to TensorBoard files in the workdir, and one live or several plain lines to stdout."""
+    """Writes the curves of a run to TensorBoard files in the workdir, and one live or several plain lines to stdout.
 
-    def __init__(self, workdir: pathlib.Path, *, total_steps: int, batch_size: int) -> None:
-        self._speaks, self._workdir = jax.process_index() == 0, workdir
+    `progress` names the metrics of the progress line; `units` are those of `Task`.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        total_steps: int,
+        batch_size: int,
+        progress: Sequence[str] = (),
+        units: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._is_primary, self._workdir = jax.process_index() == 0, workdir
         self._writer = (
             metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-            if self._speaks
+            if self._is_primary
             else metric_writers.MultiWriter([])
         )
-        self._live = self._speaks and sys.stdout.isatty()
+        self._live = self._is_primary and sys.stdout.isatty()
         self._total_steps, self._batch_size = total_steps, batch_size
+        self._progress_metrics, self._units = progress, units
         self._speeds: list[float] = []
         self._line = ""
         self._clock = time.perf_counter()  # since when the present stretch of training runs, moved on by every pause
         self._waited = 0.0  # seconds of it spent waiting for data
         self._uncounted = 0  # steps reported with this stretch that ran before it
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line that stays."""
-        if self._speaks:
+        if self._is_primary:
             print(("\r\033[K" if self._live and self._line else "") + text, flush=True)
             self._line = ""
 
     def parameters(self, params: PyTree) -> None:
         """CLU's table of all parameters, as a text in TensorBoard and a file's worth of lines at the start."""
-        if self._speaks:
+        if self._is_primary:
             table = parameter_overview.get_parameter_overview(params, include_stats=False)
             self._write(self._writer.write_texts, 0, {"parameters": f"```\n{table}\n```"})
 
@@ -76,7 +86,7 @@ class Report:
 
     def first_step_done(self) -> None:
         """The step function is compiled; from here on the clock measures training."""
-        self.say(f"first step done after {time.perf_counter() - self._clock:.1f} s, most of it compiling")
+        self.log(f"first step done after {time.perf_counter() - self._clock:.1f} s, most of it compiling")
         self._clock, self._waited, self._uncounted = time.perf_counter(), 0.0, 1
 
     def training(self, step: int, scalars: Mapping[str, float], *, steps: int) -> None:
@@ -91,10 +101,11 @@ class Report:
         self._progress(step, scalars)
         self._clock, self._waited, self._uncounted = now, 0.0, 0
 
-    def evaluation(self, step: int, name: str, scalars: Mapping[str, float]) -> None:
-        """The averages of one evaluation, as `name`/..., in the curves and as a line that stays."""
-        self._write(self._writer.write_scalars, step, {f"{name}/{key}": value for key, value in scalars.items()})
-        self.say(f"step {step}  {name}  " + "  ".join(_pretty(key, value) for key, value in scalars.items()))
+    def evaluation(self, step: int, name: str, scalars: Mapping[str, float | None]) -> None:
+        """The metrics of one evaluation, as `name`/..., in the curves and as a line that stays; None is undefined."""
+        points = {f"{name}/{key}": value for key, value in scalars.items() if value is not None}
+        self._write(self._writer.write_scalars, step, points)
+        self.log(f"step {step}  {name}  " + "  ".join(self._pretty(key, value) for key, value in scalars.items()))
 
     @property
     def images_per_s(self) -> float | None:
@@ -102,9 +113,9 @@ class Report:
         return float(np.median(self._speeds)) if self._speeds else None
 
     def result(self, result: Mapping[str, Any], workdir: pathlib.Path) -> None:
-        """The end of a run as a short table, and what to type next."""
-        scores = {"raw weights": result["eval"], "averaged weights": result.get("ema_eval", {})}
-        rows = [(name, "  ".join(_pretty(*item) for item in score.items())) for name, score in scores.items() if score]
+        """The result of a run as a short table, and the commands to use it."""
+        scores = {name: value for name, value in result.items() if isinstance(value, Mapping)}
+        rows = [(name, "  ".join(self._pretty(*item) for item in score.items())) for name, score in scores.items()]
         rows += [("parameters", f"{result['params']:,}"), ("steps", f"{result['step']:,}")]
         if result["images_per_s"]:
             rows.append(("training speed", f"{result['images_per_s']:,.0f} images/s"))
@@ -112,25 +123,25 @@ class Report:
         python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
         rows.append(("curves", f"{python} -m tensorboard.main --logdir={workdir}"))
         rows.append(("use it", f"{python} -m halvit_jax.predict --workdir={workdir} IMAGE..."))
-        self.say("\n" + "\n".join(f"  {name:<18}{value}" for name, value in rows))
+        self.log("\n" + "\n".join(f"  {name:<18}{value}" for name, value in rows))
 
     def close(self) -> None:
-        """Write what waits."""
+        """Write what is pending."""
         self._write(self._writer.close)
 
     def _write(self, method: Callable[..., None], *arguments: Any) -> None:
-        """Write to TensorBoard's files; where that fails, as on a full disk, the run goes on without curves."""
+        """Write to TensorBoard's files; if that fails, as on a full disk, the run continues without curves."""
         try:
             method(*arguments)
         except Exception as error:  # whatever TensorFlow answers, of this write or of one before it
             self._writer = metric_writers.MultiWriter([])
             reason = one_line(error)
-            self.say(f"WARNING: no more curves: they cannot be written to {self._workdir} ({reason})")
+            self.log(f"WARNING: no more curves: they cannot be written to {self._workdir} ({reason})")
 
     def _progress(self, step: int, scalars: Mapping[str, float]) -> None:
-        if not self._speaks:
+        if not self._is_primary:
             return
-        shown = [_pretty(name, scalars[name]) for name in ("loss", "top1") if name in scalars]
+        shown = [self._pretty(name, scalars[name]) for name in self._progress_metrics if name in scalars]
         if "images_per_s" in scalars:
             left = (self._total_steps - step) * self._batch_size / scalars["images_per_s"]
             shown += [f"{scalars['images_per_s']:,.0f} images/s", f"data {scalars['waiting_for_data']:.0%}"]
@@ -143,6 +154,11 @@ class Report:
         else:
             print(self._line, flush=True)
 
+    def _pretty(self, name: str, value: float | None) -> str:
+        if value is None:
+            return f"{name} undefined"
+        return f"{name} {value:.2%}" if self._units.get(name) == "%" else f"{name} {value:.4f}"
+
 
 def grid(images: np.ndarray) -> np.ndarray:
     """The first images of [n, h, w, c] side by side: [rows * h, GRID * w, c]."""
@@ -151,10 +167,6 @@ def grid(images: np.ndarray) -> np.ndarray:
     images = np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0)))
     rows = images.reshape(-1, GRID, *images.shape[1:])  # [rows, GRID, h, w, c]
     return rows.transpose(0, 2, 1, 3, 4).reshape(rows.shape[0] * rows.shape[2], -1, rows.shape[-1])
-
-
-def _pretty(name: str, value: float) -> str:
-    return f"{name} {value:.2%}" if name.startswith("top") else f"{name} {value:.4f}"
 
 
 def _flat_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

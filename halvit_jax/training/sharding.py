@@ -88,7 +88,7 @@ def to_host(tree: PyTree) -> PyTree:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def from_first_process(array: np.ndarray) -> np.ndarray:
+def broadcast_from_process_0(array: np.ndarray) -> np.ndarray:
     """The array as process 0 has it, on all processes, none of which goes on before all have come here."""
     if jax.process_count() == 1:
         return array

@@ -9,7 +9,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import PyTree, Task
-from halvit_jax.training.fault_tolerance.grad_spikes import NO_LIMIT, Limit
+from halvit_jax.training.fault_tolerance.grad_spikes import OFF, GradSpikeGuard
 from halvit_jax.training.optim import Optimizer
 from halvit_jax.training.sharding import partition
 from halvit_jax.trees import map_paths
@@ -17,8 +17,8 @@ from halvit_jax.trees import map_paths
 
 @struct.dataclass
 class TrainState:
-    """`model_state`: BatchNorm statistics; `ema`: averages of params and model_state, or empty; `limit`: what
-    `health.Limit` remembers, or empty.
+    """`model_state`: BatchNorm statistics; `ema`: averages of params and model_state, or empty; `grad_spikes`: state of
+    the guard against gradient spikes, or empty.
     """
 
     step: jax.Array
@@ -26,29 +26,29 @@ class TrainState:
     model_state: PyTree
     opt_state: PyTree
     ema: PyTree
-    limit: PyTree
+    grad_spikes: PyTree
 
     @property
-    def raw(self) -> PyTree:
-        """The trained values under the names that `ema` gives their averages."""
+    def trained(self) -> PyTree:
+        """Parameters and statistics without averaging, in the structure of `ema`."""
         return {"params": self.params, "model_state": self.model_state}
 
 
 def abstract_state(
-    task: Task, optimizer: Optimizer, *, mesh: Mesh, use_ema: bool, limit: Limit = NO_LIMIT
+    task: Task, optimizer: Optimizer, *, mesh: Mesh, use_ema: bool, guard: GradSpikeGuard = OFF
 ) -> TrainState:
     """Shapes, types and shardings of the state, without making it."""
-    shapes = jax.eval_shape(lambda: _fresh(task, optimizer, 0, use_ema, limit))
-    shardings = partition(shapes, ((r"^limit/", ()), *task.partition_rules), mesh)
+    shapes = jax.eval_shape(lambda: _fresh(task, optimizer, 0, use_ema, guard))
+    shardings = partition(shapes, ((r"^grad_spikes/", ()), *task.partition_rules), mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def init_state(
-    task: Task, optimizer: Optimizer, abstract: TrainState, *, seed: int, use_ema: bool, limit: Limit = NO_LIMIT
+    task: Task, optimizer: Optimizer, abstract: TrainState, *, seed: int, use_ema: bool, guard: GradSpikeGuard = OFF
 ) -> TrainState:
     """A fresh state, born in the shardings of `abstract`: no device ever holds more than its share."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, limit), out_shardings=shardings)()
+    return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, guard), out_shardings=shardings)()
 
 
 def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
@@ -63,8 +63,8 @@ def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainSta
     return map_paths(place, state)
 
 
-def _fresh(task: Task, optimizer: Optimizer, seed: int, use_ema: bool, limit: Limit) -> TrainState:
+def _fresh(task: Task, optimizer: Optimizer, seed: int, use_ema: bool, guard: GradSpikeGuard) -> TrainState:
     params, model_state = task.init(jax.random.fold_in(jax.random.key(seed), 0))
     ema = {"params": params, "model_state": model_state} if use_ema else {}
     ema = jax.tree.map(jnp.copy, ema)  # buffers of its own, so that the step may donate both
-    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), ema, limit.init())
+    return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), ema, guard.init())

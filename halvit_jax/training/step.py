@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions of state and batch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,32 +9,41 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from halvit_jax.protocols import Array, Batch, PyTree, Task
+from halvit_jax.protocols import Array, ArraySpec, Batch, PyTree, Task
 from halvit_jax.training.fault_tolerance import grad_spikes, nonfinite
-from halvit_jax.training.fault_tolerance.preemption import WISH, wish_of
+from halvit_jax.training.fault_tolerance.preemption import REQUEST, requested
 from halvit_jax.training.optim import Optimizer
 from halvit_jax.training.sharding import BATCH
 from halvit_jax.training.state import TrainState
 
 
-class Outcome(NamedTuple):
-    """What a step tells beside the new state; all of it stays on the device until somebody looks.
+class StepReport(NamedTuple):
+    """Per-step outputs besides the state; kept on the device until read.
 
-    `sums` of the batch; `wish`, the largest of all hosts; `healthy`, whether everything looked at is finite and not
-    too many updates were left out; `finite`, {path: flag}, to say what is not; `skipped`, whether this update was left
-    out; `too_many`, whether it was one too many.
+    `sums` of the batch; `request`, the largest of all hosts; `healthy`: everything checked is finite and not too many
+    updates were skipped; `finite`: {path: flag}; `skipped`: this update was skipped; `too_many`: it was one too many.
     """
 
     sums: dict[str, Array]
-    wish: Array
+    request: Array
     healthy: Array
     finite: dict[str, Array]
     skipped: Array
     too_many: Array
 
 
-TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, Outcome]]
-EvalStep = Callable[[PyTree, PyTree, Batch], tuple[dict[str, Array], Array]]
+TrainStep = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepReport]]
+
+
+class EvalReport(NamedTuple):
+    """Outputs of an evaluation step: `Task.score`, the number of real examples, the largest request of all hosts."""
+
+    scored: PyTree
+    examples: Array
+    request: Array
+
+
+EvalStep = Callable[[PyTree, PyTree, Batch], EvalReport]
 
 
 def make_train_step(
@@ -44,19 +53,19 @@ def make_train_step(
     seed: int,
     ema_decay: float,
     accumulate: int = 1,
-    limit: grad_spikes.Limit = grad_spikes.NO_LIMIT,
+    guard: grad_spikes.GradSpikeGuard = grad_spikes.OFF,
 ) -> TrainStep:
-    """The jitted step (state, frozen, batch) -> (new state, outcome); the old state is donated.
+    """The jitted step (state, constants, batch) -> (new state, report); the old state is donated.
 
     `accumulate` cuts the batch into as many equal parts, runs them one after the other and takes the mean of their
     gradients: the same update for less memory (mixing and BatchNorm see one part at a time). All randomness comes from
-    fold_in(key(seed), step), so nothing random is saved. An update that `limit` leaves out changes nothing but `step`
-    and what the limit remembers.
+    fold_in(key(seed), step), so nothing random is saved. An update that `guard` skips changes nothing but `step`
+    and the guard's own state.
     """
 
-    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, Outcome]:
+    def train_step(state: TrainState, constants: PyTree, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
-        run = functools.partial(_backward, task, state.params, frozen)
+        run = functools.partial(_backward, task, state.params, constants)
         if accumulate == 1:
             result = run(state.model_state, batch, key)
         else:
@@ -65,53 +74,51 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, model_state=result.model_state, opt_state=opt_state)
         if state.ema:
-            new = new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - ema_decay))
-        finite = nonfinite.flags({"loss": result.loss, "gradient": result.grads, "model_state": result.model_state})
-        healthy, skipped, too_many = nonfinite.all_up(finite), jnp.zeros((), bool), jnp.zeros((), bool)
-        if limit.factor:
-            norm = nonfinite.norm(result.grads) + 0 * result.loss  # not finite where the loss is not
-            verdict = limit.judge(state.limit, norm, state.step)
+            new = new.replace(ema=optax.incremental_update(new.trained, state.ema, 1.0 - ema_decay))
+        parts = {"loss": result.loss, "gradient": result.grads, "model_state": result.model_state}
+        finite = nonfinite.finite_flags(parts)
+        healthy, skipped, too_many = nonfinite.all_finite(finite), jnp.zeros((), bool), jnp.zeros((), bool)
+        if guard.norm_factor:
+            norm = nonfinite.global_norm(result.grads) + 0 * result.loss  # not finite where the loss is not
+            decision = guard.update(state.grad_spikes, norm, state.step)
             kept = state.replace(step=new.step)
-            new = jax.tree.map(functools.partial(jnp.where, verdict.skip), kept, new).replace(limit=verdict.memory)
-            skipped, too_many = verdict.skip, verdict.too_many
+            new = jax.tree.map(functools.partial(jnp.where, decision.skip), kept, new)
+            new = new.replace(grad_spikes=decision.state)
+            skipped, too_many = decision.skip, decision.too_many
             healthy = (healthy | skipped) & ~too_many
-        return new, Outcome(result.sums, wish_of(batch), healthy, finite, skipped, too_many)
+        return new, StepReport(result.sums, requested(batch), healthy, finite, skipped, too_many)
 
     return jax.jit(train_step, donate_argnums=0)
 
 
 @jax.jit
-def examine(state: TrainState, outcome: Outcome) -> Outcome:
-    """The outcome of the step that made this state, with the flags of the whole state added.
+def add_state_flags(state: TrainState, outcome: StepReport) -> StepReport:
+    """The report of the step that made this state, with the flags of the whole state added.
 
-    A program of its own, because hundreds of small reductions in every step take longer than they are worth: what is
-    not finite in the parameters shows in the next loss, and the rest waits until somebody looks.
+    A program of its own, because hundreds of small reductions in every step take longer than they are worth: parameters
+    that are not finite show in the next loss, and the rest waits until this is called.
     """
-    finite = nonfinite.flags({**state.raw, "opt_state": state.opt_state, "ema": state.ema})
-    healthy = outcome.healthy & nonfinite.all_up(finite)
+    finite = nonfinite.finite_flags({**state.trained, "opt_state": state.opt_state, "ema": state.ema})
+    healthy = outcome.healthy & nonfinite.all_finite(finite)
     return outcome._replace(healthy=healthy, finite={**outcome.finite, **finite})
 
 
-def abstract_batch(mesh: Mesh, *, batch_size: int, image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of the batches of images that a step is given."""
-    size, sharding = image_size, NamedSharding(mesh, BATCH)
-    rows = {"image": ((size, size, 3), jnp.uint8), "label": ((), jnp.int32), "mask": ((), bool), WISH: ((), jnp.int32)}
+def abstract_batch(mesh: Mesh, spec: Mapping[str, ArraySpec], *, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the batches that a step gets; `spec` is `Task.batch_spec()`."""
+    rows = {**spec, REQUEST: jax.ShapeDtypeStruct((), jnp.int32)}
     return {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
-        for name, (shape, dtype) in rows.items()
+        name: jax.ShapeDtypeStruct((batch_size, *one.shape), one.dtype, sharding=NamedSharding(mesh, BATCH))
+        for name, one in rows.items()
     }
 
 
 @functools.lru_cache(maxsize=8)
 def make_eval_step(task: Task) -> EvalStep:
-    """The jitted step (params, model_state, batch) -> (sums of `task.score`, the largest wish of all hosts).
-
-    The same one for the same task.
-    """
+    """The jitted step (params, model_state, batch) -> report. Cached, so a task is compiled once."""
 
     @jax.jit
-    def eval_step(params: PyTree, model_state: PyTree, batch: Batch) -> tuple[dict[str, Array], Array]:
-        return task.score(task.predict(params, model_state, batch), batch), wish_of(batch)
+    def eval_step(params: PyTree, model_state: PyTree, batch: Batch) -> EvalReport:
+        return EvalReport(task.score(params, model_state, batch), jnp.sum(batch["mask"]), requested(batch))
 
     return eval_step
 
@@ -124,12 +131,12 @@ class _Backward(NamedTuple):
 
 
 def _backward(
-    task: Task, params: PyTree, frozen: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+    task: Task, params: PyTree, constants: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
 ) -> _Backward:
     """The loss of one batch, its gradient, the new model state and the sums."""
 
     def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
-        loss = task.loss(params, model_state, frozen, batch, key)
+        loss = task.loss(params, model_state, constants, batch, key)
         return loss.value, (loss.model_state, loss.sums)
 
     (loss, (model_state, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)

@@ -138,7 +138,7 @@ class Models:
         task = make_task(job.label.split("/")[0], dtype=jnp.bfloat16, **job.fields)
         optimizer = optimizer_of(batch_size=job.batch)
         state = abstract_state(task, optimizer, mesh=self._mesh, use_ema=False)
-        batch = abstract_batch(self._mesh, batch_size=job.batch, image_size=task.model.image_size)
+        batch = abstract_batch(self._mesh, task.batch_spec(), batch_size=job.batch)
         if job.kind == "train":
             return task, (state, batch), make_train_step(task, optimizer, seed=0, ema_decay=0.0).lower(state, {}, batch)
         return task, (state, batch), jax.jit(task.predict).lower(state.params, state.model_state, batch)

@@ -71,7 +71,7 @@ def filled(abstract: PyTree) -> PyTree:
 def noise(abstract: dict[str, jax.ShapeDtypeStruct], classes: int) -> dict[str, jax.Array]:
     """A batch of noise, on the device."""
     rng = np.random.default_rng(1)
-    high = {"image": 256, "label": classes, "mask": 1, "wish": 1}
+    high = {"image": 256, "label": classes, "mask": 1, "request": 1}
     values = {
         name: rng.integers(0, high.get(name, 1), leaf.shape, np.uint8 if name == "image" else np.int32)
         for name, leaf in abstract.items()

@@ -43,7 +43,7 @@ def test_a_family_is_trained_once_and_weighed_as_it_is_deployed(
         return config
 
     monkeypatch.setitem(family_benchmark.RUNS, "ViT hc", small)
-    (row,) = family_benchmark.measure(["ViT hc"], tmp_path, train=main.work, seeds=1, steps=5, repeats=1)
+    (row,) = family_benchmark.measure(["ViT hc"], tmp_path, train=main.run_experiment, seeds=1, steps=5, repeats=1)
     config = family_benchmark.recipe("ViT hc", steps=5, seed=0)
     branches = 2 * (32 * 4 + 4 * 8 + 2 * (4 + 8))  # of two products and norms each; deployed: one product each, a bias
     assert row["trained_params"] - row["params"] == branches - (32 * 4 + 4 * 8 + 8)
@@ -56,7 +56,7 @@ def test_a_family_is_trained_once_and_weighed_as_it_is_deployed(
     result = tmp_path / "vit_hc_5_0" / RESULT_FILE
     changed = json.loads(result.read_text()) | {"eval": {"top1": 0.25, "loss": 1.0}}
     result.write_text(json.dumps(changed))
-    (again,) = family_benchmark.measure(["ViT hc"], tmp_path, train=main.work, seeds=1, steps=5, repeats=1)
+    (again,) = family_benchmark.measure(["ViT hc"], tmp_path, train=main.run_experiment, seeds=1, steps=5, repeats=1)
     assert again["top1"] == 25.0  # read, not trained anew
 
 

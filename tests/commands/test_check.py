@@ -1,4 +1,4 @@
-"""The door that looks at a run before and after it: every line it has for what is wrong."""
+"""The command that verifies a workdir and dry-runs a config: every line of it."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 import pytest
-from helpers.processes import run_door
+from helpers.processes import run_command
 from helpers.runs import tiny
 from ml_collections import ConfigDict
 
@@ -54,13 +54,13 @@ def tried(
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         if not whole:
-            patch.setattr(preflight, "_batches", lambda data: preflight.Finding("none was read"))
+            patch.setattr(preflight, "_batches", lambda data: preflight.CheckResult("none was read"))
         assert preflight.preflight(config, workdir, compile_step=whole) == code
     return capsys.readouterr().out.splitlines()
 
 
 def line_of(lines: list[str], verdict: str, name: str) -> str:
-    """What was said of one item."""
+    """What was logged of one item."""
     (found,) = [line for line in lines if line.split()[:2] == [verdict, name]]
     return found
 
@@ -92,7 +92,7 @@ def test_a_good_workdir(files_only: bool, workdir: pathlib.Path, capsys: Capsys)
         "step 4  good",
         f"step 8  good, score {score:.6g}",
         "2 checkpoints, 2 good",
-        "a run would go on from step 8",
+        "a run would resume from step 8",
     ]
 
 
@@ -100,16 +100,16 @@ def test_a_good_workdir(files_only: bool, workdir: pathlib.Path, capsys: Capsys)
 def test_a_flipped_bit_and_a_deleted_file_are_named(files_only: bool, workdir: pathlib.Path, capsys: Capsys) -> None:
     flip(largest_file(workdir, 8))
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    pattern = rf"step 8  damaged: {re.escape(str(largest_file(workdir, 8)))} has the digest \w{{16}}, expected \w{{16}}"
+    pattern = rf"step 8  corrupt: {re.escape(str(largest_file(workdir, 8)))} has the digest \w{{16}}, expected \w{{16}}"
     assert re.fullmatch(pattern, lines[2])
-    assert lines[3:] == ["2 checkpoints, 1 good; damaged: step 8", "a run would go on from step 4"]
+    assert lines[3:] == ["2 checkpoints, 1 good; corrupt: step 8", "a run would resume from step 4"]
     lost = largest_file(workdir, 4)
     lost.unlink()
     lines = verified(workdir, capsys, code=1, files_only=files_only)
-    assert lines[1] == f"step 4  damaged: {lost} is missing"
+    assert lines[1] == f"step 4  corrupt: {lost} is missing"
     assert lines[3:] == [
-        "2 checkpoints, 0 good; damaged: step 4, step 8",
-        "no checkpoint is good; begin anew with --restart_if_damaged, or in another --workdir",
+        "2 checkpoints, 0 good; corrupt: step 4, step 8",
+        "no checkpoint is good; start over with --restart_if_corrupt, or in another --workdir",
     ]
 
 
@@ -121,22 +121,22 @@ def test_a_step_that_was_not_sealed_passes_by_its_arrays_alone(workdir: pathlib.
     line = verified(workdir, capsys, code=0)[2]
     assert line.startswith(f"{unsealed}verify, score ")
     line = verified(workdir, capsys, code=0, files_only=True)[2]
-    assert line.startswith(f"{unsealed}were not looked at, score ")
+    assert line.startswith(f"{unsealed}were not verified, score ")
     for path in (workdir / "checkpoints" / "8" / "default").rglob("*"):
         if path.is_file():  # all, for some are not read
             flip(path)
     lines = verified(workdir, capsys, code=1)
     assert lines[2].startswith(f"{unsealed}do not verify: ")
-    assert lines[-1] == "a run would go on from step 4"
+    assert lines[-1] == "a run would resume from step 4"
 
 
 def test_a_config_that_cannot_be_read_leaves_the_files_to_be_verified(workdir: pathlib.Path, capsys: Capsys) -> None:
     (workdir / "config.json").write_text("{")
     lines = verified(workdir, capsys, code=1)
-    assert lines[1].startswith("config.json  damaged: ")
+    assert lines[1].startswith("config.json  corrupt: ")
     assert lines[1].endswith("; so the arrays were not verified")
     assert lines[2] == "step 4  good"
-    assert lines[4] == "2 checkpoints, 2 good; damaged: config.json"
+    assert lines[4] == "2 checkpoints, 2 good; corrupt: config.json"
 
 
 def test_a_checkpoint_that_does_not_fit_its_config_is_no_good(workdir: pathlib.Path, capsys: Capsys) -> None:
@@ -150,23 +150,23 @@ def test_a_checkpoint_that_does_not_fit_its_config_is_no_good(workdir: pathlib.P
 
 def test_leftovers_and_the_lock_are_named(workdir: pathlib.Path, capsys: Capsys) -> None:
     unfinished = workdir / "checkpoints" / "3.orbax-checkpoint-tmp"
-    aside = workdir / "damaged" / "1"
+    aside = workdir / "corrupt" / "1"
     for folder in (unfinished, aside):
         folder.mkdir(parents=True)
         (folder / "file").write_bytes(b"12345")
     lines = verified(workdir, capsys, code=0)
     assert "leftover  checkpoints/3.orbax-checkpoint-tmp, 5 bytes: an unfinished save; the next run removes it" in lines
-    assert "leftover  damaged/1, 5 bytes: a damaged checkpoint set aside; delete it when you like" in lines
-    with lock.held(workdir):
+    assert "leftover  corrupt/1, 5 bytes: a quarantined corrupt checkpoint; safe to delete" in lines
+    with lock.acquire(workdir):
         manifest.unseal(workdir / "checkpoints" / "8")
         shutil.rmtree(workdir / "checkpoints" / "8" / "default")
         lines = verified(workdir, capsys, code=0)
         assert lines[0].startswith(f"lock  held by process {os.getpid()} on ")
         assert "step 8  is being written or deleted by the run" in lines
-        assert any(line.endswith("perhaps under way now") for line in lines)
-        with pytest.raises(ValueError, match="in use by process"), lock.held(workdir):  # it has not been let go
+        assert any(line.endswith("perhaps in progress") for line in lines)
+        with pytest.raises(ValueError, match="in use by process"), lock.acquire(workdir):  # it has not been let go
             pass
-    with lock.held(workdir):  # nor is it kept
+    with lock.acquire(workdir):  # nor is it kept
         pass
 
 
@@ -182,7 +182,7 @@ def test_what_is_no_workdir_of_a_run_is_refused(tmp_path: pathlib.Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to try a run"),
+        ([], "give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to dry-run it"),
         (["--workdir=/nowhere"], "--workdir=/nowhere is no folder"),
         (["--workdir=/nowhere", "--no_compile"], "--no_compile goes with --config"),
         (["--config=configs/halvit_digits.py", "--files_only"], "--files_only goes without --config"),
@@ -208,14 +208,14 @@ def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], messag
         check.define_flags()
         with pytest.raises(SystemExit) as ended:
             check.main(values(["check", *arguments]))
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert message in capsys.readouterr().err
 
 
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:
     flip(largest_file(workdir, 8))
-    done = run_door(CHECK, f"--workdir={workdir}", "--files_only", code=1)
-    assert "2 checkpoints, 1 good; damaged: step 8" in done.stdout
+    done = run_command(CHECK, f"--workdir={workdir}", "--files_only", code=1)
+    assert "2 checkpoints, 1 good; corrupt: step 8" in done.stdout
     assert done.stderr == ""
 
 
@@ -223,20 +223,20 @@ def test_a_run_that_would_go_well(
     digits_dir: pathlib.Path, done: pathlib.Path, tmp_path: pathlib.Path, capsys: Capsys
 ) -> None:
     lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
-    said = [tuple(line.split()[:2]) for line in lines[:-1]]
-    names = "config model devices data classes batches optimizer state workdir space lock checkpoint step"
-    assert said == [("ok", name) for name in names.split()]
+    logged = [tuple(line.split()[:2]) for line in lines[:-1]]
+    names = "config model devices data dataset batches optimizer state workdir space lock checkpoint step"
+    assert logged == [("ok", name) for name in names.split()]
     assert lines[-1] == "all is well"
     assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
     assert line_of(lines, "ok", "devices").endswith(
         "8 of the 8 devices (cpu), mesh data=8 fsdp=1 tensor=1, 4 examples of a batch on each"
     )
-    assert "1,433 images to train on, 364 to evaluate on; 44 steps an epoch, 8 in all" in line_of(lines, "ok", "data")
-    assert line_of(lines, "ok", "classes").endswith("10, of 139 to 146 images")
-    assert re.search(r"training 32x8x8x3 in [\d.]+ s, evaluation 32x8x8x3 in", line_of(lines, "ok", "batches"))
-    assert line_of(lines, "ok", "workdir").endswith("is not there; the run will create it")
-    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run begins with step 0")
-    step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it works; [\d,.]+ MiB"
+    assert "1,433 images to train on, 364 in eval; 44 steps an epoch, 8 in all" in line_of(lines, "ok", "data")
+    assert line_of(lines, "ok", "dataset").endswith("10 classes of 139 to 146 images")
+    assert re.search(r"train 32x8x8x3 in [\d.]+ s, eval 32x8x8x3 in", line_of(lines, "ok", "batches"))
+    assert line_of(lines, "ok", "workdir").endswith("does not exist; the run will create it")
+    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts with step 0")
+    step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it runs; [\d,.]+ MiB"
     assert re.search(step, line_of(lines, "ok", "step"))
     assert not (tmp_path / "new").exists()  # nothing was written
 
@@ -261,7 +261,7 @@ FAILS: dict[str, tuple[dict[str, Any], str, str]] = {
         "data.name='mnist' is not prepared in data.data_dir=.*; prepare it with: ",
         "batches needs data",
     ),
-    "classes": ({"model.num_classes": 12}, "model.num_classes=12, but data.name='digits' has 10 classes; set", ""),
+    "dataset": ({"model.num_classes": 12}, "model.num_classes=12, but data.name='digits' has 10 classes; set", ""),
     "optimizer": ({"optim.name": "adam"}, "optim.name='adam' is not one of adamw, lamb, sgd", "state needs optimizer"),
 }
 
@@ -273,7 +273,7 @@ def test_what_is_wrong_is_named_and_hides_nothing_else(name: str, digits_dir: pa
     assert re.search(message, line_of(lines, "FAIL", name))
     assert lines[-1] == f"FAIL: {name}"
     assert skipped in [" ".join(line.split()[1:]) for line in lines if line.startswith("skip")] + [""]
-    for other in FAILS.keys() - {name, "data", "classes"}:
+    for other in FAILS.keys() - {name, "data", "dataset"}:
         line_of(lines, "ok", other)
 
 
@@ -287,8 +287,8 @@ def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsy
 def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir: pathlib.Path, capsys: Capsys) -> None:
     changes = {"data.train_split": "train[:8]", "batch_size": 8, "data.virtual_shards": 1, "recipe_batch_size": 64}
     lines = tried(small(digits_dir, **changes), None, capsys, code=0)
-    warning = line_of(lines, "warn", "classes")
-    assert re.search(r"\d classes of data.train_split='train\[:8\]' have no image: ", warning)
+    warning = line_of(lines, "warn", "dataset")
+    assert re.search(r"\d classes of data.train_split have no image: ", warning)
     assert "batch_size=8, but this recipe was made for 64" in line_of(lines, "warn", "optimizer")
 
 
@@ -304,7 +304,7 @@ def test_a_checkpoint_of_another_model_is_compared_by_path(
     assert any(line.startswith("  opt_state/") for line in differences)
 
 
-def test_damaged_metadata_are_passed_over_or_end_it(
+def test_corrupt_metadata_are_skipped_or_fail_the_check(
     digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
 ) -> None:
     (workdir / "checkpoints" / "8" / "_CHECKPOINT_METADATA").write_text("{")
@@ -315,7 +315,7 @@ def test_damaged_metadata_are_passed_over_or_end_it(
     lines = tried(small(digits_dir), workdir, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
     assert "none is good: step 8: its metadata cannot be read" in failed
-    assert failed.endswith("begin anew with --restart_if_damaged")
+    assert failed.endswith("start over with --restart_if_corrupt")
 
 
 def test_a_workdir_that_cannot_be_used(
@@ -327,9 +327,9 @@ def test_a_workdir_that_cannot_be_used(
     assert f"--workdir={file} cannot be written to (File exists); name" in line_of(lines, "FAIL", "workdir")
     lines = tried(small(digits_dir), file / "run", capsys)
     failed = line_of(lines, "FAIL", "workdir")
-    assert f"--workdir={file}/run cannot be created, for {file} is no folder; name another one" in failed
+    assert f"--workdir={file}/run cannot be created, because {file} is no folder; name another one" in failed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    with lock.held(tmp_path):
+    with lock.acquire(tmp_path):
         lines = tried(small(digits_dir), tmp_path, capsys)
     failed = line_of(lines, "FAIL", "space")
     assert re.search(r"checkpoints need [\d,]+ bytes; 100 are free, 0 are theirs now; free some, name another", failed)
@@ -343,7 +343,7 @@ def test_a_workdir_that_cannot_be_used(
 def test_a_step_that_does_not_fit_names_what_to_lower(
     digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halvit_jax.cli.preflight._room", lambda: (1000, "there"))
+    monkeypatch.setattr("halvit_jax.cli.preflight._available_memory", lambda: (1000, "there"))
     lines = tried(small(digits_dir), None, capsys, whole=True)
     failed = line_of(lines, "FAIL", "step")
     assert failed.endswith(

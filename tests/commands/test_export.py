@@ -5,13 +5,12 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 
 import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.processes import ONE_DEVICE, run_door
+from helpers.processes import ONE_DEVICE, run_command
 from helpers.runs import Finished, classification
 
 import halvit_jax
@@ -30,7 +29,7 @@ def digits(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> path
     """images.npy and logits.npy: all test digits as uint8 images, and what the trained model says of them."""
     trained = load_trained(finished[0])
     hide_accelerators()
-    loader = build.build_loaders(trained.config, image_size=8).eval
+    loader = build.build_loaders(trained.config, size=(8, 8)).evals["eval"]
     batches = [{name: value[batch["mask"]] for name, value in batch.items()} for batch in loader.batches()]
     images = np.concatenate([batch["image"] for batch in batches])
     assert len(images) == 364
@@ -65,17 +64,17 @@ print(json.dumps(info))
 
 
 @pytest.mark.parametrize(("kind", "suffix", "program"), [("stablehlo", "zip", STABLEHLO), ("onnx", "onnx", ONNX)])
-def test_what_is_exported_says_the_same_without_this_package(
+def test_an_exported_model_gives_the_same_logits_without_this_package(
     kind: str, suffix: str, program: str, finished: Finished, digits: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     if kind == "onnx":
         pytest.importorskip("jax2onnx", reason="in the extra [onnx], which holds orbax-checkpoint below 0.11.37")
     out = tmp_path / f"model.{suffix}"
-    said = run_door(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
-    assert said[0] == f"{out}: {out.stat().st_size:,} bytes"
-    assert said[0].startswith(str(out))
-    assert "the same class for 364 of 364" in said[2]
-    assert " ms written, " in said[3]
+    logged = run_command(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
+    assert logged[0] == f"{out}: {out.stat().st_size:,} bytes"
+    assert logged[0].startswith(str(out))
+    assert "the same best answer for 364 of the 364 images" in logged[2]
+    assert " ms written, " in logged[3]
     program = program.replace("FILE", str(out)) + REST
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -99,8 +98,8 @@ def test_safetensors_are_read_again_by_load(finished: Finished, digits: pathlib.
     out = tmp_path / "model.safetensors"
     trained = load_trained(finished[0])
     written = export.export(trained, "safetensors", out)
-    lines = export.receipt(trained, written, out)
-    assert "largest difference of a logit: 0.0e+00" in lines
+    lines = export.verify_export(trained, written, out)
+    assert "largest difference of the output: 0.0e+00" in lines
     model, variables = halvit_jax.load(out)
     images = np.load(digits / "images.npy").astype(np.float32)
     logits = model.apply(variables, (images / 255 - 0.5) / 0.5, train=False)
@@ -111,9 +110,9 @@ def test_safetensors_are_read_again_by_load(finished: Finished, digits: pathlib.
 
 
 def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
-    served = export.serve(load_trained(finished[0]))
+    trained = load_trained(finished[0])
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), "uint8")
-    constants = jax.make_jaxpr(served.call)(images).consts
+    constants = jax.make_jaxpr(trained.task.serving(trained.model_variables))(images).consts
     assert sum(each.size for each in constants if each.ndim) <= finished[1]["params"] + 100
 
 
@@ -122,13 +121,13 @@ def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
     [
         ([], "give --workdir=DIR, --format=NAME and --out=FILE"),
         (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is no workdir of a run"),
-        (["--workdir=/nowhere", "--format=stablehlo", "--out=README.md"], "--out=README.md is there already"),
-        (["--workdir=/nowhere", "--format=stablehlo", "--out=/not/there.zip"], "make /not"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=README.md"], "--out=README.md exists"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=/not/there.zip"], "create /not"),
         (["--workdir=/nowhere", "--format=saved_model", "--out=x"], "should be one of"),
     ],
 )
 def test_bad_input_is_answered_with_a_line(flags: list[str], message: str) -> None:
-    error = run_door(EXPORT, *flags, code=2).stderr
+    error = run_command(EXPORT, *flags, code=2).stderr
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
@@ -152,12 +151,12 @@ def test_predict_draws_attention(finished: Finished, digits: pathlib.Path, tmp_p
     page.write_text("<html>")
     command = ["halvit_jax.predict", f"--workdir={finished[0]}"]
     files = [str(tmp_path / "digit.png"), str(page)]
-    assert len(run_door(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
+    assert len(run_command(*command, f"--attention={out}", *files, code=1).stdout.splitlines()) == 2
     drawn = tf.io.decode_png(out.read_bytes()).numpy()
     assert drawn.shape == (224, 448, 3)
     np.testing.assert_array_equal(drawn[:, :224], image.repeat(28, 0).repeat(28, 1))
     assert (drawn[:, :224] != drawn[:, 224:]).any()
-    assert "must end in .png" in run_door(*command, "--attention=x.jpg", *files, code=2).stderr
+    assert "must end in .png" in run_command(*command, "--attention=x.jpg", *files, code=2).stderr
     with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
         data.write_png(f"{tmp_path}/digit.png/x.png", image)
 
@@ -170,11 +169,10 @@ def test_attention_in_windows_is_drawn_where_one_window_is_the_image() -> None:
     def draw(window: int) -> np.ndarray:
         task = classification(create_model("swin_tiny", **shape, window_size=window))
         variables = {"params": jax.jit(task.init)(jax.random.key(0))[0]}
-        trained = types.SimpleNamespace(task=task, model_variables=variables)
-        return predict.attention_over(trained, image)
+        return predict.attention_over(task.serving(variables, folded=False), image)
 
     drawn = draw(4)  # as large as the map
     np.testing.assert_array_equal(drawn[:, :224], image.repeat(14, 0).repeat(14, 1))
     assert (drawn[:, :224] != drawn[:, 224:]).any()
-    with pytest.raises(ValueError, match="the last block of SwinTransformer attends in windows, not over the image"):
+    with pytest.raises(ValueError, match="the last block of this model attends in windows, not over the image"):
         draw(2)

@@ -12,15 +12,16 @@ import jax
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers.processes import ONE_DEVICE, ROOT, run_door
+from helpers.processes import ONE_DEVICE, ROOT, run_command
 from helpers.runs import MAIN, tiny
 
 import halvit_jax
 from halvit_jax import predict
 from halvit_jax.cli import app
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 from halvit_jax.protocols import DataError
+from halvit_jax.training.profiling import ProfileRange
 
 PREDICT = "halvit_jax.predict"
 
@@ -57,27 +58,27 @@ def test_the_command_trains_then_finds_itself_finished_then_evaluates(
     assert len(result["params_sha256"]) == 64
     assert "images/s" in first.stdout
     assert "ETA" in first.stdout
-    again = run_door(MAIN, *arguments)
+    again = run_command(MAIN, *arguments)
     assert "finished: the newest checkpoint is of step 30 of 30" in again.stdout
     repeated = json.loads((tmp_path / "new/run/result.json").read_text())
     assert repeated == result
-    evaluated = json.loads(run_door(MAIN, *arguments, "--mode=eval").stdout.splitlines()[-1])
+    evaluated = json.loads(run_command(MAIN, *arguments, "--mode=eval").stdout.splitlines()[-1])
     assert evaluated == {"eval": result["eval"], "ema_eval": result["ema_eval"]}
 
 
 def test_data_found_bad_while_they_are_read_end_the_program_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, app.bad_data():
+    with pytest.raises(SystemExit) as ended, app.report_data_errors():
         raise DataError("photo.jpg cannot be decoded; remove it")
-    assert ended.value.code == app.BAD_INPUT
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
-    with pytest.raises(ZeroDivisionError), app.bad_data():
+    with pytest.raises(ZeroDivisionError), app.report_data_errors():
         raise ZeroDivisionError
 
 
 def test_result_and_description_are_written(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:
     workdir, result = finished
     assert json.loads((workdir / "result.json").read_text()) == result
-    assert json.loads((workdir / "classes.json").read_text()) == [str(i) for i in range(10)]
+    assert json.loads((workdir / "dataset.json").read_text())["class_names"] == [str(i) for i in range(10)]
     assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 32
 
 
@@ -94,8 +95,8 @@ def test_predict_goes_on_after_a_file_that_is_no_image(
     page, digit = tmp_path / "page.jpg", tmp_path / "digit.png"
     page.write_text("<html>")
     tf.io.write_file(str(digit), tf.io.encode_png(np.full((8, 8, 1), 100, np.uint8)))
-    said = run_door(PREDICT, f"--workdir={finished[0]}", str(page), str(digit), code=1).stdout
-    rows = [json.loads(line) for line in said.splitlines()]
+    logged = run_command(PREDICT, f"--workdir={finished[0]}", str(page), str(digit), code=1).stdout
+    rows = [json.loads(line) for line in logged.splitlines()]
     assert "is no image" in rows[0]["error"]
     assert [row["image"] for row in rows] == [str(page), str(digit)]
     assert len(rows[1]["top5"]) == 5
@@ -159,8 +160,8 @@ def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
     message: str, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(tiny(digits_dir, **BAD_FIELDS[message]), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(tiny(digits_dir, **BAD_FIELDS[message]), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert message in error
@@ -182,16 +183,16 @@ def test_bad_fields_are_answered_with_a_line_before_anything_is_written(
 )
 def test_a_bad_command_line_ends_in_ten_seconds(arguments: list[str], message: str, tmp_path: pathlib.Path) -> None:
     started = time.monotonic()
-    done = run_door(MAIN, "--config=configs/halvit_digits.py", f"--workdir={tmp_path}", *arguments, code=2)
+    done = run_command(MAIN, "--config=configs/halvit_digits.py", f"--workdir={tmp_path}", *arguments, code=2)
     assert time.monotonic() - started < 5  # and five more for the imports, which it was spared
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_missing_flags_are_named() -> None:
-    assert "give both --config=configs/NAME.py and --workdir=DIR" in run_door(MAIN, code=2).stderr
-    assert "give --workdir=DIR and at least one image" in run_door(PREDICT, code=2).stderr
-    assert "is no workdir of a run" in run_door(PREDICT, "--workdir=/nowhere", "a.png", code=2).stderr
+    assert "give both --config=configs/NAME.py and --workdir=DIR" in run_command(MAIN, code=2).stderr
+    assert "give --workdir=DIR and at least one image" in run_command(PREDICT, code=2).stderr
+    assert "is no workdir of a run" in run_command(PREDICT, "--workdir=/nowhere", "a.png", code=2).stderr
 
 
 def test_an_unwritable_workdir_is_refused(
@@ -199,8 +200,8 @@ def test_an_unwritable_workdir_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SystemExit) as ended:
-        work(tiny(digits_dir), tmp_path / "file" / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(tiny(digits_dir), tmp_path / "file" / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "cannot be written to" in capsys.readouterr().err
 
 
@@ -208,7 +209,7 @@ def test_evaluating_before_training_is_refused(
     digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        work(tiny(digits_dir), tmp_path, mode="eval")
+        run_experiment(tiny(digits_dir), tmp_path, mode="eval")
     assert "has no checkpoint to evaluate; train first" in capsys.readouterr().err
 
 
@@ -241,11 +242,25 @@ def test_a_checkpoint_of_another_model_is_refused_by_path_and_left_alone(
     workdir, result = finished
     before = (workdir / "config.json").read_text()
     with pytest.raises(SystemExit) as ended:
-        work(tiny(digits_dir, **changes), workdir)
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(tiny(digits_dir, **changes), workdir)
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err
     assert "is of another model or optimizer; use another --workdir" in error
     for line in lines:
         assert line in error
     assert (workdir / "config.json").read_text() == before
-    assert work(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+    assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+
+
+def test_profile_traces_steps_into_the_workdir(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = tiny(digits_dir, **{"total_steps": 3, "model.depth": 1})
+    run_experiment(config, tmp_path, profile=ProfileRange(1, 2))
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_profile_beyond_the_run_is_refused(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_experiment(tiny(digits_dir), tmp_path / "run", profile=ProfileRange(5, 8))
+    assert "--profile=5:8 must end below 8 steps" in capsys.readouterr().err

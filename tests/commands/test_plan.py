@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from absl import flags
-from helpers.processes import run_door
+from helpers.processes import run_command
 from helpers.shapes import shallow
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from halvit_jax import plan
-from halvit_jax.analysis import tpu_topology
+from halvit_jax.analysis import aot_plan, tpu_topology
 from halvit_jax.models import create_model
 from halvit_jax.recipes import digits
 from halvit_jax.training.sharding import make_mesh
@@ -39,8 +39,8 @@ def _config(model: str = "halvit_tiny", **mesh: int) -> ConfigDict:
     return config
 
 
-def _prepared(config: ConfigDict) -> plan.Subject:
-    return plan.prepare(config, EIGHT, jax.devices())
+def _prepared(config: ConfigDict) -> aot_plan.CompileTarget:
+    return aot_plan.prepare(config, EIGHT, jax.devices())
 
 
 # What is compiled, and what it weighs.
@@ -54,7 +54,7 @@ def test_bytes_of_a_sharded_tree() -> None:
         "whole": jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=whole),  # 5 x 2 bytes
         "scalar": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     }
-    assert plan.shard_bytes(tree) == 24 + 10 + 4
+    assert aot_plan.shard_bytes(tree) == 24 + 10 + 4
 
 
 @pytest.mark.parametrize("fsdp", [1, 2])
@@ -65,11 +65,11 @@ def test_bytes_of_a_small_model_are_those_counted_by_hand(fsdp: int) -> None:
     vectors = depth * (2 * 2 * width + hidden + width) + 2 * width + tokens * width + width + width + classes
     assert count(subject.state.params) == matrices + vectors
     by_hand = 4 * (matrices // fsdp + vectors)
-    parts = plan.state_bytes(subject.state)
+    parts = aot_plan.state_bytes(subject.state)
     assert parts["parameters"] == parts["ema"] == by_hand
     assert 0 <= parts["optimizer"] - 2 * by_hand < 16  # and its counters
     assert parts["other_state"] == 4  # the step
-    assert plan.shard_bytes(subject.batch) == 128 // 8 * (8 * 8 * 3 + 4 + 1 + 4)
+    assert aot_plan.shard_bytes(subject.batch) == 128 // 8 * (8 * 8 * 3 + 4 + 1 + 4)
 
 
 def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
@@ -81,7 +81,7 @@ def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "twin"),
+    ("name", "untied"),
     [
         ("halvit_tiny", "deit_small"),
         ("halvit_small", "deit_base"),
@@ -89,15 +89,15 @@ def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
         ("halvit_resnext101_32x8d", "resnext101_32x8d"),
     ],
 )
-def test_the_untied_twin_has_the_shape_of_the_plain_model(name: str, twin: str) -> None:
+def test_the_untied_model_has_the_shape_of_the_baseline(name: str, untied: str) -> None:
     model = shallow(name)
-    shapes = variable_shapes(model.clone(**plan.untied(model)))["params"]
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variable_shapes(shallow(twin))["params"])
-    assert plan.untied(create_model(twin)) == {}
+    shapes = variable_shapes(model.clone(**aot_plan.untied_fields(model)))["params"]
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variable_shapes(shallow(untied))["params"])
+    assert aot_plan.untied_fields(create_model(untied)) == {}
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "logged"),
     [
         ("batch_size", 100, "batch_size=100 does not divide"),
         ("mesh.data", 3, "mesh.data=3"),
@@ -106,15 +106,15 @@ def test_the_untied_twin_has_the_shape_of_the_plain_model(name: str, twin: str) 
     ],
 )
 def test_a_config_that_could_not_run_there_is_refused(
-    field: str, value: int, said: str, monkeypatch: pytest.MonkeyPatch
+    field: str, value: int, logged: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = _config()
     config.update_from_flattened_dict({field: value})
     devices: Any = [types.SimpleNamespace(process_index=number // 4) for number in range(8)]  # two hosts
     monkeypatch.setattr("halvit_jax.training.sharding.make_mesh", lambda devices, **sizes: make_mesh(**sizes))
     with pytest.raises(ValueError, match="=") as error:
-        plan.prepare(config, EIGHT, devices)
-    assert said in str(error.value)
+        aot_plan.prepare(config, EIGHT, devices)
+    assert logged in str(error.value)
 
 
 # What the compiler says.
@@ -147,28 +147,28 @@ OUT_OF_MEMORY = (
 
 
 def test_it_fits_up_to_the_memory_for_a_program() -> None:
-    fits = plan.compile_for(_Lowered(temporaries=883), usable_bytes=1000)
+    fits = aot_plan.compile_for(_Lowered(temporaries=883), usable_bytes=1000)
     assert fits["fits"]
     sizes = {"arguments": 100, "temporaries": 883, "output": 10, "code": 7, "peak": 1000, "usable": 1000}
     assert fits["memory"] == sizes
     assert fits["compiled_flops"] == 5.0
-    assert not plan.compile_for(_Lowered(temporaries=884), usable_bytes=1000)["fits"]
+    assert not aot_plan.compile_for(_Lowered(temporaries=884), usable_bytes=1000)["fits"]
 
 
 def test_a_compiler_that_runs_out_of_memory_says_how_much_is_needed() -> None:
-    report = plan.compile_for(_Lowered(error=OUT_OF_MEMORY), usable_bytes=16 * GIBIBYTE)
+    report = aot_plan.compile_for(_Lowered(error=OUT_OF_MEMORY), usable_bytes=16 * GIBIBYTE)
     assert not report["fits"]
     assert report["memory"]["peak"] == 16.5 * GIBIBYTE
     assert report["memory"]["temporaries"] is None
     assert report["compiler"].endswith("HLO module: jit_train_step.")
-    silent = plan.compile_for(_Lowered(error="RESOURCE_EXHAUSTED: no figures"), usable_bytes=1)
+    silent = aot_plan.compile_for(_Lowered(error="RESOURCE_EXHAUSTED: no figures"), usable_bytes=1)
     assert silent["memory"]["peak"] is None
     assert not silent["fits"]
 
 
 def test_other_errors_of_the_compiler_are_not_answered() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        plan.compile_for(_Lowered(error="INTERNAL: a fault"), usable_bytes=1)
+        aot_plan.compile_for(_Lowered(error="INTERNAL: a fault"), usable_bytes=1)
 
 
 @pytest.mark.parametrize("first", [128, 640, 6400])
@@ -182,28 +182,28 @@ def test_the_largest_batch_is_the_largest_that_fits(first: int) -> None:
         return {"fits": peak <= 1000, "memory": {"peak": peak, "usable": 1000, "code": 10}}
 
     report = {"batch_size": first, "batch_per_device": first // 8, "accumulate": 1, "bytes": {"state": 90, "batch": 7}}
-    assert plan.largest_batch(report | compiled(first), compiled) == 768  # of 832 the peak is 1022
-    assert len(set(tried)) <= 1 + plan.MOST_COMPILED
+    assert aot_plan.largest_batch(report | compiled(first), compiled) == 768  # of 832 the peak is 1022
+    assert len(set(tried)) <= 1 + aot_plan.MAX_COMPILES
 
 
 def test_there_may_be_no_batch_that_fits() -> None:
     memory = {"peak": 2000, "usable": 1000, "code": 0}
     report = {"batch_size": 64, "batch_per_device": 8, "accumulate": 1, "bytes": {"state": 1990, "batch": 1}}
     never = {"fits": False, "memory": memory}
-    assert plan.largest_batch(report | never, lambda size: never) == 0
+    assert aot_plan.largest_batch(report | never, lambda size: never) == 0
     silent = {"fits": False, "memory": memory | {"peak": None}}
-    assert plan.largest_batch(report | silent, lambda size: never) == 0
+    assert aot_plan.largest_batch(report | silent, lambda size: never) == 0
 
 
 def test_the_table_ends_with_the_largest_batch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan, "largest_batch", lambda report, compiled: compiled(256)["fits"] * 256)
+    monkeypatch.setattr(aot_plan, "largest_batch", lambda report, compiled: compiled(256)["fits"] * 256)
     assert _main(monkeypatch, largest_batch=True) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "largest batch that was compiled and fits: 256"
 
 
-# The door.
+# The command.
 
 
 def _main(
@@ -213,7 +213,7 @@ def _main(
     lowered = _Lowered(temporaries=1, error=error)
     subject = _prepared(_config(fsdp=2))
     monkeypatch.setattr(plan, "tpu_devices", lambda topology: jax.devices())
-    monkeypatch.setattr(plan, "prepare", lambda *_: subject._replace(step=_Step(subject.step, lowered)))
+    monkeypatch.setattr(aot_plan, "prepare", lambda *_: subject._replace(step=_Step(subject.step, lowered)))
     values = types.SimpleNamespace(
         config=subject.config, topology="v5e:2x4", json=json_out, largest_batch=largest_batch
     )
@@ -243,7 +243,7 @@ def test_the_report_of_a_run_that_fits(monkeypatch: pytest.MonkeyPatch, capsys: 
     report = json.loads(capsys.readouterr().out)
     assert report["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
     assert (report["devices"], report["hosts"], report["batch_per_device"]) == (8, 1, 16)
-    assert report["twin"]["parameters"] == 451_498  # of configs/vit_digits.py
+    assert report["untied"]["parameters"] == 451_498  # of configs/vit_digits.py
     assert report["parameters"] == 228_778
     forward = 2 * 16 * 4 * 17 * 12 * 96**2  # of 16 images in 4 blocks: 17 tokens times 12 d^2 weights
     assert 3.0 < report["flops"] / forward < 3.3  # the backward pass costs twice that; attention and ends a little
@@ -256,19 +256,21 @@ def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     assert _main(monkeypatch) == 0
-    said = capsys.readouterr().out
-    assert said.splitlines()[-1] == "it fits"
-    assert "all-gather: 1 in the step" in said
-    assert "memory: 0.8 GB to and from HBM, 1.0 ms at its bandwidth\na step takes at least 1.0 ms: memory binds" in said
+    logged = capsys.readouterr().out
+    assert logged.splitlines()[-1] == "it fits"
+    assert "all-gather: 1 in the step" in logged
+    assert (
+        "memory: 0.8 GB to and from HBM, 1.0 ms at its bandwidth\na step takes at least 1.0 ms: memory binds" in logged
+    )
     assert _main(monkeypatch, error=OUT_OF_MEMORY) == 1
-    said = capsys.readouterr().out
-    assert "IT DOES NOT FIT" in said
-    assert all(knob in said for knob in ("mesh.fsdp", "accumulate", "model.remat"))
-    assert "16.50G" in said
+    logged = capsys.readouterr().out
+    assert "IT DOES NOT FIT" in logged
+    assert all(knob in logged for knob in ("mesh.fsdp", "accumulate", "model.remat"))
+    assert "16.50G" in logged
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "logged"),
     [
         (["--topology=v5e:4x4"], "give both --config"),
         (["--config=configs/halvit_tiny.py"], "give both --config"),
@@ -276,9 +278,9 @@ def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
         (["--config=configs/halvit_tiny.py", "--topology=v5e:4x4", "more"], "unexpected arguments ['more']"),
     ],
 )
-def test_bad_input_is_answered_with_one_line(arguments: list[str], said: str) -> None:
-    done = run_door("halvit_jax.plan", *arguments, code=2)
-    assert said in done.stderr
+def test_bad_input_is_answered_with_one_line(arguments: list[str], logged: str) -> None:
+    done = run_command("halvit_jax.plan", *arguments, code=2)
+    assert logged in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -335,8 +337,8 @@ def _start(folder: pathlib.Path, script: str, *arguments: str, codes: str, **env
 def _run(folder: pathlib.Path, script: str, *arguments: str, codes: str, **environment: str) -> tuple[int, str]:
     """The exit code of such a script and what it says."""
     with _start(folder, script, *arguments, codes=codes, **environment) as started:
-        said = started.communicate(timeout=60)[1]
-    return started.returncode, said
+        logged = started.communicate(timeout=60)[1]
+    return started.returncode, logged
 
 
 def _stopped(started: subprocess.Popen, folder: pathlib.Path) -> int:
@@ -376,9 +378,9 @@ def test_gpu_is_stopped_by_a_signal_for_good(tmp_path: pathlib.Path) -> None:
 def test_gpu_leaves_memory_to_other_processes(tmp_path: pathlib.Path) -> None:
     assert _run(tmp_path / "a", "gpu.sh", *FLAGS, codes="0", GPU_PIDS="123")[0] == 0
     assert _log(tmp_path / "a") == [f"{RUN}false"]
-    code, said = _run(tmp_path / "b", "gpu.sh", codes="0")
+    code, logged = _run(tmp_path / "b", "gpu.sh", codes="0")
     assert code == 2
-    assert "usage: " in said
+    assert "usage: " in logged
 
 
 @pytest.mark.parametrize(

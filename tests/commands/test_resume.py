@@ -9,10 +9,10 @@ import subprocess
 import time
 
 import pytest
-from helpers.processes import Started, run_door
+from helpers.processes import Started, run_command
 from helpers.runs import MAIN, tiny
 
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 from halvit_jax.training.checkpoint.checkpointer import FOLDER, manifest
 
 STEPS = 60
@@ -60,10 +60,10 @@ def test_broken_at_any_step_it_ends_the_same(
 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "write", seal_and_copy)
-        whole = work(config, tmp_path / "whole")
+        whole = run_experiment(config, tmp_path / "whole")
     config.loop.checkpoint_every = steps  # when it is saved changes nothing
     for step in broken_at:
-        resumed = work(config, tmp_path / str(step))
+        resumed = run_experiment(config, tmp_path / str(step))
         assert {**resumed, "images_per_s": 0} == {**whole, "images_per_s": 0}, step
 
 
@@ -83,7 +83,7 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
         "--config.optim.warmup_epochs=0.5",
     ]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run_door(MAIN, *arguments, f"--workdir={whole}")
+    run_command(MAIN, *arguments, f"--workdir={whole}")
     process = Started(MAIN, *arguments, f"--workdir={broken}", stdout=tmp_path / "log.txt")
     deadline = time.monotonic() + 120
     while not (broken / "checkpoints" / "10").exists():
@@ -93,8 +93,8 @@ def test_killed_and_begun_again_ends_the_same(digits_dir: pathlib.Path, tmp_path
     process.kill()
     process.wait()
     assert not (broken / "result.json").exists()
-    done = run_door(MAIN, *arguments, f"--workdir={broken}")
-    assert "going on from the checkpoint of step" in done.stdout
+    done = run_command(MAIN, *arguments, f"--workdir={broken}")
+    assert "resuming from the checkpoint of step" in done.stdout
     results = [json.loads((workdir / "result.json").read_text()) for workdir in (whole, broken)]
     assert results[0]["params_sha256"] == results[1]["params_sha256"]
     assert results[0]["eval"] == results[1]["eval"]
@@ -122,15 +122,17 @@ def test_a_full_disk_ends_the_run_with_one_line_and_room_lets_it_go_on(
         "--config.optim.warmup_epochs=0.5",
     ]
     try:
-        run_door(MAIN, *arguments, f"--workdir={tmp_path / 'whole'}")
-        error = run_door(MAIN, *arguments, f"--workdir={disk / 'run'}", code=3).stderr
+        run_command(MAIN, *arguments, f"--workdir={tmp_path / 'whole'}")
+        error = run_command(MAIN, *arguments, f"--workdir={disk / 'run'}", code=3).stderr
         assert re.search(
             r"^error: the checkpoint of step \d+ could not be written to .* bytes, [\d,]+ are free; given up",
             error.splitlines()[-1],
         )
-        assert "step 10  good" in run_door("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
+        assert "step 10  good" in run_command("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
-        assert "going on from the checkpoint of step" in run_door(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
+        assert (
+            "resuming from the checkpoint of step" in run_command(MAIN, *arguments, f"--workdir={disk / 'run'}").stdout
+        )
         results = [json.loads((run / "result.json").read_text()) for run in (tmp_path / "whole", disk / "run")]
         assert results[0]["params_sha256"] == results[1]["params_sha256"]
     finally:

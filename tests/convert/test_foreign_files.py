@@ -1,4 +1,4 @@
-"""Files that could run code or unpack to more than they say: pickles, npz archives, and PyTorch's own."""
+"""Files that could run code or unpack to more than they log: pickles, npz archives, and PyTorch's own."""
 
 import contextlib
 import pathlib

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from helpers.processes import run_door
+from helpers.processes import run_command
 
 from halvit_jax.convert import from_torch, readers, shapes_of, to_torch, torch_shapes, weights_file
 from halvit_jax.convert.__main__ import convert
@@ -20,7 +20,7 @@ TINY = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 
 
 def run(*arguments: str | pathlib.Path, code: int = 0) -> subprocess.CompletedProcess:
     """One process."""
-    return run_door("halvit_jax.convert", *map(str, arguments), code=code)
+    return run_command("halvit_jax.convert", *map(str, arguments), code=code)
 
 
 def variables_of(name: str, **fields: Any) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from sklearn.datasets import load_digits
 import halvit_jax
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, to_torch, weights_file
-from halvit_jax.experiment import build, init_from, tasks, workdir
+from halvit_jax.experiment import build, init_from, tasks
+from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import restore_newest
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 from halvit_jax.trees import flatten
 
 
@@ -44,14 +45,14 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
     fresh = ("^head/bias", "norm/scale$")
     config = tiny(digits_dir, **{"init_from": str(source), "init_exclude": fresh, "model.image_size": 12})
     run = build.build(config)
-    said: list[str] = []
+    logged: list[str] = []
     state = init_from.fresh_state(
         run.abstract_state(),
-        model=run.task.model,
+        task=run.task,
         init=run.fresh_state,
         config=config,
         workdir=tmp_path,
-        say=said.append,
+        log=logged.append,
     )
     _, variables = halvit_jax.load(finished[0])
     old, new, averages = (flatten(tree) for tree in (variables["params"], state.params, state.ema["params"]))
@@ -67,13 +68,13 @@ def test_a_run_begins_with_what_fits_and_lists_the_rest(
         np.testing.assert_array_equal(value, averages[path])
         assert value.sharding == flatten(run.abstract_state().params)[path].sharding
     assert int(state.step) == 0
-    listed = json.loads((tmp_path / init_from.FILE).read_text())
+    listed = json.loads((tmp_path / files.INIT_FROM_FILE).read_text())
     assert listed["source"] == str(source)
     assert listed["adapted"] == ["params/position/embedding (17, 32) -> (37, 32)"]
     assert len(listed["loaded"]) + len(listed["initialized"]) == len(new)
     assert "params/head/bias (10,)" in listed["initialized"]
-    assert said[0] == f"init_from={source}: {len(listed['loaded']) - 1} arrays copied"
-    assert said[1] == f"init_from={source}: adapted: {listed['adapted'][0]}"
+    assert logged[0] == f"init_from={source}: {len(listed['loaded']) - 1} arrays copied"
+    assert logged[1] == f"init_from={source}: adapted: {listed['adapted'][0]}"
 
 
 @pytest.mark.slow
@@ -82,11 +83,11 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
 ) -> None:
     short = {"total_steps": 2, "loop.eval_every": 2, "loop.checkpoint_every": 2, "init_from": str(finished[0])}
     frozen = {"optim.frozen": ("^block", "^embed", "^position"), "optim.learning_rate": 0.1}
-    work(tiny(digits_dir, **short | frozen), tmp_path)
+    run_experiment(tiny(digits_dir, **short | frozen), tmp_path)
     assert "arrays copied" in capsys.readouterr().out
     assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
     assert re.search(r"^ok    init_from   \d+ arrays copied$", capsys.readouterr().out, re.MULTILINE)
-    config = workdir.read_config(tmp_path)
+    config = files.read_config(tmp_path)
     state = restore_newest(tasks.build_task(config), config, tmp_path)
     old = flatten(halvit_jax.load(finished[0])[1]["params"])
     for path, value in flatten(state.params).items():
@@ -94,7 +95,9 @@ def test_it_trains_on_and_a_checkpoint_comes_before_it(
         assert same == path.startswith(("block", "embed", "position")), path
     moments = [path for path in flatten(state.opt_state) if "block0" in path]
     assert not moments  # nothing is kept for what is not trained
-    work(tiny(digits_dir, **short | frozen | {"init_from": "/nowhere"}), tmp_path)  # finished: it needs it no more
+    run_experiment(
+        tiny(digits_dir, **short | frozen | {"init_from": "/nowhere"}), tmp_path
+    )  # finished: it needs it no more
     assert "finished" in capsys.readouterr().out
 
 
@@ -121,7 +124,7 @@ def test_what_cannot_be_begun_with_is_answered_with_a_line(
 ) -> None:
     changes = {name: str(finished[0]) if value == "WORKDIR" else value for name, value in changes.items()}
     with pytest.raises(SystemExit) as end:
-        work(tiny(digits_dir, **changes), tmp_path)
+        run_experiment(tiny(digits_dir, **changes), tmp_path)
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
@@ -153,7 +156,7 @@ def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None
         fields |= {"loop.eval_every": 1000, "loop.checkpoint_every": 1000, "total_steps": 60}
         config = digits.vit("halvit_tiny")
         config.update_from_flattened_dict(fields | changes)
-        return work(config, tmp_path / f"run_{name}")["eval"]["top1"]
+        return run_experiment(config, tmp_path / f"run_{name}")["eval"]["top1"]
 
     before = run("low", "low", total_steps=500, **{"optim.warmup_epochs": 5.0})
     assert before > 0.9

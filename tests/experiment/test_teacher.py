@@ -16,12 +16,15 @@ from ml_collections import ConfigDict
 
 import halvit_jax
 from halvit_jax import plan
+from halvit_jax.analysis import aot_plan
+from halvit_jax.analysis.tpu_topology import Topology
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
 from halvit_jax.experiment import build, tasks, teacher
-from halvit_jax.experiment.trained import load_trained, stored_state
-from halvit_jax.main import work
+from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
+from halvit_jax.experiment.workdir import TEACHER_FILE
+from halvit_jax.main import run_experiment
 from halvit_jax.recipes import digits
 from halvit_jax.training.checkpoint.checkpointer import FOLDER, Checkpointer
 from halvit_jax.training.sharding import make_mesh, to_devices, to_host
@@ -62,7 +65,7 @@ def school(finished: Finished, digits_dir: pathlib.Path, tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("school")
     shutil.copytree(finished[0], folder / "teacher")
     config = pupil(digits_dir, folder / "teacher", accumulate=2)
-    return School(folder / "teacher", config, folder / "run", work(config, folder / "run"))
+    return School(folder / "teacher", config, folder / "run", run_experiment(config, folder / "run"))
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def without_teacher(school: School) -> Iterator[School]:
 def test_a_run_learns_and_says_from_whom(school: School, finished: Finished) -> None:
     assert school.result["step"] == 8
     assert school.result["eval"].keys() == {"loss", "top1", "top5"}
-    record = json.loads((school.workdir / teacher.FILE).read_text())
+    record = json.loads((school.workdir / TEACHER_FILE).read_text())
     assert (record["source"], record["model"]) == (str(school.teacher), "halvit_tiny")
     _, variables = halvit_jax.load(finished[0])
     assert record["sha256"] == sha256(flatten(variables))
@@ -90,15 +93,15 @@ def test_the_teacher_is_in_no_checkpoint(school: School) -> None:
     checkpointer = Checkpointer(school.workdir, read_only=True)
     saved = checkpointer.facts(8)["arrays"]
     checkpointer.close()
-    state = stored_state(tasks.build_task(school.config), school.config)
+    state = abstract_checkpoint_state(tasks.build_task(school.config), school.config)
     assert saved.keys() == flatten(state).keys()
 
 
 @pytest.mark.slow
 def test_broken_off_it_ends_the_same(school: School, tmp_path: pathlib.Path) -> None:
     shutil.copytree(school.workdir / FOLDER / "4", tmp_path / FOLDER / "4")
-    shutil.copy(school.workdir / teacher.FILE, tmp_path)
-    resumed = work(school.config, tmp_path)
+    shutil.copy(school.workdir / TEACHER_FILE, tmp_path)
+    resumed = run_experiment(school.config, tmp_path)
     assert {**resumed, "images_per_s": 0} == {**school.result, "images_per_s": 0}
 
 
@@ -110,14 +113,14 @@ def test_without_its_teacher_it_is_loaded_evaluated_and_used(without_teacher: Sc
     assert model.apply(variables, np.zeros((1, 8, 8, 3), np.float32), train=False).shape == (1, 10)
     trained = load_trained(workdir)
     assert trained.task.predict(*trained.variables, {"image": np.zeros((1, 8, 8, 3), np.uint8)}).shape == (1, 10)
-    assert work(config, workdir, mode="eval")["eval"] == result["eval"]
+    assert run_experiment(config, workdir, mode="eval")["eval"] == result["eval"]
 
 
 @pytest.mark.slow
 def test_without_its_teacher_it_is_not_trained(without_teacher: School, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(without_teacher.config, without_teacher.workdir)
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(without_teacher.config, without_teacher.workdir)
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
 
 
@@ -126,18 +129,18 @@ def test_it_goes_on_with_no_other_teacher(
     school: School, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = random_file(tmp_path / "other.safetensors", "halvit_tiny", {}, **SHAPE, num_classes=10, image_size=8)
-    before = (school.workdir / teacher.FILE).read_text()
+    before = (school.workdir / TEACHER_FILE).read_text()
     with pytest.raises(SystemExit) as ended:
-        work(pupil(digits_dir, other, accumulate=2), school.workdir)
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(pupil(digits_dir, other, accumulate=2), school.workdir)
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert f"holds other weights than the teacher that the run in --workdir={school.workdir}" in capsys.readouterr().err
-    assert (school.workdir / teacher.FILE).read_text() == before
+    assert (school.workdir / TEACHER_FILE).read_text() == before
 
 
 @pytest.mark.slow  # half a minute to compile
 def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pathlib.Path, finished: Finished) -> None:
     run = build.build(pupil(digits_dir, finished[0], **{"mesh.fsdp": 2}))
-    frozen = run.task.frozen
+    frozen = run.task.constants
     kernel = frozen["params"]["block0"]["ffn"]["tied"]["kernel"]
     state = run.fresh_state(run.abstract_state())
     assert kernel.sharding == state.params["block0"]["ffn"]["tied"]["kernel"].sharding
@@ -149,7 +152,7 @@ def test_steps_leave_the_teacher_as_it_is_in_parts_on_all_devices(digits_dir: pa
         state, outcome = step(state, frozen, to_devices(next(batches), run.mesh))
         assert outcome.healthy
     assert sha256(to_host(frozen)) == before
-    assert sha256(flatten(to_host(frozen))) == run.taught.record["sha256"]
+    assert sha256(flatten(to_host(frozen))) == run.distillation.record["sha256"]
 
 
 @pytest.mark.parametrize("kind", ["workdir", "native"])
@@ -162,11 +165,11 @@ def test_a_teacher_comes_from_where_weights_come_from(
         source = tmp_path / "teacher.safetensors"
         weights_file.save(source, "halvit_tiny", variables, **SHAPE, num_classes=10, image_size=8)
     config = pupil(digits_dir, source, compute_dtype="bfloat16")
-    taught = teacher.taught_task(config, make_mesh())
-    assert taught.record["sha256"] == sha256(flatten(variables))
-    assert (taught.task.teacher.dtype, taught.task.teacher.num_heads) == ("bfloat16", 2)
-    jax.tree.map(np.testing.assert_array_equal, taught.task.frozen, variables)
-    assert taught.lines()[0].startswith(f"teacher.init_from={source}: halvit_tiny, 14,250 parameters")
+    setup = teacher.build_distillation(config, make_mesh())
+    assert setup.record["sha256"] == sha256(flatten(variables))
+    assert (setup.task.teacher.dtype, setup.task.teacher.num_heads) == ("bfloat16", 2)
+    jax.tree.map(np.testing.assert_array_equal, setup.task.constants, variables)
+    assert setup.lines()[0].startswith(f"teacher.init_from={source}: halvit_tiny, 14,250 parameters")
 
 
 def test_a_teacher_of_pytorchs_names_needs_its_models_name_alone(
@@ -176,15 +179,15 @@ def test_a_teacher_of_pytorchs_names_needs_its_models_name_alone(
     variables = weights_file.load(random_file(tmp_path / "x.safetensors", "regnety_002", {}, **fields)).variables
     np.savez(tmp_path / "teacher.npz", **to_torch("regnety_002", variables, **fields))
     config = pupil(digits_dir, tmp_path / "teacher.npz", **{"teacher.name": "regnety_002"})
-    assert teacher.taught_task(config, make_mesh()).record["sha256"] == sha256(flatten(variables))
+    assert teacher.build_distillation(config, make_mesh()).record["sha256"] == sha256(flatten(variables))
 
 
 def test_a_teacher_of_another_resolution_has_its_positions_resampled(
     finished: Finished, digits_dir: pathlib.Path
 ) -> None:
-    taught = teacher.taught_task(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
-    assert taught.task.teacher.image_size == 12
-    assert "changed: params/position/embedding (17, 32) -> (37, 32)" in taught.lines()[-1]
+    setup = teacher.build_distillation(pupil(digits_dir, finished[0], **{"model.image_size": 12}), make_mesh())
+    assert setup.task.teacher.image_size == 12
+    assert "changed: params/position/embedding (17, 32) -> (37, 32)" in setup.lines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -203,8 +206,8 @@ def test_a_file_may_say_how_its_images_are_normalised(
     tmp_path: pathlib.Path,
 ) -> None:
     source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
-    task = teacher.taught_task(pupil(digits_dir, source, **given), make_mesh()).task
-    assert task.frozen.keys() == {"params", "batch_stats"}
+    task = teacher.build_distillation(pupil(digits_dir, source, **given), make_mesh()).task
+    assert task.constants.keys() == {"params", "batch_stats"}
     black = -np.asarray(expected) / np.asarray(expected)
     np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
     white = (1 - np.asarray(expected)) / np.asarray(expected)
@@ -253,8 +256,8 @@ def test_a_teacher_that_cannot_be_is_answered_with_a_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(pupil(digits_dir, finished[0], **WRONG[message]), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     error = capsys.readouterr().err.strip()
     assert message in error
     assert len(error.splitlines()) == 1
@@ -265,14 +268,14 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
     seven = {"num_classes": 7, "image_size": 8}
     known = random_file(tmp_path / "known.safetensors", "regnety_002", {}, **seven)
     with pytest.raises(ValueError, match=r"the teacher has 7 classes, the student model.num_classes=10"):
-        teacher.taught_task(pupil(digits_dir, known), make_mesh())
+        teacher.build_distillation(pupil(digits_dir, known), make_mesh())
     state = to_torch("regnety_002", weights_file.load(known).variables, **seven)
     readers.write(tmp_path / "torch.safetensors", state, {})
     message = (
         r"must have the student's model.num_classes=10; missing: params/head/\w+ .*; not used: params/head/\w+ .*7"
     )
     with pytest.raises(ValueError, match=message):
-        teacher.taught_task(
+        teacher.build_distillation(
             pupil(digits_dir, tmp_path / "torch.safetensors", **{"teacher.name": "regnety_002"}), make_mesh()
         )
 
@@ -282,7 +285,7 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
     for name in ("torch.safetensors", "torch.npz"):
         with pytest.raises(ValueError, match="does not say which model it is of"):
-            teacher.taught_task(pupil(digits_dir, tmp_path / name), make_mesh())
+            teacher.build_distillation(pupil(digits_dir, tmp_path / name), make_mesh())
 
 
 @pytest.mark.slow  # it compiles for half a minute
@@ -293,7 +296,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     lines = capsys.readouterr().out
     assert re.search(r"^ok    teacher     halvit_tiny, 14,250 parameters, sha256 \w{16}; \d+ arrays as", lines, re.M)
     assert re.search(r"^ok    step        compiled in", lines, re.M)
-    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.BAD_INPUT
+    assert preflight(pupil(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
     lines = capsys.readouterr().out
     assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
     assert re.search(r"^skip  step        needs teacher", lines, re.M)
@@ -303,13 +306,13 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
 def test_a_run_is_planned_with_a_teacher_that_is_not_there(digits_dir: pathlib.Path) -> None:
     fields = {"teacher.name": "resnet18", "mesh.fsdp": 2, "loop.ema_decay": 0.0}
     config = pupil(digits_dir, "/nowhere", **fields)
-    subject = plan.prepare(config, plan.Topology("v5e", (2, 4)), jax.devices())
-    assert subject.frozen["params"]["stage0_block0"]["conv1"]["kernel"].sharding.spec == P(None, None, None, "fsdp")
-    report = plan.plan(subject)
-    plain = plan.prepare(tiny(digits_dir, **{"mesh.fsdp": 2}), plan.Topology("v5e", (2, 4)), jax.devices())
-    assert plain.frozen == {}
+    subject = aot_plan.prepare(config, Topology("v5e", (2, 4)), jax.devices())
+    assert subject.constants["params"]["stage0_block0"]["conv1"]["kernel"].sharding.spec == P(None, None, None, "fsdp")
+    report = aot_plan.plan(subject)
+    plain = aot_plan.prepare(tiny(digits_dir, **{"mesh.fsdp": 2}), Topology("v5e", (2, 4)), jax.devices())
+    assert plain.constants == {}
     assert report["bytes"]["teacher"] > 11_000_000 * 2 // 2  # half of its kernels
-    assert "teacher" in plan.table(report)
+    assert "constants" in plan.table(report)
 
 
 @pytest.mark.slow  # half a minute to compile
@@ -328,6 +331,6 @@ def test_the_soft_recipe_on_digits_takes_its_steps(
     layers = {"distillation.student_layers": (0, 1), "distillation.teacher_layers": (0, 1)}
     source = {"teacher.init_from": str(finished[0]), "data.data_dir": str(digits_dir), "loop.ema_decay": 0.0}
     config.update_from_flattened_dict(shape | steps | layers | source)
-    result = work(config, tmp_path)
+    result = run_experiment(config, tmp_path)
     assert result["step"] == 2
     assert np.isfinite(result["eval"]["loss"])

@@ -78,10 +78,10 @@ def start(settings: "ConfigDict", workdir: pathlib.Path, log: pathlib.Path, prep
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        from halvit_jax.main import work
+        from halvit_jax.main import run_experiment
 
         prepare()
-        work(settings, workdir)
+        run_experiment(settings, workdir)
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)
@@ -130,11 +130,11 @@ def trial(
         code = os.waitstatus_to_exitcode(status)
         text = log.read_bytes()[offset:].decode()
         steps = _steps(text)
-        phase = "training" if steps else "compiling" if "going on" in text else "starting"
+        phase = "training" if steps else "compiling" if "resuming" in text else "starting"
         phase = "saving or evaluating" if steps and steps[-1] % SAVE_EVERY == 0 else phase
         record.phases[phase] = record.phases.get(phase, 0) + 1
     text = log.read_bytes()[offset:].decode()
-    found = re.search(r"going on from the checkpoint of step (\d+)", text)
+    found = re.search(r"resuming from the checkpoint of step (\d+)", text)
     began = int(found[1]) if found else 0
     if found or _steps(text):  # it came as far as to say where it begins
         lost = max(reached - began, 0)

@@ -31,49 +31,49 @@ def main() -> None:
     from halvit_jax.experiment import build
     from halvit_jax.recipes import digits
     from halvit_jax.training.checkpoint.digests import digests
-    from halvit_jax.training.fault_tolerance.preemption import Signals
+    from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import TRAINING, Watchdog
-    from halvit_jax.training.loop import EXAMINE_EVERY, check
+    from halvit_jax.training.loop import CHECK_STATE_EVERY, check
     from halvit_jax.training.sharding import to_devices
     from halvit_jax.training.state import TrainState
-    from halvit_jax.training.step import examine, make_train_step
+    from halvit_jax.training.step import add_state_flags, make_train_step
 
     config = digits("halvit_tiny")
     config.data.data_dir = given.data_dir
     run = build.build(config)
     task, optimizer, decay = run.task, run.optimizer, config.loop.ema_decay
-    guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, limit=run.limit)
+    guarded = make_train_step(task, optimizer, seed=0, ema_decay=decay, guard=run.guard)
 
     def bare(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), state.step)
 
         def loss_of(params: dict) -> tuple:
-            loss = task.loss(params, state.model_state, task.frozen, batch, key)
+            loss = task.loss(params, state.model_state, task.constants, batch, key)
             return loss.value, (loss.model_state, loss.sums)
 
         (_, (model_state, sums)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state)
-        return new.replace(ema=optax.incremental_update(new.raw, state.ema, 1.0 - decay)), sums
+        return new.replace(ema=optax.incremental_update(new.trained, state.ema, 1.0 - decay)), sums
 
     bare = jax.jit(bare, donate_argnums=0)
-    signals = Signals()
+    signals = PreemptionHandler()
     watchdog = Watchdog(pathlib.Path(tempfile.mkdtemp()), timeout=600.0, compile_timeout=600.0)
     watchdog.start()
 
     def with_guards(state: TrainState, rows: list) -> TrainState:
         before = None
         for step, each in enumerate(rows):
-            watchdog.at("waiting for data", step)
-            batch = to_devices(signals.stamp(each), run.mesh)
-            watchdog.at(TRAINING, step)
-            state, outcome = guarded(state, task.frozen, batch)
-            if step % EXAMINE_EVERY == 0:
-                outcome = examine(state, outcome)
+            watchdog.heartbeat("waiting for data", step)
+            batch = to_devices(signals.attach_request(each), run.mesh)
+            watchdog.heartbeat(TRAINING, step)
+            state, outcome = guarded(state, task.constants, batch)
+            if step % CHECK_STATE_EVERY == 0:
+                outcome = add_state_flags(state, outcome)
             if before is not None:
-                check(before, step, run.limit)
-                int(before.wish)
+                check(before, step, run.guard)
+                int(before.request)
             before = outcome
         return jax.block_until_ready(state)
 

@@ -1,4 +1,4 @@
-"""Processes of the doors that start at once: they are forked from one that has imported everything already.
+"""Processes of the commands that start at once: they are forked from one that has imported everything already.
 
 Importing TensorFlow, JAX and Orbax takes longer than what most tests want to see of a process. The one that is forked
 from has touched no device and started no thread of theirs, so a fork of it is as good as a fresh start.
@@ -65,7 +65,7 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def run_door(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+def run_command(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
     """`python -m halvit_jax.main ...` for the module "halvit_jax.main"; its exit code is as expected."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = pathlib.Path(folder, "stdout"), pathlib.Path(folder, "stderr")

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from halvit_jax.config import default_config
 from halvit_jax.data.pipeline import Loaders, make_loaders
 from halvit_jax.data.sources import open_source
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -169,7 +169,7 @@ def _config(data_dir: pathlib.Path, **changes: Any) -> ConfigDict:
 
 @pytest.mark.slow
 def test_the_halvit_tiny_config_trains_on_imagenet(prepared: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
-    result = work(_config(prepared["tfrecord"]), tmp_path)
+    result = run_experiment(_config(prepared["tfrecord"]), tmp_path)
     assert result["step"] == 2
     assert result["params"] == 11_415_400
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
@@ -178,7 +178,7 @@ def test_the_halvit_tiny_config_trains_on_imagenet(prepared: dict[str, pathlib.P
 @pytest.mark.slow
 def test_the_halvit_tiny_recipe_trains_a_small_model(prepared: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
     small = {"model.image_size": 64, "model.width": 32, "model.depth": 1, "model.num_heads": 2}
-    result = work(_config(prepared["array_record"], **small), tmp_path)
+    result = run_experiment(_config(prepared["array_record"], **small), tmp_path)
     assert result["step"] == 2
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
 

@@ -52,13 +52,13 @@ def test_tied_mlp_is_its_formula() -> None:
 def test_the_gradient_of_the_tied_kernel_is_the_sum_of_both_uses() -> None:
     x, weights, params = _normal(5, D), _normal(5, D), _tied_params()
     kernel = params["tied"]["kernel"]
-    twin = {
+    untied_params = {
         "expand": {"kernel": kernel, "bias": params["hidden_bias"]},
         "reduce": {"kernel": kernel.T, "bias": params["bias"]},
     }
     with jax.enable_x64(True):
         tied = jax.grad(lambda p: jnp.sum(weights * TiedMlp(D, F).apply({"params": p}, x, train=True)))(params)
-        untied = jax.grad(lambda p: jnp.sum(weights * Mlp(D, F).apply({"params": p}, x, train=True)))(twin)
+        untied = jax.grad(lambda p: jnp.sum(weights * Mlp(D, F).apply({"params": p}, x, train=True)))(untied_params)
     expected = untied["expand"]["kernel"] + untied["reduce"]["kernel"].T
     np.testing.assert_allclose(tied["tied"]["kernel"], expected, rtol=1e-6)
     np.testing.assert_allclose(tied["hidden_bias"], untied["expand"]["bias"], rtol=1e-6)

@@ -138,7 +138,7 @@ def test_a_run_trains_it_and_export_takes_it_out(digits_dir: pathlib.Path, tmp_p
     config = tiny(digits_dir)
     config.model.update(dict.fromkeys(config.model) | {"name": "plain_net", "width": 8, "depth": 1, "num_classes": 10})
     config.model.image_size = 8
-    main.work(config, tmp_path / "run")
+    main.run_experiment(config, tmp_path / "run")
     trained = load_trained(tmp_path / "run")
     predict = export.export(trained, "stablehlo", tmp_path / "net.zip")
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)

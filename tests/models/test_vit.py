@@ -39,12 +39,12 @@ def _apply(model: VisionTransformer, params: dict[str, Any], images: jax.Array, 
 
 def _untied(params: dict[str, Any]) -> dict[str, Any]:
     """The DeiT that computes the same: W and its transpose as two matrices, attention biases of zero."""
-    twin = dict(params)
+    untied_params = dict(params)
     for i in range(DEPTH):
         block = params[f"block{i}"]
         wq, wkv = (block["attention"][name]["kernel"] for name in ("query_output", "key_value"))
         w, ffn = block["ffn"]["tied"]["kernel"], block["ffn"]
-        twin[f"block{i}"] = block | {
+        untied_params[f"block{i}"] = block | {
             "attention": {
                 "qkv": {"kernel": np.concatenate([wq, wkv, wkv.T], axis=1), "bias": np.zeros(3 * D, wq.dtype)},
                 "output": {"kernel": wq.T, "bias": np.zeros(D, wq.dtype)},
@@ -54,7 +54,7 @@ def _untied(params: dict[str, Any]) -> dict[str, Any]:
                 "reduce": {"kernel": w.T, "bias": ffn["bias"]},
             },
         }
-    return twin
+    return untied_params
 
 
 def _added_up(grads: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +81,8 @@ def _added_up(grads: dict[str, Any]) -> dict[str, Any]:
 def test_a_halvit_is_a_deit_whose_matrices_are_w_and_w_transposed() -> None:
     tied, untied = create_model("halvit_tiny", **SMALL), create_model("deit_small", **SMALL)
     params = _params(tied)
-    ours, twin = _apply(tied, params, _images(8)), _apply(untied, _untied(params), _images(8))
-    assert float(jnp.abs(ours - twin).max() / twin.std()) <= 1e-5
+    ours, expected = _apply(tied, params, _images(8)), _apply(untied, _untied(params), _images(8))
+    assert float(jnp.abs(ours - expected).max() / expected.std()) <= 1e-5
 
 
 def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:

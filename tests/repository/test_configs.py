@@ -156,7 +156,7 @@ def test_distillation_as_published_is_a_variant(entry: str, source: str, kind: s
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
     task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
-    assert task.frozen["params"]
+    assert task.constants["params"]
 
 
 def rate(config: ConfigDict) -> float:

@@ -23,7 +23,8 @@ PACKAGES: dict[str, set[str] | None] = {
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC | {"halvit_jax.layers"},
-    "tasks": NUMERIC | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols"},
+    "tasks": NUMERIC
+    | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols", "halvit_jax.text"},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
     | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},
@@ -53,7 +54,7 @@ def _packages_on_disk() -> dict[str, list[pathlib.Path]]:
     packages: dict[str, list[pathlib.Path]] = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         package = "main" if path.name == "__main__.py" else path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        packages.setdefault(package, []).append(path)  # a folder's `__main__` is a door
+        packages.setdefault(package, []).append(path)  # a folder's `__main__` is a command
     return packages
 
 

@@ -91,7 +91,7 @@ def test_evaluation_scores_plain_cross_entropy_whatever_the_training_loss() -> N
     task, batch = _task(loss="binary_cross_entropy", label_smoothing=0.3, mixup=0.8), _batch()
     batch["mask"] = batch["mask"].at[0].set(False)
     logits, log_p = _by_hand(task, batch)
-    sums = task.score(jnp.asarray(logits), batch)
+    sums = jax.jit(task.score)(_params(task), {}, batch)
     labels, mask = np.asarray(batch["label"]), np.asarray(batch["mask"])
     assert float(sums["loss"]) == pytest.approx(-log_p[np.arange(B), labels][mask].sum(), rel=1e-5)
     assert float(sums["top1"]) == (logits.argmax(1) == labels)[mask].sum()

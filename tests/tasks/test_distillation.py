@@ -14,7 +14,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loss
 from halvit_jax.tasks.distillation import Distillation, Teacher
-from halvit_jax.tasks.losses import cross_entropy, soft_teaching
+from halvit_jax.tasks.losses import cross_entropy, soft_distillation
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 from halvit_jax.trees import flatten
 
@@ -62,7 +62,7 @@ def _params(task: Distillation) -> Any:
 
 def _loss(task: Distillation, key: jax.Array = KEY) -> Loss:
     step = jax.jit(lambda params, frozen, batch: task.loss(params, {}, frozen, batch, key))
-    return step(_params(task), task.frozen, _batch())
+    return step(_params(task), task.constants, _batch())
 
 
 def _answers(task: Distillation, images: Any = None, **keywords: Any) -> tuple[Any, Any]:
@@ -74,7 +74,7 @@ def _answers(task: Distillation, images: Any = None, **keywords: Any) -> tuple[A
     mutable = keywords.get("mutable", False)
     student = jax.jit(lambda p, x: task.model.apply({"params": p}, x, train=False, **keywords))
     teacher = jax.jit(lambda v, x: task.teacher.apply(v, x, train=False, mutable=mutable))
-    return student(_params(task), images), teacher(task.frozen, (pixels - np.float32(MEAN)) / np.float32(STD))
+    return student(_params(task), images), teacher(task.constants, (pixels - np.float32(MEAN)) / np.float32(STD))
 
 
 def _mean(rows: Any) -> float:
@@ -84,13 +84,13 @@ def _mean(rows: Any) -> float:
 @pytest.mark.parametrize("teacher", tiered(["deit_tiny", "regnety_002"], {"deit_tiny"}))
 def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
     task = _task(teacher=_teacher(teacher), alpha=0.3)
-    heads, taught = _answers(task, method="head_logits")
-    truth = cross_entropy(heads["class"], jax.nn.one_hot(_batch()["label"], CLASSES))
-    teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
+    heads, teacher_logits = _answers(task, method="head_logits")
+    label = cross_entropy(heads["class"], jax.nn.one_hot(_batch()["label"], CLASSES))
+    distill = cross_entropy(heads["distill"], jax.nn.one_hot(teacher_logits.argmax(-1), CLASSES))
     loss = _loss(task)
-    assert float(loss.value) == pytest.approx(_mean(0.7 * truth + 0.3 * teaching), rel=1e-4)
-    assert float(loss.sums["loss_truth"]) == pytest.approx(5 * _mean(truth), rel=1e-4)
-    assert float(loss.sums["loss_teaching"]) == pytest.approx(5 * _mean(teaching), rel=1e-4)
+    assert float(loss.value) == pytest.approx(_mean(0.7 * label + 0.3 * distill), rel=1e-4)
+    assert float(loss.sums["loss_label"]) == pytest.approx(5 * _mean(label), rel=1e-4)
+    assert float(loss.sums["loss_distill"]) == pytest.approx(5 * _mean(distill), rel=1e-4)
     assert float(loss.sums["examples"]) == 5
     right = np.asarray((heads["class"] + heads["distill"]).argmax(-1) == _batch()["label"])
     assert float(loss.sums["top1"]) == right[np.asarray(_batch()["mask"])].sum()
@@ -98,9 +98,9 @@ def test_hard_labels_go_to_the_head_of_their_own(teacher: str) -> None:
 
 def test_soft_labels_go_to_the_one_head_there_is() -> None:
     task = _task("halvit_tiny", **SOFT, tau=2.0)
-    logits, taught = _answers(task)
-    truth = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
-    expected = 0.5 * truth + 0.5 * soft_teaching(logits, taught, 2.0)
+    logits, teacher_logits = _answers(task)
+    label = cross_entropy(logits, jax.nn.one_hot(_batch()["label"], CLASSES))
+    expected = 0.5 * label + 0.5 * soft_distillation(logits, teacher_logits, 2.0)
     assert float(_loss(task).value) == pytest.approx(_mean(expected), rel=1e-4)
 
 
@@ -125,11 +125,11 @@ def test_relations_are_averaged_over_pairs_of_layers_and_weighted() -> None:
 def test_both_see_the_same_images_mixed_and_erased_each_normalised_its_own_way() -> None:
     task = _task(mixup=0.8, cutmix=1.0, erase=1.0)
     images, targets = jax.jit(task._training_inputs)(_batch(), jax.random.split(KEY)[1])
-    heads, taught = _answers(task, images, method="head_logits")
-    truth = cross_entropy(heads["class"], targets)
-    teaching = cross_entropy(heads["distill"], jax.nn.one_hot(taught.argmax(-1), CLASSES))
-    assert float(_loss(task).value) == pytest.approx(_mean(0.5 * truth + 0.5 * teaching), rel=1e-4)
-    assert float(_loss(_task()).value) != pytest.approx(_mean(0.5 * truth + 0.5 * teaching), rel=1e-2)
+    heads, teacher_logits = _answers(task, images, method="head_logits")
+    label = cross_entropy(heads["class"], targets)
+    distill = cross_entropy(heads["distill"], jax.nn.one_hot(teacher_logits.argmax(-1), CLASSES))
+    assert float(_loss(task).value) == pytest.approx(_mean(0.5 * label + 0.5 * distill), rel=1e-4)
+    assert float(_loss(_task()).value) != pytest.approx(_mean(0.5 * label + 0.5 * distill), rel=1e-2)
 
 
 def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None:
@@ -137,18 +137,18 @@ def test_the_teacher_neither_drops_nor_learns_nor_moves_its_statistics() -> None
     values = [float(_loss(_task(teacher=teacher)).value) for teacher in (calm, wild)]
     assert values[0] == values[1]
     task = _task(teacher=wild)
-    before = jax.tree.map(np.copy, task.frozen)
-    run = jax.value_and_grad(lambda params: task.loss(params, {}, task.frozen, _batch(), KEY).value)
+    before = jax.tree.map(np.copy, task.constants)
+    run = jax.value_and_grad(lambda params: task.loss(params, {}, task.constants, _batch(), KEY).value)
     _, grads = jax.jit(run)(_params(task))
     assert flatten(grads).keys() == flatten(_params(task)).keys()
-    jax.tree.map(np.testing.assert_array_equal, task.frozen, before)
+    jax.tree.map(np.testing.assert_array_equal, task.constants, before)
 
 
 def test_a_student_with_statistics_has_them_back_and_nothing_more() -> None:
     model = create_model("regnety_002", **REGNET)
     task = _task(model=model, **SOFT)
     params, state = jax.eval_shape(lambda: task.init(KEY))
-    loss = jax.eval_shape(lambda p, s: task.loss(p, s, task.frozen, _batch(), KEY), params, state)
+    loss = jax.eval_shape(lambda p, s: task.loss(p, s, task.constants, _batch(), KEY), params, state)
     assert loss.model_state == state
     assert state
 
@@ -159,7 +159,7 @@ def test_recomputed_blocks_keep_the_same_for_the_relations() -> None:
     for remat in (False, True):
         model = create_model("halvit_tiny", **VIT, remat=remat)
         task = _task(model=model, **SOFT, **PAIRS | {"teacher_layers": (1, 0)})
-        run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.frozen, _batch(), KEY).value))
+        run = jax.jit(jax.value_and_grad(lambda p, task=task: task.loss(p, {}, task.constants, _batch(), KEY).value))
         values.append(run(_params(task)))
     assert float(values[0][0]) == pytest.approx(float(values[1][0]), rel=1e-5)
     for path, gradient in flatten(values[0][1]).items():
@@ -184,7 +184,7 @@ def test_only_training_differs_from_classification() -> None:
             "deit_tiny",
             {},
             SOFT | {"alpha": 0.0},
-            "nothing is learned of the teacher; set distillation.alpha",
+            "the teacher has no effect; set distillation.alpha",
         ),
         ("deit_tiny_distilled", {}, {"alpha": 1.0}, "distillation.alpha=1.0 leaves the class head untrained"),
         (
@@ -193,7 +193,7 @@ def test_only_training_differs_from_classification() -> None:
             {"alpha": 0.0, "qkv_weight": 1.0},
             "distillation.alpha=0.0 leaves the distillation head untrained",
         ),
-        ("deit_tiny", {}, {}, "distillation.kind='hard' needs a student with a head for the teacher's label"),
+        ("deit_tiny", {}, {}, "distillation.kind='hard' needs a student with a second head for the teacher's label"),
         (
             "deit_tiny_distilled",
             {"num_classes": 9},
@@ -223,7 +223,7 @@ def test_only_training_differs_from_classification() -> None:
             "deit_tiny",
             {"name": "regnety_002"},
             SOFT | PAIRS,
-            "the teacher keeps no query_key_value of its layers; set distillation.qkv_weight",
+            "the teacher sows no query_key_value of its layers; set distillation.qkv_weight",
         ),
         (
             "deit_tiny",
@@ -233,7 +233,7 @@ def test_only_training_differs_from_classification() -> None:
         ),
     ],
 )
-def test_what_cannot_be_taught_is_refused_by_name(
+def test_a_distillation_that_cannot_work_is_refused_by_field(
     name: str, teacher: dict[str, Any], fields: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.tasks.metrics import classification_sums, in_top
+from halvit_jax.tasks.metrics import MeanCollector, classification_sums, in_top
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -40,3 +40,23 @@ def test_sums_count_the_real_rows_only() -> None:
     assert {value.dtype for value in sums.values()} == {jnp.dtype(jnp.float32)}
     dropped = classification_sums(loss, logits, labels, mask.at[0].set(False))
     assert {name: float(value) for name, value in dropped.items()} == {"loss": 6, "top1": 0, "top5": 1, "examples": 2}
+
+
+def test_a_mean_collector_divides_sums_by_examples_and_leaves_their_number_out() -> None:
+    collector = MeanCollector()
+    for sums in ({"loss": 4.0, "top1": 1.0, "examples": 1.0}, {"loss": 2.0, "top1": 2.0, "examples": 3.0}):
+        collector.add(sums, {})
+    assert collector.result() == {"loss": 1.5, "top1": 0.75}
+
+
+def test_a_mean_collector_is_exact_beyond_what_float32_can_count() -> None:
+    collector = MeanCollector()
+    for value in (2.0**24, 1.0):
+        collector.add({"a": jnp.asarray(value), "examples": jnp.asarray(0.5)}, {})
+    assert collector.result() == {"a": 2.0**24 + 1.0}
+
+
+def test_the_mean_over_no_examples_is_undefined() -> None:
+    collector = MeanCollector()
+    collector.add({"loss": 0.0, "examples": 0.0}, {})
+    assert collector.result() == {"loss": None}

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from halvit_jax.layers.attention import attention_weights
 from halvit_jax.models import create_model
-from halvit_jax.tasks.losses import TEACHINGS, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.losses import DISTILL_LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.minivit_losses import hidden_relation, layers_of, qkv_relation
 
 LAYERS, LABELS = range(2), [3, 1, 4, 1]
@@ -76,21 +76,21 @@ def test_teachings_are_the_references(
 ) -> None:
     student, teacher = (_normal(reference_weights, f"{who}.logits", 4, 10) for who in WIDTHS)
     truth = cross_entropy(student, smooth_one_hot(jnp.asarray(LABELS), 10, 0.0))
-    loss = (1 - alpha) * truth + alpha * TEACHINGS[kind](student, teacher, tau)
+    loss = (1 - alpha) * truth + alpha * DISTILL_LOSSES[kind](student, teacher, tau)
     assert float(loss.mean()) == pytest.approx(reference[f"distillation_{kind}_alpha{alpha}_tau{tau}"], rel=1e-5)
 
 
 def test_soft_cross_entropy_is_the_references(reference: dict[str, float], reference_weights: types.ModuleType) -> None:
     student, teacher = (_normal(reference_weights, f"{who}.logits", 4, 10) for who in WIDTHS)
-    loss = TEACHINGS["soft_cross_entropy"](student, teacher, 1.0)
+    loss = DISTILL_LOSSES["soft_cross_entropy"](student, teacher, 1.0)
     assert float(loss.mean()) == pytest.approx(reference["soft_cross_entropy"], rel=1e-5)
-    np.testing.assert_allclose(TEACHINGS["soft_cross_entropy"](2 * student, 2 * teacher, 2.0), loss, rtol=1e-5)
+    np.testing.assert_allclose(DISTILL_LOSSES["soft_cross_entropy"](2 * student, 2 * teacher, 2.0), loss, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", TEACHINGS)
+@pytest.mark.parametrize("kind", DISTILL_LOSSES)
 def test_who_agrees_with_the_teacher_has_nothing_to_learn(kind: str) -> None:
     teacher = _random(3, 7) * (1e4 if kind == "hard" else 1.0)
-    gradient = jax.grad(lambda x: TEACHINGS[kind](x, teacher, 2.0).sum())(teacher)
+    gradient = jax.grad(lambda x: DISTILL_LOSSES[kind](x, teacher, 2.0).sum())(teacher)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The real loop on a tiny model: what is not finite, sudden gradients, signals, saves that fail."""
+"""The real loop on a tiny model: what is not finite, sudden gradients, preemption, saves that fail."""
 
 import functools
 import itertools
@@ -17,13 +17,14 @@ from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.protocols import Loss
+from halvit_jax.tasks.metrics import MeanCollector
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint import checkpointer, manifest
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer, SaveError
-from halvit_jax.training.checkpoint.manifest import DamagedError
-from halvit_jax.training.fault_tolerance.grad_spikes import NO_LIMIT, Limit, SpikesError
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.fault_tolerance.grad_spikes import OFF, GradSpikeGuard, SpikesError
 from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError
-from halvit_jax.training.fault_tolerance.preemption import Signals
+from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
 from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import Report
@@ -49,13 +50,17 @@ class Regression:
     """Linear regression with a running mean; its batches may ask for trouble."""
 
     partition_rules = (("", ()),)
-    frozen: ClassVar[Any] = {}
-    headline = "score"
+    constants: ClassVar[Any] = {}
+    primary_metric = "score"
+
+    def batch_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shapes = {"x": ((3,), "float32"), "y": ((), "float32"), "trouble": ((), "int32"), "mask": ((), "bool")}
+        return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         return {"a": jnp.ones(3), "w": jax.random.normal(key, (3,))}, {"mean": jnp.zeros(3)}
 
-    def loss(self, params: Any, model_state: Any, frozen: Any, batch: Any, key: jax.Array) -> Loss:
+    def loss(self, params: Any, model_state: Any, constants: Any, batch: Any, key: jax.Array) -> Loss:
         x = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
         trouble = batch["trouble"][0]
         error = x @ params["w"] + params["a"].sum() - batch["y"]
@@ -66,11 +71,12 @@ class Regression:
         sums = {"loss": value * BATCH, "examples": jnp.sum(batch["mask"])}
         return Loss(value, {"mean": mean}, sums)
 
-    def predict(self, params: Any, model_state: Any, batch: Any) -> jax.Array:
-        return batch["x"] @ params["w"]
-
-    def score(self, outputs: jax.Array, batch: Any) -> dict[str, jax.Array]:
+    def score(self, params: Any, model_state: Any, batch: Any) -> dict[str, jax.Array]:
+        outputs = batch["x"] @ params["w"]
         return {"score": -jnp.sum((outputs - batch["y"]) ** 2), "examples": jnp.sum(batch["mask"])}
+
+    def collector(self) -> MeanCollector:
+        return MeanCollector()
 
     def summary_images(self, batch: Any) -> dict[str, jax.Array]:
         return {"x": jnp.zeros((1, 4, 4, 3))}
@@ -112,39 +118,39 @@ def run(
     train: Batches,
     evaluation: Batches | None = None,
     steps: int = 12,
-    limit: Limit = NO_LIMIT,
+    guard: GradSpikeGuard = OFF,
     change: Any = lambda state: state,
     attempts: int = 1,
-    said: list[str] | None = None,
-    restart_if_damaged: bool = False,
+    logged: list[str] | None = None,
+    restart_if_corrupt: bool = False,
     every: int = 4,
 ) -> dict[str, Any]:
-    """The loop over `steps` steps, an evaluation and a checkpoint `every` 4; what is said is appended to `said`."""
+    """The loop over `steps` steps, an evaluation and a checkpoint `every` 4; what is logged is appended to `logged`."""
     task, mesh = Regression(), make_mesh(devices=jax.devices()[:1])
     fields = default_config().optim.to_dict() | {"scaling": "none", "warmup_epochs": 0.0, "schedule": "constant"}
     optimizer = make_optimizer(**fields | {"learning_rate": 1e-2}, batch_size=8, steps_per_epoch=1, total_steps=100)
     report = Report(workdir, total_steps=steps, batch_size=BATCH)
-    said = [] if said is None else said
-    report.say = said.append
-    checkpointer = Checkpointer(workdir, attempts=attempts, say=said.append)
-    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True, limit=limit)
-    fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True, limit=limit)
-    signals = Signals()
+    logged = [] if logged is None else logged
+    report.log = logged.append
+    checkpointer = Checkpointer(workdir, attempts=attempts, log=logged.append)
+    abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True, guard=guard)
+    fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True, guard=guard)
+    preemption = PreemptionHandler()
     try:
-        beginning = loop.begin(
-            checkpointer, report, abstract, fresh, eval_every=every, restart_if_damaged=restart_if_damaged
+        start = loop.restore_or_init(
+            checkpointer, report, abstract, fresh, eval_every=every, restart_if_corrupt=restart_if_corrupt
         )
-        with signals.listen():
+        with preemption.install():
             return loop.train(
                 task,
                 optimizer,
-                beginning._replace(state=change(beginning.state)),
+                start._replace(state=change(start.state)),
                 train,
-                evaluation or Evaluation(),
+                {"eval": evaluation or Evaluation()},
                 mesh=mesh,
                 checkpointer=checkpointer,
                 report=report,
-                signals=signals,
+                preemption=preemption,
                 watchdog=Watchdog(workdir, timeout=600.0, compile_timeout=600.0),
                 debug_folder=workdir / "debug",
                 seed=0,
@@ -153,7 +159,7 @@ def run(
                 eval_every=every,
                 checkpoint_every=every,
                 ema_decay=0.9,
-                limit=limit,
+                guard=guard,
             )
     finally:
         checkpointer.close()
@@ -184,7 +190,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ],
 )
 @pytest.mark.parametrize("step", tiered([0, 6, 7, 11], {7}))
-def test_what_is_not_finite_ends_the_run_at_most_two_steps_later(
+def test_a_nan_ends_the_run_at_most_two_steps_later(
     what: str, named: str, step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
     fetched: list[int] = []
@@ -195,8 +201,8 @@ def test_what_is_not_finite_ends_the_run_at_most_two_steps_later(
     assert _steps(tmp_path) == [s for s in (4, 8) if s <= step]
     bundle = tmp_path / "debug" / f"step_{step}"
     assert str(bundle) in str(error.value)
-    facts = json.loads((bundle / "report.json").read_text())
-    assert facts["step"] == step
+    metadata = json.loads((bundle / "report.json").read_text())
+    assert metadata["step"] == step
     with np.load(bundle / f"batch_{step}_0.npz") as batch:
         assert batch["trouble"][0] == TROUBLE.get(what, 0)
         assert batch["x"].shape == (BATCH, 3)
@@ -230,31 +236,31 @@ def test_a_state_that_is_not_finite_is_found_in_the_first_step(holder: str, tmp_
     assert _steps(tmp_path) == []
 
 
-def test_a_sudden_gradient_is_left_out_and_the_run_resumes_through_it_bit_for_bit(tmp_path: pathlib.Path) -> None:
-    limit, trouble = Limit(10.0, most=3, window=100), {5: "spike", 7: "gradient"}
-    said: list[str] = []
-    whole = _plain(run(tmp_path / "whole", train=Batches(trouble), limit=limit, said=said))
-    clean = run(tmp_path / "clean", train=Batches(), limit=limit)
+def test_a_gradient_spike_is_skipped_and_the_run_resumes_through_it_bit_for_bit(tmp_path: pathlib.Path) -> None:
+    guard, trouble = GradSpikeGuard(10.0, max_skipped=3, window=100), {5: "spike", 7: "gradient"}
+    logged: list[str] = []
+    whole = _plain(run(tmp_path / "whole", train=Batches(trouble), guard=guard, logged=logged))
+    clean = run(tmp_path / "clean", train=Batches(), guard=guard)
     assert whole["params_sha256"] != clean["params_sha256"]
     for stop in (4, 8):
         workdir = tmp_path / str(stop)
-        run(workdir, train=Batches(trouble), limit=limit, steps=stop)
-        assert _plain(run(workdir, train=Batches(trouble), limit=limit)) == whole
+        run(workdir, train=Batches(trouble), guard=guard, steps=stop)
+        assert _plain(run(workdir, train=Batches(trouble), guard=guard)) == whole
     # Left out means: as if the step had not been, but for its number.
-    states = [run(tmp_path / f"s{n}", train=Batches(trouble), limit=limit, steps=n)["params_sha256"] for n in (5, 6, 8)]
+    states = [run(tmp_path / f"s{n}", train=Batches(trouble), guard=guard, steps=n)["params_sha256"] for n in (5, 6, 8)]
     assert states[0] == states[1]
     assert states[2] != states[1]
 
 
-def test_more_than_the_allowed_sudden_gradients_end_the_run(tmp_path: pathlib.Path) -> None:
+def test_more_than_the_allowed_gradient_spikes_end_the_run(tmp_path: pathlib.Path) -> None:
     trouble = dict.fromkeys((5, 6, 7), "gradient")
     with pytest.raises(SpikesError, match=r"skip_updates.max_skipped=2 .* skip_updates.window=9 at step 7"):
-        run(tmp_path, train=Batches(trouble), limit=Limit(10.0, most=2, window=9))
+        run(tmp_path, train=Batches(trouble), guard=GradSpikeGuard(10.0, max_skipped=2, window=9))
     assert _steps(tmp_path) == [4]
 
 
 @pytest.mark.parametrize("step", tiered([0, 1, 5, 7, 10], {7}))
-def test_a_signal_saves_where_the_run_is_and_it_ends_the_same(
+def test_a_sigterm_saves_at_the_current_step_and_the_resumed_run_ends_the_same(
     step: int, tmp_path: pathlib.Path, whole: dict[str, Any]
 ) -> None:
     terminate = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -289,7 +295,7 @@ def test_an_evaluation_that_was_broken_off_is_made_up_for(tmp_path: pathlib.Path
 def test_a_save_that_fails_is_made_at_the_next_step(
     tmp_path: pathlib.Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls, said = manifest.write, [], []
+    original, calls, logged = manifest.write, [], []
 
     def write(folder: pathlib.Path, step: int) -> None:
         calls.append(step)
@@ -299,10 +305,10 @@ def test_a_save_that_fails_is_made_at_the_next_step(
 
     monkeypatch.setattr(checkpointer.manifest, "write", write)
     slow = {step: functools.partial(_until, lambda: bool(calls)) for step in (4, 5)}
-    assert _plain(run(tmp_path, train=Batches(then=slow), attempts=2, said=said)) == whole
+    assert _plain(run(tmp_path, train=Batches(then=slow), attempts=2, logged=logged)) == whole
     assert calls[0] == 4
     assert calls[1] in (5, 6, 7)
-    assert any("step 4 could not be written" in line and "attempt 1 of 2" in line for line in said)
+    assert any("step 4 could not be written" in line and "attempt 1 of 2" in line for line in logged)
 
 
 def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,25 +320,29 @@ def test_saves_that_keep_failing_end_the_run(tmp_path: pathlib.Path, monkeypatch
         run(tmp_path, train=Batches(), attempts=2)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_moved_away(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
+def test_a_corrupt_checkpoint_is_skipped_and_quarantined(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
     run(tmp_path, train=Batches(), steps=8)
     files = [path for path in (tmp_path / "checkpoints" / "8").rglob("*") if path.is_file()]
     file = max(files, key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1])
-    said: list[str] = []
-    assert _plain(run(tmp_path, train=Batches(), said=said)) == whole
-    assert f"WARNING: the checkpoint of step 8 is damaged: {file}" in said[0]
-    assert said[1] == "going on from the checkpoint of step 4"
-    assert [path.name for path in (tmp_path / "damaged").iterdir()] == ["8"]
+    logged: list[str] = []
+    assert _plain(run(tmp_path, train=Batches(), logged=logged)) == whole
+    assert f"WARNING: the checkpoint of step 8 is corrupt: {file}" in logged[0]
+    assert logged[1] == "resuming from the checkpoint of step 4"
+    assert [path.name for path in (tmp_path / "corrupt").iterdir()] == ["8"]
 
 
-def test_where_all_are_damaged_it_begins_anew_only_when_told_to(tmp_path: pathlib.Path, whole: dict[str, Any]) -> None:
+def test_if_all_checkpoints_are_corrupt_it_starts_over_only_when_told_to(
+    tmp_path: pathlib.Path, whole: dict[str, Any]
+) -> None:
     run(tmp_path, train=Batches(), steps=8)
     for step in (4, 8):
         (tmp_path / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(DamagedError, match=r"no checkpoint is good: .*step 8.*step 4.*with --restart_if_damaged"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"no checkpoint is good: .*step 8.*step 4.*with --restart_if_corrupt"
+    ):
         run(tmp_path, train=Batches())
-    assert _plain(run(tmp_path, train=Batches(), restart_if_damaged=True)) == whole
+    assert _plain(run(tmp_path, train=Batches(), restart_if_corrupt=True)) == whole
 
 
 def _until(condition: Any) -> None:

@@ -133,15 +133,15 @@ def test_lamb_scales_an_update_to_its_weights_and_leaves_undecayed_parameters_un
     np.testing.assert_allclose(result["bias"], plain, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("limit", "factor"), [(0.0, 1.0), (100.0, 1.0), (0.5, None)])
-def test_clipping_limits_the_norm_of_the_whole_gradient(limit: float, factor: float | None) -> None:
-    fields = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0, "clip_norm": limit}
+@pytest.mark.parametrize(("guard", "factor"), [(0.0, 1.0), (100.0, 1.0), (0.5, None)])
+def test_clipping_limits_the_norm_of_the_whole_gradient(guard: float, factor: float | None) -> None:
+    fields = {"name": "sgd", "learning_rate": 1.0, "weight_decay": 0.0, "momentum": 0.0, "clip_norm": guard}
     with jax.enable_x64(True):
         optimizer = _optimizer(**PLAIN, **fields)
         updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
     norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(GRADS[0])))
     for name, grad in GRADS[0]["block"].items():
-        np.testing.assert_allclose(updates["block"][name], -grad * (factor or limit / norm), rtol=1e-6)
+        np.testing.assert_allclose(updates["block"][name], -grad * (factor or guard / norm), rtol=1e-6)
 
 
 def test_adaptive_clipping_limits_each_unit_against_its_own_weights_and_spares_the_head() -> None:

@@ -16,7 +16,7 @@ from halvit_jax.config import default_config
 from halvit_jax.models import create_model
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-from halvit_jax.training.fault_tolerance.preemption import Signals
+from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
 from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.report import GRID, Report, grid
@@ -61,18 +61,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventAccumulator, dic
     mesh = make_mesh()
     abstract = abstract_state(task, optimizer, mesh=mesh, use_ema=True)
     fresh = functools.partial(init_state, task, optimizer, seed=0, use_ema=True)
-    beginning = loop.begin(checkpointer, report, abstract, fresh, eval_every=3)
+    start = loop.restore_or_init(checkpointer, report, abstract, fresh, eval_every=3)
     watchdog = Watchdog(workdir / "debug", timeout=600.0, compile_timeout=600.0)
     result = loop.train(
         task,
         optimizer,
-        beginning,
+        start,
         Noise(endless=True),
-        Noise(endless=False),
+        {"eval": Noise(endless=False)},
         mesh=mesh,
         seed=0,
         ema_decay=0.9,
-        signals=Signals(),
+        preemption=PreemptionHandler(),
         watchdog=watchdog,
         debug_folder=workdir / "debug",
         checkpointer=checkpointer,
@@ -146,7 +146,7 @@ def test_a_grid_shows_at_most_64_images() -> None:
 
 def _report(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, *, tty: bool) -> Report:
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    return Report(tmp_path, total_steps=100, batch_size=10)
+    return Report(tmp_path, total_steps=100, batch_size=10, progress=("loss", "top1"), units={"top1": "%"})
 
 
 SCALARS = {"loss": 1.5, "top1": 0.25, "learning_rate": 0.1}
@@ -162,9 +162,9 @@ def test_on_a_terminal_the_progress_line_is_written_over(
     assert out.count("\r\033[K") == 2
     assert "\n" not in out
     assert "[#####---------------] step 25/100   25%  loss 1.5000  top1 25.00%" in out
-    report.say("a line that stays")
+    report.log("a line that stays")
     assert capsys.readouterr().out == "\r\033[Ka line that stays\n"
-    report.say("another")
+    report.log("another")
     assert capsys.readouterr().out == "another\n"
     report.close()
 

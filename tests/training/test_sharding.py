@@ -160,10 +160,10 @@ def test_a_fresh_state_is_born_in_its_shardings() -> None:
 
 def test_averages_begin_as_copies_with_buffers_of_their_own() -> None:
     _, state = _fresh(use_ema=True)
-    raw, averages = flatten(state.raw), flatten(state.ema)
-    assert raw.keys() == averages.keys()
-    values = {path: np.array(leaf) for path, leaf in raw.items()}
-    for leaf in raw.values():
+    trained, averages = flatten(state.trained), flatten(state.ema)
+    assert trained.keys() == averages.keys()
+    values = {path: np.array(leaf) for path, leaf in trained.items()}
+    for leaf in trained.values():
         leaf.delete()
     for path, average in averages.items():
         np.testing.assert_array_equal(average, values[path])

@@ -32,23 +32,21 @@ def _begin(task: Any, mesh: Mesh, *, use_ema: bool = False, **changes: Any) -> t
 
 
 class Draws:
-    """A task small enough to follow by hand: loss = frozen * w^2 / 2; its state counts, its key is reported."""
+    """A task small enough to follow by hand: loss = constants * w^2 / 2; its state counts, its key is reported."""
 
-    frozen = jnp.asarray(3.0)
+    constants = jnp.asarray(3.0)
     partition_rules = (("", ()),)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         del key
         return {"w": jnp.array([2.0])}, {"seen": jnp.zeros(1)}
 
-    def loss(self, params: Any, model_state: Any, frozen: Any, batch: Batch, key: jax.Array) -> Loss:
+    def loss(self, params: Any, model_state: Any, constants: Any, batch: Batch, key: jax.Array) -> Loss:
         sums = {"draw": jax.random.uniform(key), "examples": batch["mask"].sum()}
-        return Loss(jnp.sum(frozen * params["w"] ** 2 / 2), {"seen": model_state["seen"] + 1}, sums)
+        return Loss(jnp.sum(constants * params["w"] ** 2 / 2), {"seen": model_state["seen"] + 1}, sums)
 
-    def predict(self, params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        return params["w"] * batch["image"] + model_state["seen"]
-
-    def score(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    def score(self, params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
+        outputs = params["w"] * batch["image"] + model_state["seen"]
         return {"score": jnp.sum(outputs * batch["mask"])}
 
 
@@ -63,7 +61,7 @@ def _run(steps: int, *, seed: int = 0, ema_decay: float = 0.0) -> tuple[list[Tra
     step = make_train_step(task, optimizer, seed=seed, ema_decay=ema_decay)
     states, draws = [jax.device_get(state)], []
     for _ in range(steps):
-        state, outcome = step(state, task.frozen, MASK)
+        state, outcome = step(state, task.constants, MASK)
         states.append(jax.device_get(state))
         draws.append(float(outcome.sums["draw"]))
     return states, draws
@@ -99,14 +97,14 @@ def test_a_resumed_step_draws_what_the_step_drew_before() -> None:
     task = Draws()
     state, optimizer = _begin(task, make_mesh(), **SGD)
     state = state.replace(step=jax.device_put(states[2].step, state.step.sharding))
-    _, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.frozen, MASK)
+    _, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.constants, MASK)
     assert float(outcome.sums["draw"]) == draws[2]
 
 
 def test_the_old_state_is_donated() -> None:
     task = Draws()
     state, optimizer = _begin(task, make_mesh(), use_ema=True, **SGD)
-    make_train_step(task, optimizer, seed=0, ema_decay=0.5)(state, task.frozen, MASK)
+    make_train_step(task, optimizer, seed=0, ema_decay=0.5)(state, task.constants, MASK)
     assert state.params["w"].is_deleted()
     assert state.ema["params"]["w"].is_deleted()
 
@@ -115,9 +113,9 @@ def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_ta
     task = Draws()
     step = make_eval_step(task)
     batch = {"image": jnp.arange(4.0), "mask": jnp.array([True, True, True, False])}
-    sums, wish = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
-    assert int(wish) == 0
-    assert float(sums["score"]) == 2.0 * (0 + 1 + 2) + 3 * 10.0
+    report = step({"w": jnp.array([2.0])}, {"seen": jnp.array([10.0])}, batch)
+    assert (int(report.request), int(report.examples)) == (0, 3)
+    assert float(report.scored["score"]) == 2.0 * (0 + 1 + 2) + 3 * 10.0
     assert make_eval_step(task) is step
     assert make_eval_step(Draws()) is not step
 
@@ -125,7 +123,7 @@ def test_the_evaluation_step_scores_the_predictions_and_is_one_function_for_a_ta
 def test_an_accumulated_step_passes_the_model_state_through_the_parts_and_draws_in_each() -> None:
     task = Draws()
     state, optimizer = _begin(task, make_mesh(), **SGD)
-    new, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0, accumulate=2)(state, task.frozen, MASK)
+    new, outcome = make_train_step(task, optimizer, seed=0, ema_decay=0.0, accumulate=2)(state, task.constants, MASK)
     sums = outcome.sums
     np.testing.assert_allclose(new.params["w"], [2.0 * 0.7], rtol=1e-6)  # the mean of two equal gradients
     assert float(new.model_state["seen"][0]) == 2

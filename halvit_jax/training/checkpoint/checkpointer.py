@@ -1,8 +1,8 @@
-"""Checkpoints of a train state: Orbax stores them; here they are sealed, verified, compared, kept and deleted.
+"""Checkpoints of a train state: Orbax stores them; this file seals, verifies, compares, keeps and deletes them.
 
 A checkpoint is the folder of its step. Orbax commits it, with a digest of every array in its metadata; then a manifest
-with a digest of every file seals it. What is restored has passed both, and where the newest step does not, the one
-before it is taken and the damage is named. A folder that was committed but not sealed, because the run ended in
+with a digest of every file seals it. A restored checkpoint has passed both. If the newest step does not pass, the error
+is logged and the step before it is restored. A folder that was committed but not sealed, because the run ended in
 between, passes by its arrays alone.
 """
 
@@ -20,14 +20,13 @@ from halvit_jax.protocols import PyTree
 from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
-from halvit_jax.training.checkpoint.manifest import DamagedError
-from halvit_jax.training.checkpoint.metadata import another_model, compare, described
-from halvit_jax.training.sharding import bytes_of, from_first_process
+from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER, CorruptCheckpointError
+from halvit_jax.training.checkpoint.metadata import array_metadata, diff, mismatch_message
+from halvit_jax.training.sharding import broadcast_from_process_0, bytes_of
 from halvit_jax.trees import flatten, map_paths, unflatten
 
-FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged"
-MOST_LISTED = 40  # differences named before the rest is only counted
-MOST_STEPS = 256  # checkpoints looked at
+MAX_LISTED = 40  # differences named before the rest is only counted
+MAX_STEPS = 256  # checkpoints considered
 
 
 class SaveError(OSError):
@@ -35,19 +34,19 @@ class SaveError(OSError):
 
 
 class Restored(NamedTuple):
-    """A verified state, its step, the facts that were saved with it, and one line for each step passed over."""
+    """A verified state, its step, the metadata saved with it, and one line for each corrupt step that was skipped."""
 
     state: PyTree
     step: int
-    facts: dict[str, Any]
-    damaged: dict[int, str]
+    metadata: dict[str, Any]
+    corrupt: dict[int, str]
 
 
 class Checkpointer:
-    """The checkpoints of one workdir. Saving is asynchronous; at most one save is under way.
+    """The checkpoints of one workdir. Saving is asynchronous; at most one save is in flight.
 
     `keep` is how many of the newest checkpoints to keep; the one with the best score is kept beside them. `attempts` is
-    how many saves in a row may fail. `say` gets a line for each failure, and for each step that is passed over.
+    how many saves in a row may fail. `log` gets a line for each failure, and for each corrupt step that is skipped.
     """
 
     def __init__(
@@ -57,12 +56,12 @@ class Checkpointer:
         keep: int = 2,
         attempts: int = 1,
         timeout: int = 600,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
         read_only: bool = False,
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
-        self._aside = (workdir / DAMAGED_FOLDER).absolute()
-        self._keep, self._attempts, self._timeout, self._say = keep, attempts, timeout, say
+        self._quarantine = (workdir / CORRUPT_FOLDER).absolute()
+        self._keep, self._attempts, self._timeout, self._log = keep, attempts, timeout, log
         self._read_only = read_only
         self._manager = self._new_manager()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
@@ -74,72 +73,72 @@ class Checkpointer:
     def steps(self) -> list[int]:
         """The steps that have a folder, in order; process 0 lists them for all."""
         found = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
-        newest = sorted(found)[-MOST_STEPS:]
-        agreed = from_first_process(np.array([-1] * (MOST_STEPS - len(newest)) + newest, np.int32))
+        newest = sorted(found)[-MAX_STEPS:]
+        agreed = broadcast_from_process_0(np.array([-1] * (MAX_STEPS - len(newest)) + newest, np.int32))
         return [int(step) for step in agreed if step >= 0]
 
     def restore(self, abstract: PyTree, *, step: int | None = None) -> Restored | None:
-        """The newest checkpoint that verifies (or that of `step` and no other); None where there is none at all.
+        """The newest checkpoint that verifies (or that of `step` alone), None if there is none at all.
 
-        It comes in the structure, types and shardings of `abstract`.
+        It has the structure, types and shardings of `abstract`.
 
         Raises:
-            DamagedError: there are checkpoints, and none verifies; or that of `step` does not.
+            CorruptCheckpointError: there are checkpoints, and none verifies; or that of `step` does not.
             ValueError: the checkpoint holds other parameters, every difference listed by path; or `step` is not there.
         """
         steps = self.steps()
         if step is not None and step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self._folder}, which has {_listed(steps)}")
-        damaged: dict[int, str] = {}
+        corrupt: dict[int, str] = {}
         for candidate in [step] if step is not None else reversed(steps):
             try:
-                state, facts = self._restore(candidate, abstract)
-            except DamagedError as error:
-                damaged[candidate] = f"the checkpoint of step {candidate} is damaged: {error}"
+                state, metadata = self._restore(candidate, abstract)
+            except CorruptCheckpointError as error:
+                corrupt[candidate] = f"the checkpoint of step {candidate} is corrupt: {error}"
             else:
                 self._saved = candidate
-                for line in damaged.values():
-                    self._say(f"WARNING: {line}; passed over")
-                return Restored(state, candidate, facts, damaged)
-        if damaged:
-            raise DamagedError("; ".join(damaged.values()))
+                for line in corrupt.values():
+                    self._log(f"WARNING: {line}; skipped")
+                return Restored(state, candidate, metadata, corrupt)
+        if corrupt:
+            raise CorruptCheckpointError("; ".join(corrupt.values()))
         return None
 
-    def set_aside(self, steps: list[int]) -> None:
-        """Move the folders of damaged steps out of the way, for the run will come to these steps again."""
+    def quarantine(self, steps: list[int]) -> None:
+        """Move the folders of corrupt steps away, because the run will save these steps again."""
         if steps and jax.process_index() == 0:
-            self._aside.mkdir(exist_ok=True)
+            self._quarantine.mkdir(exist_ok=True)
             for step in steps:
-                taken = sum(path.name.split(".")[0] == str(step) for path in self._aside.iterdir())
-                (self._folder / str(step)).rename(self._aside / (f"{step}.{taken}" if taken else str(step)))
-        from_first_process(np.zeros(()))  # nobody goes on before they are gone
+                taken = sum(path.name.split(".")[0] == str(step) for path in self._quarantine.iterdir())
+                (self._folder / str(step)).rename(self._quarantine / (f"{step}.{taken}" if taken else str(step)))
+        broadcast_from_process_0(np.zeros(()))  # no process continues before they are gone
         self._manager.reload()
 
     def save(
         self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
     ) -> None:
-        """Begin to save; the arrays may be donated as soon as this returns. A step that is saved is left alone.
+        """Start to save; the arrays may be donated as soon as this returns. A step that is saved is left alone.
 
-        `score` is what the best checkpoint has most of. An error while it is written is answered by `failed`; after one
-        all processes give `again`.
+        The best checkpoint is that of the highest `score`. `failed` reports an error while it is written; after one all
+        processes give `again`.
 
         Raises:
             SaveError: the save before this one, or this one, was the last attempt.
         """
         self._finish()
-        if again or self._failures:  # forget what is remembered of the failed one, and remove what it has left
+        if again or self._failures:  # drop the failed one and its leftovers
             self._manager = self._new_manager()
         if step == self._saved:
             return
         leaves = flatten(state)
         self._saved, self._needed = step, bytes_of(state)
-        facts = {"step": step, "score": score, "evaluated": evaluated}
-        facts["arrays"] = described(leaves)
+        metadata = {"step": step, "score": score, "evaluated": evaluated}
+        metadata["arrays"] = array_metadata(leaves)
         try:
             arrays = ocp.args.StandardSave(unflatten(leaves))
-            metadata = {"facts": facts, "sha256": manifest.sha256_of(facts)}
-            self._manager.save(step, args=arrays, custom_metadata=metadata, force=True)
-        except Exception as error:  # whatever the file system and Orbax answer; it is counted, and raised in the end
+            signed = {"metadata": metadata, "sha256": manifest.sha256_of(metadata)}
+            self._manager.save(step, args=arrays, custom_metadata=signed, force=True)
+        except Exception as error:  # of any kind; it is counted, and raised after the last attempt
             self._failed(error)
         else:
             self._sealing = self._worker.submit(self._seal, step)
@@ -169,29 +168,29 @@ class Checkpointer:
         self._worker.shutdown()
         self._manager.close()
 
-    def facts(self, step: int) -> dict[str, Any]:
-        """What was saved with a step beside its state: score, evaluated, and dtype, shape and digest of its arrays.
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Metadata saved with a step: score, evaluated, and dtype, shape and digest of its arrays.
 
         Raises:
-            DamagedError: they cannot be read.
+            CorruptCheckpointError: they cannot be read.
         """
         try:
-            metadata = self._manager.metadata(step).custom_metadata
-            facts, expected = metadata["facts"], metadata["sha256"]
-        except Exception as error:  # a damaged file may answer with anything
-            raise DamagedError(f"its metadata cannot be read ({type(error).__name__})") from error
-        actual = manifest.sha256_of(facts)
+            signed = self._manager.metadata(step).custom_metadata
+            metadata, expected = signed["metadata"], signed["sha256"]
+        except Exception as error:  # a corrupt file may raise anything
+            raise CorruptCheckpointError(f"its metadata cannot be read ({type(error).__name__})") from error
+        actual = manifest.sha256_of(metadata)
         if actual != expected:
-            raise DamagedError(f"its metadata have the digest {actual[:16]}, expected {str(expected)[:16]}")
-        if facts["step"] != step:
-            raise DamagedError(f"its metadata are of step {facts['step']}")
-        return facts
+            raise CorruptCheckpointError(f"its metadata have the digest {actual[:16]}, expected {str(expected)[:16]}")
+        if metadata["step"] != step:
+            raise CorruptCheckpointError(f"its metadata are of step {metadata['step']}")
+        return metadata
 
     def verify_files(self, step: int) -> bool:
         """Compare every file of a step with its manifest; False where it was never sealed.
 
         Raises:
-            DamagedError: the first file that is missing or changed.
+            CorruptCheckpointError: the first file that is missing or changed.
         """
         folder = self._folder / str(step)
         if not manifest.is_sealed(folder):
@@ -201,37 +200,37 @@ class Checkpointer:
 
     def _restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
         sealed = self._verified_by_first_process(step)
-        facts = self.facts(step)
+        metadata = self.metadata(step)
         wanted = flatten(abstract)
-        differences = compare(facts["arrays"], wanted)
+        differences = diff(metadata["arrays"], wanted)
         if differences:
-            listed = differences[:MOST_LISTED]
-            if len(differences) > MOST_LISTED:
-                listed.append(f"... and {len(differences) - MOST_LISTED} more")
-            raise ValueError(another_model(step, self._folder, listed))
+            listed = differences[:MAX_LISTED]
+            if len(differences) > MAX_LISTED:
+                listed.append(f"... and {len(differences) - MAX_LISTED} more")
+            raise ValueError(mismatch_message(step, self._folder, listed))
         try:
             arrays = flatten(self._manager.restore(step, args=ocp.args.StandardRestore(unflatten(wanted))))
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
-            raise DamagedError(f"it was not sealed and cannot be read ({type(error).__name__})") from error
+            raise CorruptCheckpointError(f"it was not sealed and cannot be read ({type(error).__name__})") from error
         for path, actual in digests(arrays).items():
-            expected = facts["arrays"][path]["digest"]
+            expected = metadata["arrays"][path]["digest"]
             if actual != expected:
-                raise DamagedError(f"the array {path} has the digest {actual}, expected {expected}")
-        return map_paths(lambda path, _: arrays[path], abstract), facts
+                raise CorruptCheckpointError(f"the array {path} has the digest {actual}, expected {expected}")
+        return map_paths(lambda path, _: arrays[path], abstract), metadata
 
     def _verified_by_first_process(self, step: int) -> bool:
         """`verify_files` by process 0, the verdict shared by all."""
-        sealed, damage = False, None
+        sealed, failure = False, None
         if jax.process_index() == 0:
             try:
                 sealed = self.verify_files(step)
-            except DamagedError as error:
-                damage = error
-        verdict = from_first_process(np.array([sealed, damage is not None]))
+            except CorruptCheckpointError as error:
+                failure = error
+        verdict = broadcast_from_process_0(np.array([sealed, failure is not None]))
         if verdict[1]:
-            raise damage or DamagedError("process 0 found a damaged file")
+            raise failure or CorruptCheckpointError("process 0 found a corrupt file")
         return bool(verdict[0])
 
     def _seal(self, step: int) -> None:
@@ -253,14 +252,14 @@ class Checkpointer:
         scores = {}
         for step in steps:
             try:
-                scores[step] = self.facts(step)["score"]
-            except DamagedError:
+                scores[step] = self.metadata(step)["score"]
+            except CorruptCheckpointError:
                 continue
         scores = {step: score for step, score in scores.items() if score is not None}
         return max(scores, key=lambda step: (scores[step], step), default=None)
 
     def _finish(self) -> None:
-        """Wait for the save under way, if there is one."""
+        """Wait for the save in flight, if there is one."""
         sealing, self._sealing = self._sealing, None
         if sealing is None:
             return
@@ -281,14 +280,14 @@ class Checkpointer:
         )
         if self._failures >= self._attempts:
             raise SaveError(f"{message}; given up after {self._failures} of save.attempts={self._attempts}") from error
-        self._say(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
+        self._log(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
 
     def _new_manager(self) -> ocp.CheckpointManager:
         options = ocp.CheckpointManagerOptions(
             create=not self._read_only,
             read_only=self._read_only,
             cleanup_tmp_directories=not self._read_only,
-            lightweight_initialize=True,  # reads no metadata: those of a damaged step would end it
+            lightweight_initialize=True,  # reads no metadata: those of a corrupt step would raise
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())

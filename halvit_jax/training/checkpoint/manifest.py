@@ -10,11 +10,12 @@ import os
 import pathlib
 from typing import Any
 
-NAME = "manifest.json"
+FOLDER, CORRUPT_FOLDER = "checkpoints", "corrupt"  # of a workdir
+NAME = "manifest.json"  # of a step
 CHUNK = 1 << 20
 
 
-class DamagedError(ValueError):
+class CorruptCheckpointError(ValueError):
     """A checkpoint that is not what was saved; the message names the step, the file or array, and both digests."""
 
 
@@ -40,7 +41,7 @@ def unseal(folder: pathlib.Path) -> None:
 
 
 def is_sealed(folder: pathlib.Path) -> bool:
-    """Whether a folder is a checkpoint, good or damaged."""
+    """Whether a folder is a checkpoint, good or corrupt."""
     return (folder / NAME).is_file()
 
 
@@ -48,21 +49,21 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """The body of a manifest.
 
     Raises:
-        DamagedError: it is not there, or not what was written.
+        CorruptCheckpointError: it is not there, or not what was written.
     """
     path = folder / NAME
     try:
         whole = json.loads(path.read_bytes())
         body, expected = whole["body"], whole["sha256"]
     except FileNotFoundError as error:
-        raise DamagedError(f"{path} is missing") from error
+        raise CorruptCheckpointError(f"{path} is missing") from error
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DamagedError(f"{path} cannot be read: {type(error).__name__}") from error
+        raise CorruptCheckpointError(f"{path} cannot be read: {type(error).__name__}") from error
     actual = sha256_of(body)
     if actual != expected:
-        raise DamagedError(f"{path} has the digest {actual[:16]}, expected {str(expected)[:16]}")
+        raise CorruptCheckpointError(f"{path} has the digest {actual[:16]}, expected {str(expected)[:16]}")
     if str(body["step"]) != folder.name:
-        raise DamagedError(f"{path} is of step {body['step']}, not of {folder.name}")
+        raise CorruptCheckpointError(f"{path} is of step {body['step']}, not of {folder.name}")
     return body
 
 
@@ -70,18 +71,18 @@ def verify(folder: pathlib.Path) -> dict[str, Any]:
     """The body of the manifest, after every file has been compared with it.
 
     Raises:
-        DamagedError: the first file that is missing, too long, too short or changed.
+        CorruptCheckpointError: the first file that is missing, too long, too short or changed.
     """
     body = read(folder)
     for name, expected in body["files"].items():
         path = folder / name
         if not path.is_file():
-            raise DamagedError(f"{path} is missing")
+            raise CorruptCheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:
-            raise DamagedError(f"{path} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}")
+            raise CorruptCheckpointError(f"{path} has {path.stat().st_size:,} bytes, expected {expected['bytes']:,}")
         actual = _sha256(path)
         if actual != expected["sha256"]:
-            raise DamagedError(f"{path} has the digest {actual[:16]}, expected {expected['sha256'][:16]}")
+            raise CorruptCheckpointError(f"{path} has the digest {actual[:16]}, expected {expected['sha256'][:16]}")
     return body
 
 

@@ -1,1 +1,1 @@
-"""Faults a run survives or reports: preemption, stalls, values that are not finite, gradient spikes."""
+"""Fault tolerance: preemption, stalls, non-finite values, gradient spikes."""

@@ -1,4 +1,4 @@
-"""Skipped updates: the guard against single gradients that are not finite or far longer than usual."""
+"""Skipped updates: a guard against single gradients that are not finite or much longer than usual."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,48 +11,48 @@ AVERAGED = 0.98  # weight of the past in the average of the gradient's norm
 
 
 class SpikesError(ArithmeticError):
-    """More updates were left out than the limit allows."""
+    """More updates were skipped than the guard allows."""
 
 
-class Limit(NamedTuple):
-    """Leave an update out whose gradient is not finite or `factor` times longer than usual; 0 switches this off.
+class GradSpikeGuard(NamedTuple):
+    """Skip an update whose gradient is not finite or `norm_factor` times longer than usual; 0 switches this off.
 
-    More than `most` such updates in `window` steps end the run.
+    More than `max_skipped` such updates in `window` steps end the run.
     """
 
-    factor: float = 0.0
-    most: int = 10
+    norm_factor: float = 0.0
+    max_skipped: int = 10
     window: int = 1000
 
     def init(self) -> dict[str, Array]:
-        """What is remembered, as a part of the train state: the usual norm, and when updates were left out last."""
-        if not self.factor:
+        """The guard's part of the train state: the usual norm, and the steps that were skipped last."""
+        if not self.norm_factor:
             return {}
-        return {"norm": jnp.zeros(()), "left_out": jnp.full(self.most + 1, -self.window - 1, jnp.int32)}
+        return {"norm": jnp.zeros(()), "skipped": jnp.full(self.max_skipped + 1, -self.window - 1, jnp.int32)}
 
-    def judge(self, memory: Mapping[str, Array], norm: Array, step: Array) -> "Verdict":
-        """Whether the update of this step is left out, whether these are too many now, and what to remember."""
-        usual, left_out = memory["norm"], memory["left_out"]
+    def update(self, state: Mapping[str, Array], norm: Array, step: Array) -> "SpikeDecision":
+        """Decide on the update of this step from the norm of its gradient."""
+        usual, skipped = state["norm"], state["skipped"]
         known = usual > 0
-        skip = ~jnp.isfinite(norm) | (known & (norm > self.factor * usual))
+        skip = ~jnp.isfinite(norm) | (known & (norm > self.norm_factor * usual))
         mean = jnp.where(known, AVERAGED * usual + (1 - AVERAGED) * norm, norm)
-        pushed = jnp.roll(left_out, -1).at[-1].set(step)
-        new = {"norm": jnp.where(skip, usual, mean), "left_out": jnp.where(skip, pushed, left_out)}
-        return Verdict(skip, skip & (step - pushed[0] < self.window), new)
+        pushed = jnp.roll(skipped, -1).at[-1].set(step)
+        new = {"norm": jnp.where(skip, usual, mean), "skipped": jnp.where(skip, pushed, skipped)}
+        return SpikeDecision(skip, skip & (step - pushed[0] < self.window), new)
 
-    def exceeded(self, step: int) -> SpikesError:
+    def too_many_error(self, step: int) -> SpikesError:
         """The error that ends the run."""
         return SpikesError(
-            f"more than skip_updates.max_skipped={self.most} updates left out within skip_updates.window={self.window} "
-            f"at step {step}"
+            f"more than skip_updates.max_skipped={self.max_skipped} updates skipped within "
+            f"skip_updates.window={self.window} at step {step}"
         )
 
 
-NO_LIMIT = Limit()
+OFF = GradSpikeGuard()
 
 
-def make_limit(*, norm_factor: float, max_skipped: int, window: int) -> Limit:
-    """The limit of `config.skip_updates`.
+def make_guard(*, norm_factor: float, max_skipped: int, window: int) -> GradSpikeGuard:
+    """The guard of `config.skip_updates`.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -62,12 +62,12 @@ def make_limit(*, norm_factor: float, max_skipped: int, window: int) -> Limit:
     for name, value in {"max_skipped": max_skipped, "window": window}.items():
         if value < 1:
             raise ValueError(f"skip_updates.{name}={value} must be at least 1")
-    return Limit(norm_factor, max_skipped, window)
+    return GradSpikeGuard(norm_factor, max_skipped, window)
 
 
-class Verdict(NamedTuple):
-    """What `Limit.judge` says of one update."""
+class SpikeDecision(NamedTuple):
+    """Whether to skip an update, whether it is one too many, and the guard's new state."""
 
     skip: Array
     too_many: Array
-    memory: dict[str, Array]
+    state: dict[str, Array]

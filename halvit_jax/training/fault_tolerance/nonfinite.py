@@ -1,8 +1,7 @@
-"""Is everything finite? Flags made on the device in the training step, and the limit on sudden gradients.
+"""Non-finite values: flags computed in the training step, and a bundle to debug from.
 
 Every step flags its loss, gradients and statistics; the whole state is flagged every few steps and before a save. The
-loop reads one scalar of the step before, so that nothing waits. `Limit` leaves the updates of single bad batches out,
-counted and bounded.
+loop reads one scalar of the previous step, so nothing waits.
 """
 
 import json
@@ -22,23 +21,23 @@ class NotFiniteError(ArithmeticError):
     """The loss, a gradient or the state holds NaN or infinity; the message names which."""
 
 
-def flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
+def finite_flags(parts: Mapping[str, PyTree]) -> dict[str, Array]:
     """{"parts/path": whether all of it is finite} for the floating-point arrays of all parts."""
     leaves = flatten(dict(parts))
     return {path: jnp.isfinite(x).all() for path, x in leaves.items() if jnp.issubdtype(x.dtype, jnp.floating)}
 
 
-def all_up(flags: Mapping[str, Array]) -> Array:
-    """Whether all flags are up."""
+def all_finite(flags: Mapping[str, Array]) -> Array:
+    """True if every array is finite."""
     return jnp.stack(list(flags.values())).all()
 
 
-def norm(tree: PyTree) -> Array:
+def global_norm(tree: PyTree) -> Array:
     """The Euclidean norm of all arrays of a tree together."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in jax.tree.leaves(tree)))
 
 
-def check(step: int, finite: Mapping[str, Array]) -> None:
+def raise_if_not_finite(step: int, finite: Mapping[str, Array]) -> None:
     """Read the flags of a step.
 
     Raises:
@@ -51,7 +50,7 @@ def check(step: int, finite: Mapping[str, Array]) -> None:
 
 
 def not_finite(finite: Mapping[str, Array]) -> list[str]:
-    """The paths whose flag is down, causes first: the loss, gradients, statistics, and the rest of the state."""
+    """Paths of the arrays that are not finite, causes first: loss, gradients, statistics, the rest of the state."""
     bad = [path for path, good in jax.device_get(dict(finite)).items() if not good]
     order = {"loss": 0, "gradient": 1, "model_state": 2}
     return sorted(bad, key=lambda path: order.get(path.split("/")[0], 3))
@@ -60,7 +59,7 @@ def not_finite(finite: Mapping[str, Array]) -> list[str]:
 def write_bundle(
     folder: pathlib.Path, step: int, finite: Mapping[str, Array], batches: Mapping[int, Mapping[str, Array]]
 ) -> None:
-    """What there is to look at after a run that was not healthy: all bad paths, and this host's last batches."""
+    """Write all paths that are not finite and this host's last batches, to debug from."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, batch in batches.items():
         rows = {name: np.concatenate([shard.data for shard in x.addressable_shards]) for name, x in batch.items()}

@@ -1,7 +1,7 @@
-"""A thread that ends a run which no longer moves, and says where each thread of it stands.
+"""Kill a stalled run and dump all thread stacks.
 
-A pod that hangs costs as much as one that works. The loop says what it is about to do (`at`); when a phase lasts longer
-than it may, the stacks of all threads are written and the process ends, so that whoever started it can start it again.
+A pod that hangs costs as much as one that works. The loop announces each phase (`heartbeat`); when a phase lasts longer
+than its timeout, the stacks of all threads are written and the process ends, so that its launcher can restart it.
 """
 
 import faulthandler
@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from halvit_jax.protocols import STUCK
+from halvit_jax.protocols import ExitCode
 
 COMPILING, TRAINING = "compiling", "training"
 
 
 class Watchdog:
-    """Ends the process when `at` was not called for `timeout` seconds (`compile_timeout` in the phase COMPILING).
+    """Ends the process without a `heartbeat` for `timeout` seconds (`compile_timeout` in the phase COMPILING).
 
-    `explain(line, step=, waiting=)` is asked about the other processes before the end; it has ten seconds.
+    `diagnose_peers(line, step=, waiting=)` reports on the other processes before the end; it has ten seconds.
     """
 
     def __init__(
@@ -30,30 +30,30 @@ class Watchdog:
         timeout: float,
         compile_timeout: float,
         name: str = "",
-        explain: Callable[..., str] = lambda line, *, step, waiting: "",
+        diagnose_peers: Callable[..., str] = lambda line, *, step, waiting: "",
     ) -> None:
         self._folder, self._timeout, self._compile_timeout = folder, timeout, compile_timeout
-        self._name, self._explain = name, explain
+        self._name, self._diagnose_peers = name, diagnose_peers
         self._phase, self._step, self._since = "starting", 0, time.monotonic()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._since = time.monotonic()
         self._thread.start()
 
-    def at(self, phase: str, step: int) -> None:
-        """The run has moved: it is now in this phase, after this step."""
+    def heartbeat(self, phase: str, step: int) -> None:
+        """Announce a phase of the run, after this step."""
         self._phase, self._step, self._since = phase, step, time.monotonic()
 
-    def where(self) -> tuple[str, int, bool]:
-        """Where the run stands in words, its step, and whether it does nothing but wait for other processes."""
+    def status(self) -> tuple[str, int, bool]:
+        """The phase in words, the step, and whether the process only waits for others."""
         waiting = self._phase == TRAINING  # the step itself needs nothing but them
         return f"in phase {self._phase!r} after step {self._step}", self._step, waiting
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._over.set()
         self._thread.join()
 
@@ -63,7 +63,7 @@ class Watchdog:
             allowed = self._compile_timeout if self._phase == COMPILING else self._timeout
             waited = time.monotonic() - self._since
             if waited > allowed:
-                self._end(f"no progress for {waited:.0f} s {self.where()[0]}")
+                self._end(f"no progress for {waited:.0f} s {self.status()[0]}")
 
     def _end(self, line: str) -> None:
         line = f"{self._name}{line}"
@@ -76,8 +76,8 @@ class Watchdog:
         asking = threading.Thread(target=self._ask, args=(line,), daemon=True)
         asking.start()
         asking.join(10.0)
-        os._exit(STUCK)
+        os._exit(ExitCode.STALLED)
 
     def _ask(self, line: str) -> None:
-        _, step, waiting = self.where()
-        print(self._explain(line, step=step, waiting=waiting), file=sys.stderr, flush=True)
+        _, step, waiting = self.status()
+        print(self._diagnose_peers(line, step=step, waiting=waiting), file=sys.stderr, flush=True)

@@ -23,7 +23,7 @@ from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.base import Entry, Record
 from halvit_jax.data.sources.image_folder import ImageFolder
 from halvit_jax.data.transforms import eval_transform
-from halvit_jax.main import work
+from halvit_jax.main import run_experiment
 from halvit_jax.protocols import DataError, DatasetInfo
 
 CONFIG = pathlib.Path(__file__).parents[3] / "configs/halvit_folder.py"
@@ -219,7 +219,7 @@ def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
 
 
 def test_the_folder_config_trains_given_only_its_root(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    result = work(_small(root), tmp_path / "run")
+    result = run_experiment(_small(root), tmp_path / "run")
     assert result["step"] == 2  # two epochs of 240 images in batches of 128
     assert np.isfinite(result["eval"]["loss"])
     assert json.loads((tmp_path / "run/classes.json").read_text()) == NAMES
@@ -242,8 +242,8 @@ def test_the_command_answers_a_decode_error_with_one_line(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(_small(spoilt, **EVERY_IMAGE), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
         f"error: {spoilt}/train/digit 3/005.png cannot be decoded (Invalid JPEG data, size 6); remove"
@@ -254,7 +254,7 @@ def test_the_command_answers_a_decode_error_with_one_line(
 def test_the_command_finishes_where_bad_images_are_replaced(
     spoilt: pathlib.Path, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = work(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
+    result = run_experiment(_small(spoilt, **EVERY_IMAGE, **{"data.on_bad_image": "replace"}), tmp_path / "run")
     assert result["step"] == 10
     assert np.isfinite([result["eval"]["loss"], result["ema_eval"]["loss"]]).all()
     messages = [record.getMessage() for record in caplog.records if record.name == "halvit_jax.data"]
@@ -268,6 +268,6 @@ def test_a_wrong_num_classes_is_answered_with_the_field(
     root: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        work(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
-    assert ended.value.code == app.BAD_INPUT
+        run_experiment(_small(root, **{"model.num_classes": 12}), tmp_path / "run")
+    assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "data.name='folder' has 10 classes; set model.num_classes=10" in capsys.readouterr().err

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from halvit_jax.config import default_config
-from halvit_jax.training.checkpoint.checkpointer import DAMAGED_FOLDER, FOLDER, Checkpointer, SaveError, manifest
-from halvit_jax.training.checkpoint.manifest import DamagedError
-from halvit_jax.training.checkpoint.metadata import compare
+from halvit_jax.training.checkpoint.checkpointer import CORRUPT_FOLDER, FOLDER, Checkpointer, SaveError, manifest
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.checkpoint.metadata import diff
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
@@ -138,14 +138,14 @@ def test_compare_lists_every_difference_by_path() -> None:
         "d/dtype": jax.ShapeDtypeStruct((1,), jnp.bfloat16),
         "e/missing": jax.ShapeDtypeStruct((), jnp.int32),
     }
-    assert compare(saved, wanted) == [
+    assert diff(saved, wanted) == [
         "b/extra: float32 (4,) saved, not in this model",
         "c/shape: float32 (2, 3) saved, float32 (3, 2) in this model",
         "d/dtype: float32 (1,) saved, bfloat16 (1,) in this model",
         "e/missing: not saved, int32 () in this model",
     ]
-    assert compare(saved, {"a/same": wanted["a/same"]})[0].startswith("b/extra")
-    assert compare({"a/same": saved["a/same"]}, {"a/same": wanted["a/same"]}) == []
+    assert diff(saved, {"a/same": wanted["a/same"]})[0].startswith("b/extra")
+    assert diff({"a/same": saved["a/same"]}, {"a/same": wanted["a/same"]}) == []
 
 
 def test_another_models_checkpoint_is_refused_with_all_paths(saved: tuple[pathlib.Path, TrainState]) -> None:
@@ -247,12 +247,12 @@ def test_damage_to_any_file_is_found_and_the_step_before_is_taken(
             checkpointer = Checkpointer(workdir, read_only=True)
             restored = checkpointer.restore(abstract)
             if path.name == manifest.NAME and damage == "delete":  # not sealed: its arrays prove it
-                assert (restored.step, restored.damaged) == (2, {})
+                assert (restored.step, restored.corrupt) == (2, {})
             elif changed:
                 assert restored.step == 1, path
                 assert sha256(to_host(restored.state)) == before
-                assert str(path) in restored.damaged[2]
-                with pytest.raises(DamagedError, match=re.escape(str(path))):
+                assert str(path) in restored.corrupt[2]
+                with pytest.raises(CorruptCheckpointError, match=re.escape(str(path))):
                     checkpointer.restore(abstract, step=2)
             checkpointer.close()
             shutil.rmtree(workdir)
@@ -276,7 +276,7 @@ def test_an_unsealed_checkpoint_is_verified_by_its_arrays(two_steps: pathlib.Pat
         assert sha256(to_host(restored.state)) == states[restored.step]
         outcomes.append(restored.step)
         if restored.step == 1:
-            assert "2 is damaged" in restored.damaged[2]
+            assert "2 is corrupt" in restored.corrupt[2]
     assert set(outcomes) == {1, 2}  # some files hold nothing that is read
 
 
@@ -287,12 +287,14 @@ def test_the_metadata_of_another_step_are_refused(two_steps: pathlib.Path, tmp_p
     manifest.unseal(two)
     (two / "_CHECKPOINT_METADATA").write_bytes((one / "_CHECKPOINT_METADATA").read_bytes())
     checkpointer = Checkpointer(workdir, read_only=True)
-    with pytest.raises(DamagedError, match="its metadata are of step 1"):
-        checkpointer.facts(2)
+    with pytest.raises(CorruptCheckpointError, match="its metadata are of step 1"):
+        checkpointer.metadata(2)
     text = (two / "_CHECKPOINT_METADATA").read_text()
     (two / "_CHECKPOINT_METADATA").write_text(text.replace('"evaluated": false', '"evaluated": true'))
-    with pytest.raises(DamagedError, match=r"its metadata have the digest [0-9a-f]{16}, expected [0-9a-f]{16}"):
-        checkpointer.facts(2)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"its metadata have the digest [0-9a-f]{16}, expected [0-9a-f]{16}"
+    ):
+        checkpointer.metadata(2)
     checkpointer.close()
 
 
@@ -310,7 +312,9 @@ def test_other_arrays_than_were_saved_are_found_by_their_digests(
     manifest.unseal(two)
     manifest.write(two, 2)
     checkpointer = Checkpointer(workdir, read_only=True)
-    with pytest.raises(DamagedError, match=r"the array \S+ has the digest [0-9a-f]{16}, expected [0-9a-f]{16}"):
+    with pytest.raises(
+        CorruptCheckpointError, match=r"the array \S+ has the digest [0-9a-f]{16}, expected [0-9a-f]{16}"
+    ):
         checkpointer.restore(_abstract(Task(), CUBE), step=2)
     checkpointer.close()
 
@@ -321,15 +325,15 @@ def test_where_every_checkpoint_is_damaged_all_are_named(two_steps: pathlib.Path
     for step in (1, 2):
         _flip(_files(workdir, step)[0], random.Random(0))
     checkpointer = Checkpointer(workdir)
-    with pytest.raises(DamagedError, match=r"step 2 is damaged: .*; the checkpoint of step 1 is damaged"):
+    with pytest.raises(CorruptCheckpointError, match=r"step 2 is corrupt: .*; the checkpoint of step 1 is corrupt"):
         checkpointer.restore(_abstract(Task(), CUBE))
-    checkpointer.set_aside(checkpointer.steps())
+    checkpointer.quarantine(checkpointer.steps())
     assert checkpointer.steps() == []
-    assert sorted(path.name for path in (workdir / DAMAGED_FOLDER).iterdir()) == ["1", "2"]
+    assert sorted(path.name for path in (workdir / CORRUPT_FOLDER).iterdir()) == ["1", "2"]
     checkpointer.save(2, _state())  # a run that begins anew comes to these steps again
     assert checkpointer.wait()
-    checkpointer.set_aside([2])
-    assert sorted(path.name for path in (workdir / DAMAGED_FOLDER).iterdir()) == ["1", "2", "2.1"]
+    checkpointer.quarantine([2])
+    assert sorted(path.name for path in (workdir / CORRUPT_FOLDER).iterdir()) == ["1", "2", "2.1"]
     checkpointer.close()
 
 
@@ -354,8 +358,8 @@ def test_the_newest_is_by_step_not_by_the_clock(tmp_path: pathlib.Path) -> None:
 def test_a_failed_save_is_said_tried_again_and_given_up(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[str] = []
-    checkpointer = Checkpointer(tmp_path, attempts=2, say=said.append)
+    logged: list[str] = []
+    checkpointer = Checkpointer(tmp_path, attempts=2, log=logged.append)
     state = _state()
     checkpointer.save(1, state)
     assert checkpointer.wait()
@@ -370,7 +374,7 @@ def test_a_failed_save_is_said_tried_again_and_given_up(
         assert not checkpointer.wait()
         assert checkpointer.failed()
     assert re.search(
-        rf"step 2 could not be written to {tmp_path}.*No space left.*needs [\d,]+ bytes, [\d,]+ are", said[0]
+        rf"step 2 could not be written to {tmp_path}.*No space left.*needs [\d,]+ bytes, [\d,]+ are", logged[0]
     )
     checkpointer.save(3, state, again=True)
     assert checkpointer.wait()

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from halvit_jax.training.checkpoint import manifest
-from halvit_jax.training.checkpoint.manifest import DamagedError
+from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_unsealed_it_is_no_checkpoint(folder: pathlib.Path) -> None:
     manifest.unseal(folder)
     manifest.unseal(folder)
     assert not manifest.is_sealed(folder)
-    with pytest.raises(DamagedError, match=r"manifest.json is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"manifest.json is missing"):
         manifest.read(folder)
 
 
@@ -36,13 +36,15 @@ def test_a_changed_file_is_named_with_both_digests(folder: pathlib.Path) -> None
     path = folder / "arrays" / "a"
     named = re.escape(str(path))
     path.write_bytes(path.read_bytes()[::-1])
-    with pytest.raises(DamagedError, match=rf"{named} has the digest [0-9a-f]{{16}}, expected [0-9a-f]{{16}}"):
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"{named} has the digest [0-9a-f]{{16}}, expected [0-9a-f]{{16}}"
+    ):
         manifest.verify(folder)
     path.write_bytes(b"")
-    with pytest.raises(DamagedError, match=rf"{named} has 0 bytes, expected 256"):
+    with pytest.raises(CorruptCheckpointError, match=rf"{named} has 0 bytes, expected 256"):
         manifest.verify(folder)
     path.unlink()
-    with pytest.raises(DamagedError, match=rf"{named} is missing"):
+    with pytest.raises(CorruptCheckpointError, match=rf"{named} is missing"):
         manifest.verify(folder)
 
 
@@ -50,15 +52,15 @@ def test_the_manifest_itself_is_verified(folder: pathlib.Path) -> None:
     path = folder / manifest.NAME
     whole = json.loads(path.read_text())
     path.write_text(json.dumps({**whole, "body": {**whole["body"], "files": {}}}))
-    with pytest.raises(DamagedError, match=r"manifest.json has the digest"):
+    with pytest.raises(CorruptCheckpointError, match=r"manifest.json has the digest"):
         manifest.verify(folder)
     for text in ("", "{}", "[]", "nonsense", '{"sha256": 1}'):
         path.write_text(text)
-        with pytest.raises(DamagedError, match=r"manifest.json cannot be read"):
+        with pytest.raises(CorruptCheckpointError, match=r"manifest.json cannot be read"):
             manifest.verify(folder)
 
 
 def test_the_manifest_of_another_step_is_refused(folder: pathlib.Path) -> None:
     other = folder.rename(folder.parent / "13")
-    with pytest.raises(DamagedError, match="is of step 12, not of 13"):
+    with pytest.raises(CorruptCheckpointError, match="is of step 12, not of 13"):
         manifest.verify(other)

@@ -5,21 +5,23 @@ import time
 
 import pytest
 
-from halvit_jax.training.fault_tolerance.watchdog import STUCK
+from halvit_jax.protocols import ExitCode
 
 PROGRAM = """
 import pathlib, sys, time
 from halvit_jax.training.fault_tolerance.watchdog import COMPILING, Watchdog
 
-def explain(line, *, step, waiting):
+def diagnose_peers(line, *, step, waiting):
     return f"asked about: {line} ({step}, {waiting})"
 
-dog = Watchdog(pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", explain=explain)
+dog = Watchdog(
+    pathlib.Path(sys.argv[1]), timeout=1.0, compile_timeout=4.0, name="rank 1 of 2: ", diagnose_peers=diagnose_peers
+)
 dog.start()
-dog.at(COMPILING, 3)
+dog.heartbeat(COMPILING, 3)
 time.sleep(3)  # three times the timeout
 for step in range(3, 6):
-    dog.at("training", step)
+    dog.heartbeat("training", step)
     time.sleep(0.4)
 print("stuck from here", flush=True)
 def deep_inside():
@@ -41,7 +43,7 @@ def test_a_run_that_does_not_move_ends_with_the_stacks_of_its_threads(tmp_path: 
     started = time.monotonic()
     done = _run(tmp_path / "debug", "hang")
     assert time.monotonic() - started < 30
-    assert (done.returncode, done.stdout) == (STUCK, "stuck from here\n"), done.stderr
+    assert (done.returncode, done.stdout) == (ExitCode.STALLED, "stuck from here\n"), done.stderr
     line = "rank 1 of 2: no progress for 1 s in phase 'training' after step 5"
     assert f"error: {line}; the stacks" in done.stderr
     assert f"asked about: {line} (5, True)" in done.stderr
