@@ -60,6 +60,8 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
         ValueError: all ambiguous, missing, unexpected and misshapen entries by name, or what `create_model` refuses.
     """
     model = create_model(name, **overrides)
+    if isinstance(model, SwinTransformer):
+        swin.check_windows(name, model, state)
     return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
 
 

@@ -115,6 +115,14 @@ def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, me
     return tf.ensure_shape(image[top : top + size[0], left : left + size[1]], (*size, 3))
 
 
+def squash(image: tf.Tensor, *, size: tuple[int, int], fraction: float, method: str) -> tf.Tensor:
+    """Resize to size / fraction (rounded down, antialiased) whatever the proportions, then cut `size` out of it."""
+    height, width = (int(side / fraction) for side in size)
+    image = resize(image, (height, width), method=method, antialias=True)
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
+    return tf.ensure_shape(image[top : top + size[0], left : left + size[1]], (*size, 3))
+
+
 def resize(image: tf.Tensor, shape: tuple, *, method: str, antialias: bool) -> tf.Tensor:
     """Resize to (height, width), rounded to uint8. Bicubic with antialias is Pillow's kernel (a = -0.5)."""
     resized = tf.image.resize(image, shape, method=method, antialias=antialias)

@@ -12,9 +12,10 @@ from flax import linen as nn
 from halvit_jax.models import fold, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
+from halvit_jax.tasks import mixup
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import MeanCollector, classification_sums
-from halvit_jax.tasks.mixup import ERASE_FILLS, mixup_or_cutmix, random_erase
+from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
 TOP = 5  # classes that `decode` lists
@@ -188,9 +189,9 @@ class Classification:
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)
-        images = random_erase(erase_key, self.normalise(batch["image"]), **self._erase)
+        images = mixup.random_erase(erase_key, self.normalise(batch["image"]), **self._erase)
         targets = smooth_one_hot(batch["label"], self.model.num_classes, self._label_smoothing)
-        images, targets = mixup_or_cutmix(mix_key, images, targets, **self._mixing)
+        images, targets = mixup.mixup_or_cutmix(mix_key, images, targets, **self._mixing)
         if self._bce_threshold:
             targets = (targets > self._bce_threshold).astype(targets.dtype)
         return images, targets

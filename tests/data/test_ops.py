@@ -46,6 +46,17 @@ def test_central_crop_equals_pillow(name: str, method: str, fraction: float, tur
     assert np.abs(ours - theirs).mean() <= 1.0
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+@pytest.mark.parametrize("name", PHOTOS)
+def test_squash_equals_pillows_resize_of_the_whole_image(name: str, fraction: float) -> None:
+    ours = ops.squash(tf.constant(PHOTOS[name]), size=(384, 384), fraction=fraction, method="bicubic").numpy()
+    side = int(384 / fraction)
+    resized = Image.fromarray(PHOTOS[name]).resize((side, side), Image.Resampling.BICUBIC)
+    start = round((side - 384) / 2)
+    theirs = np.asarray(resized.crop((start, start, start + 384, start + 384))).astype(int)
+    assert np.abs(ours - theirs).mean() <= 1.0
+
+
 def test_central_crop_leaves_an_image_of_the_right_size() -> None:
     image = tf.constant(PHOTO[:64, :64])
     np.testing.assert_array_equal(ops.central_crop(image, size=(64, 64), fraction=1.0, method="bicubic"), image)

@@ -214,6 +214,7 @@ def test_invalid_values_of_training_are_errors(message: str, changes: dict[str, 
     [
         (r"data\.eval_crop=0\.0 must lie in \(0, 1\]", {"fraction": 0.0}),
         (r"data\.eval_crop=1\.1 must lie in \(0, 1\]", {"fraction": 1.1}),
+        (r"data\.eval_resize='pad' is not one of short_side, squash", {"resize": "pad"}),
         (r"data\.interpolation='lanczos' is not one of bilinear, bicubic", {"method": "lanczos"}),
         (r"data\.on_bad_image='' is not one of error, replace", {"on_bad_image": ""}),
     ],
