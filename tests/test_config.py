@@ -83,7 +83,7 @@ CONSTRUCTORS: dict[str, Any] = {
     "save": Checkpointer.__init__,
     "optim": make_optimizer,
     "mesh": make_mesh,
-    "cluster": distributed.joined,
+    "cluster": distributed.process_group,
     "watchdog": Watchdog.__init__,
     "skip_updates": make_guard,
 }
