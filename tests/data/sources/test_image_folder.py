@@ -242,7 +242,7 @@ def test_empty_classes_are_named_with_their_other_files(own: pathlib.Path) -> No
 
 def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
     """The config of own images on two narrow blocks and images of 16 pixels."""
-    config = runpy.run_path(str(CONFIG))["get_config"]("2")
+    config = runpy.run_path(str(CONFIG))["get_config"]()
     config.update_from_flattened_dict(
         {
             "data.root": str(root),
