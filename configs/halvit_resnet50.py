@@ -1,4 +1,4 @@
-"""HaLViT-ResNet-50 on ImageNet-1k with torchvision's V1 recipe, 90 epochs, or with A2, 300 epochs, by adding :a2
+"""HaLViT-ResNet-50 on ImageNet-1k with torchvision's V1 recipe, 90 epochs; another one by adding :v2, :a1, :a2 or :a3
 
 python -m halvit_jax.main --config=configs/halvit_resnet50.py --workdir=runs/halvit_resnet50
 
@@ -9,13 +9,13 @@ that recipe is the natural reading. Measured here: not yet.
 
 from ml_collections import ConfigDict
 
-from halvit_jax.recipes import imagenet
+from halvit_jax.recipes import resnet
 from halvit_jax.recipes.variants import choose
 
-VARIANTS = (tuple(imagenet.RESNET_RECIPES),)
+VARIANTS = (tuple(resnet.RECIPES),)
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The ImageNet run of HaLViT-ResNet-50."""
     (recipe,) = choose(variant, *VARIANTS)
-    return imagenet.RESNET_RECIPES[recipe]("halvit_resnet50")
+    return resnet.RECIPES[recipe]("halvit_resnet50")

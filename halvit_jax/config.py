@@ -90,6 +90,7 @@ def _model() -> dict[str, Any]:
         "groups": optional(int),  # ResNet: groups of the 3x3 convolutions
         "base_width": optional(int),  # ResNet: channels of a group in the first stage
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
+        "zero_init_residual": optional(bool),  # ResNet: the scale of each block's last norm starts at 0
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
         # SHViT
         "partial_dims": optional(tuple),  # attention channels, in each stage of kind s
@@ -122,7 +123,9 @@ def _data() -> dict[str, Any]:
         "augment": "",  # trivial, three, or RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1; "" is off
         "interpolation": "bicubic",  # bilinear or bicubic
         "antialias": False,  # in the training crop's resize; halves the loader's speed. Evaluation always antialiases
+        "train_size": 0,  # height and width of the images in training, for models of any size; 0: model.image_size
         "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
+        "eval_resize": "short_side",  # in evaluation: short_side, or squash (both sides, whatever the proportions)
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
@@ -142,12 +145,14 @@ def _task() -> dict[str, Any]:
 def _classification() -> dict[str, Any]:
     return {
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
+        "bce_threshold": 0.0,  # binary_cross_entropy: targets above it are 1, all others 0; 0: the targets themselves
         "label_smoothing": 0.0,  # fraction of a target spread over all classes
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
         "mixup_switch": 0.5,  # probability of CutMix if both are on
         "mixup_mode": "batch",  # batch: one draw for the whole batch; elem: one for each image
         "erase": 0.0,  # probability of random erasing
+        "erase_fill": "noise",  # what fills the erased box: noise, or zero (the mean colour)
     }
 
 
@@ -211,7 +216,7 @@ def _optim() -> dict[str, Any]:
         "clip_norm": 0.0,  # largest norm of the whole gradient; 0 is no limit
         "clip_adaptive": 0.0,  # largest norm of a unit's gradient / that of its weights (AGC); 0 is no limit
         "no_clip_adaptive": (r"^head/",),  # paths without it
-        "schedule": "cosine",  # cosine, step or constant, after a linear warm-up
+        "schedule": "cosine",  # cosine, cosine_after_warmup, step or constant, after a linear warm-up
         "warmup_epochs": 5.0,
         "warmup_start": 1e-6,  # learning rate of the first step; not scaled with the batch
         "floor": 1e-5,  # final learning rate of cosine; not scaled with the batch

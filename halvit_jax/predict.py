@@ -67,7 +67,8 @@ def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np
 
     serving = trained.task.serving(trained.model_variables, folded=False)
     fields = trained.config.data
-    transform = data.eval_transform(serving.input_size, fraction=fields.eval_crop, method=fields.interpolation)
+    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
+    transform = data.eval_transform(serving.input_size, **how)
     apply = jax.jit(serving.apply)
     for path in paths:
         try:

@@ -60,6 +60,8 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
         ValueError: all ambiguous, missing and unexpected entries and shape mismatches by name, or invalid overrides.
     """
     model = create_model(name, **overrides)
+    if isinstance(model, SwinTransformer):
+        swin.check_windows(name, model, state)
     return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
 
 

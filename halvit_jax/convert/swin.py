@@ -3,9 +3,17 @@
 Their files also hold indices and masks, which follow from the model's shape and are not read or written.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
 from halvit_jax.convert.engine import CACHE, Rule, conv, dense, layer_norm
 from halvit_jax.convert.vit import matrices
 from halvit_jax.models.swin import SwinTransformer
+
+TABLE = "relative_position_bias_table"
 
 
 def rules(model: SwinTransformer) -> tuple[Rule, ...]:
@@ -33,7 +41,23 @@ def window_attention(source: str, target: str) -> tuple[Rule, ...]:
     path = f"params/{target}/position_bias/table"
     return (
         *matrices(source, target),
-        Rule(f"{source}.attn.relative_position_bias_table", path),
+        Rule(f"{source}.attn.{TABLE}", path),
         Rule(f"{source}.attn.relative_position_index", path, CACHE),
         Rule(f"{source}.attn_mask", path, CACHE),
     )
+
+
+def check_windows(name: str, model: SwinTransformer, state: Mapping[str, Any]) -> None:
+    """Refuse weights of other windows, such as those at 384 pixels for a model of windows of 7.
+
+    Raises:
+        ValueError: with the `window_size` to set.
+    """
+    rows = [np.shape(array)[0] for key, array in state.items() if key.endswith(TABLE) and np.ndim(array) == 2]
+    found = (math.isqrt(max(rows, default=0)) + 1) // 2  # a table has (2 window - 1)^2 rows
+    side = model.image_size // model.patch_size
+    if rows and found != model.window_size and found <= side:
+        raise ValueError(
+            f"these weights do not fit {name}: they have windows of {found} tokens, the model of image_size="
+            f"{model.image_size} has model.window_size={model.window_size}; set window_size={found}"
+        )

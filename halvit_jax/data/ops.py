@@ -13,6 +13,7 @@ RESIZE_METHODS = ("bilinear", "bicubic")
 CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
 MAX_RATIO = 8  # of the sides: a longer image resized by its short side could be larger than there is memory
+DCT = "INTEGER_ACCURATE"  # bit for bit what Pillow decodes; TensorFlow's default is up to 18 grey levels away
 PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
 HEAD = 26  # bytes in which the size of these three stands
 
@@ -20,13 +21,17 @@ HEAD = 26  # bytes in which the size of these three stands
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3]; grey and CMYK become three colours.
 
-    As stored: a rotation noted in EXIF is not applied, as in torchvision's and timm's loaders.
+    A JPEG has the pixels of Pillow. A rotation noted in EXIF is not applied, as in torchvision's and timm's loaders.
 
     Raises:
         tf.errors.InvalidArgumentError: the bytes are no such image, a part of one, or claim too many pixels.
     """
     with tf.control_dependencies([image_shape(encoded)]):
-        image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
+        image = tf.cond(
+            tf.io.is_jpeg(encoded),
+            lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=DCT),
+            lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False),
+        )
     return tf.ensure_shape(image, [None, None, 3])
 
 
@@ -47,14 +52,23 @@ def random_resized_crop(
 
 
 def decode_box(encoded: tf.Tensor, box: tf.Tensor) -> tf.Tensor:
-    """Decode a box (top, left, height, width) of an image; of a JPEG only the blocks that the box needs."""
+    """Decode a box (top, left, height, width) of an image; of a JPEG only the blocks that the box needs.
+
+    The pixels are those of the whole image. The colours of a JPEG's last column depend on the next one, so two more
+    are decoded where the image has them.
+    """
+
+    def decode_blocks() -> tf.Tensor:
+        right = tf.minimum(box[1] + box[3] + 2, tf.io.extract_jpeg_shape(encoded)[1])
+        wider = tf.stack([box[0], box[1], box[2], right - box[1]])
+        return tf.io.decode_and_crop_jpeg(encoded, wider, channels=3, dct_method=DCT)[:, : box[3]]
 
     def cut() -> tf.Tensor:
         image = decode(encoded)
         top, left = tf.unstack(tf.minimum(box[:2], tf.shape(image)[:2] - 1))  # a GIF may be smaller than its header
         return image[top : top + box[2], left : left + box[3]]
 
-    crop = tf.cond(tf.io.is_jpeg(encoded), lambda: tf.io.decode_and_crop_jpeg(encoded, box, channels=3), cut)
+    crop = tf.cond(tf.io.is_jpeg(encoded), decode_blocks, cut)
     return tf.ensure_shape(crop, [None, None, 3])
 
 
@@ -112,6 +126,14 @@ def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, me
     new_width = tf.where(wide, least_height * width // height, least_width)
     image = resize(image, (new_height, new_width), method=method, antialias=True)
     top, left = _round_half(new_height - size[0]), _round_half(new_width - size[1])
+    return tf.ensure_shape(image[top : top + size[0], left : left + size[1]], (*size, 3))
+
+
+def squash(image: tf.Tensor, *, size: tuple[int, int], fraction: float, method: str) -> tf.Tensor:
+    """Resize to size / fraction (rounded down, antialiased) whatever the proportions, then cut `size` out of it."""
+    height, width = (int(side / fraction) for side in size)
+    image = resize(image, (height, width), method=method, antialias=True)
+    top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
     return tf.ensure_shape(image[top : top + size[0], left : left + size[1]], (*size, 3))
 
 

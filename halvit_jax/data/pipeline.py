@@ -60,7 +60,9 @@ def make_loaders(
     augment: str,
     interpolation: str,
     antialias: bool,
+    train_size: int,
     eval_crop: float,
+    eval_resize: str,
     on_bad_image: str,
     bad_image_budget: float,
     repeated_aug: int,
@@ -76,8 +78,10 @@ def make_loaders(
     Raises:
         ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
     """
+    if train_size < 0:
+        raise ValueError(f"data.train_size={train_size} must not be negative")
     for_training = train_transform(
-        size,
+        (train_size, train_size) if train_size else size,
         crop=crop,
         min_area=min_crop_area,
         flip=flip,
@@ -88,7 +92,9 @@ def make_loaders(
         antialias=antialias,
         on_bad_image=on_bad_image,
     )
-    for_evaluation = eval_transform(size, fraction=eval_crop, method=interpolation, on_bad_image=on_bad_image)
+    for_evaluation = eval_transform(
+        size, fraction=eval_crop, method=interpolation, resize=eval_resize, on_bad_image=on_bad_image
+    )
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
     train_source, eval_sources = open_sources(name, data_dir, root, train_split, eval_name, eval_split, evals)

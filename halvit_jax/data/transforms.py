@@ -16,6 +16,7 @@ Transform = Callable[[Record, tf.Tensor], Example]  # (record, seed [2]) -> exam
 Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (image, seed [2]) -> image
 
 ON_BAD_IMAGE = ("error", "replace")
+EVAL_RESIZES: dict[str, Callable[..., tf.Tensor]] = {"short_side": ops.central_crop, "squash": ops.squash}
 GREY = 128
 
 
@@ -84,8 +85,12 @@ def train_transform(
     return transform
 
 
-def eval_transform(size: tuple[int, int], *, fraction: float, method: str, on_bad_image: str = "error") -> Transform:
+def eval_transform(
+    size: tuple[int, int], *, fraction: float, method: str, resize: str = "short_side", on_bad_image: str = "error"
+) -> Transform:
     """Resize to cover `size` (height, width) / fraction, cut out the middle; the seed is not used.
+
+    `resize`: a key of EVAL_RESIZES; "squash" resizes both sides to size / fraction.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
@@ -93,10 +98,12 @@ def eval_transform(size: tuple[int, int], *, fraction: float, method: str, on_ba
     _check_method(method)
     if not 0.0 < fraction <= 1.0:
         raise ValueError(f"data.eval_crop={fraction} must lie in (0, 1]")
+    if resize not in EVAL_RESIZES:
+        raise ValueError(f"data.eval_resize={resize!r} is not one of {', '.join(EVAL_RESIZES)}")
 
     def middle(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return ops.central_crop(ops.decode(encoded), size=size, fraction=fraction, method=method)
+        return EVAL_RESIZES[resize](ops.decode(encoded), size=size, fraction=fraction, method=method)
 
     decode = _decoder(middle, size, on_bad_image)
     return lambda record, seed: {**record, **decode(record["image"], seed)}

@@ -24,6 +24,7 @@ class BasicBlock(nn.Module):
     kernel_init: Initializer
     dtype: Dtype
     folded: bool
+    zero_init: bool = False  # of the last norm's scale, so that a new block is its shortcut
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -33,7 +34,7 @@ class BasicBlock(nn.Module):
         y = conv(self.out, 3, self.stride, name="conv1")(x)
         y = nn.relu(norm(name="norm1")(y, train=train))
         y = conv(self.out, 3, name="conv2")(y)
-        y = norm(name="norm2")(y, train=train)
+        y = norm(scale_init=last_scale(self.zero_init), name="norm2")(y, train=train)
         if x.shape != y.shape:
             x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
@@ -50,6 +51,7 @@ class Bottleneck(nn.Module):
     kernel_init: Initializer
     dtype: Dtype
     folded: bool
+    zero_init: bool = False  # see BasicBlock
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -61,7 +63,7 @@ class Bottleneck(nn.Module):
         y = conv(self.width, 3, self.stride, groups=self.groups, name="conv2")(y)
         y = nn.relu(norm(name="norm2")(y, train=train))
         y = conv(self.out, name="conv3")(y)
-        y = norm(name="norm3")(y, train=train)
+        y = norm(scale_init=last_scale(self.zero_init), name="norm3")(y, train=train)
         if x.shape != y.shape:
             x = ConvNorm(self.out, 1, self.stride, **common, folded=self.folded, name="shortcut")(x, train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + x)
@@ -81,6 +83,7 @@ class TiedBottleneck(nn.Module):
     kernel_init: Initializer
     dtype: Dtype
     folded: bool
+    zero_init: bool = False  # see BasicBlock
 
     @nn.compact
     def __call__(self, x: jax.Array, shortcut: jax.Array, *, train: bool) -> jax.Array:
@@ -94,5 +97,10 @@ class TiedBottleneck(nn.Module):
         common = {"kernel_init": self.kernel_init, "dtype": self.dtype, "use_bias": self.folded}
         y = Conv(y.shape[-1], 3, self.stride, groups=self.groups, **common, name="conv2")(y)
         y = nn.relu(norm(folded="merged" if self.folded else "", name="norm2")(y, train=train))
-        y = norm(name="norm3")(self.tied.project_back(y), train=train)
+        y = norm(scale_init=last_scale(self.zero_init), name="norm3")(self.tied.project_back(y), train=train)
         return nn.relu(DropPath(self.drop_path, name="drop_path")(y, train=train) + shortcut)
+
+
+def last_scale(zero_init: bool) -> Initializer:
+    """The initial scale of a block's last norm: 0 (Goyal et al., 2017, arXiv 1706.02677, section 5.1) or 1."""
+    return nn.initializers.zeros if zero_init else nn.initializers.ones

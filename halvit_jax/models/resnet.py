@@ -51,6 +51,7 @@ class ResNet(nn.Module):
     groups: int = 1  # of the 3x3 convolutions
     base_width: int = 64  # channels of one group in the first stage
     kernel_init: str = "kaiming_fan_out"  # of every convolution: a key of KERNEL_INITS
+    zero_init_residual: bool = False  # the scale of each block's last norm starts at 0, as in timm
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # of the recipe's images; the network runs at any size
@@ -91,6 +92,7 @@ class ResNet(nn.Module):
                 stride=1 if i == 0 else 2,
                 groups=self.groups,
                 kernel_init=init,
+                zero_init=self.zero_init_residual,
                 dtype=self.dtype,
                 remat=self.remat,
                 folded=self.folded,
@@ -125,6 +127,7 @@ class Stage(nn.Module):
     stride: int  # of the first block
     groups: int
     kernel_init: Initializer
+    zero_init: bool  # of the scale of each block's last norm
     dtype: Dtype
     remat: bool
     folded: bool
@@ -135,6 +138,9 @@ class Stage(nn.Module):
     def _common(self) -> dict[str, Any]:
         return {"kernel_init": self.kernel_init, "dtype": self.dtype, "folded": self.folded}
 
+    def _of_block(self) -> dict[str, Any]:
+        return {**self._common(), "zero_init": self.zero_init}
+
 
 class BasicStage(Stage):
     """Blocks of two 3x3 convolutions."""
@@ -143,7 +149,7 @@ class BasicStage(Stage):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            x = self._run(BasicBlock(self.out, stride, rate, **self._common(), name=f"block{i}"), x, train=train)
+            x = self._run(BasicBlock(self.out, stride, rate, **self._of_block(), name=f"block{i}"), x, train=train)
         return x
 
 
@@ -154,7 +160,7 @@ class BottleneckStage(Stage):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = Bottleneck(self.out, self.width, stride, rate, self.groups, **self._common(), name=f"block{i}")
+            block = Bottleneck(self.out, self.width, stride, rate, self.groups, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, train=train)
         return x
 
@@ -180,7 +186,7 @@ class HalvitStage(Stage):
             shortcut = norm(strided(x, train=train), train=train)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._common(), name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, False, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
@@ -201,7 +207,7 @@ class HalvitPrenormStage(Stage):
             x = Conv(self.out, kernel_init=self.kernel_init, dtype=self.dtype, name="widen")(x)
         for i, rate in enumerate(self.rates):
             stride = self.stride if i == 0 else 1
-            block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._common(), name=f"block{i}")
+            block = TiedBottleneck(tied, stride, rate, self.groups, True, **self._of_block(), name=f"block{i}")
             x = self._run(block, x, shortcut if i == 0 else x, train=train)
         return x
 
@@ -246,7 +252,8 @@ FAMILY = Family(
         "halvit_resnet50": Published(75.1, "HaLViT; counted without the classifier", params="13.4M"),
         "resnet18": Published(69.76, "torchvision V1, 90 epochs"),
         "resnet50": Published(76.13, "torchvision V1, 90 epochs"),
-        "resnext101_32x8d": Published(79.3, "torchvision V1"),
+        "resnet101": Published(77.37, "torchvision V1, 90 epochs"),
+        "resnext101_32x8d": Published(79.31, "torchvision V1, 100 epochs"),
     },
     baselines={"halvit_resnet50": "resnet50", "halvit_resnext101_32x8d": "resnext101_32x8d"},
 )

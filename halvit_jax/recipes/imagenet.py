@@ -1,4 +1,8 @@
-"""ImageNet recipes: configs that the files of `configs/` start from."""
+"""Recipes on ImageNet-1k of DeiT and of what descends from it: SHViT, MiniViT, Swin, PVT and Next-ViT.
+
+Each function makes a config with its values, for the files of `configs/` to start from. What the values are and which
+file of the reference repositories says so is in `tests/golden/recipes.json`.
+"""
 
 from ml_collections import ConfigDict
 
@@ -35,25 +39,49 @@ def deit(model: str) -> ConfigDict:
     return config
 
 
+def deit_distilled(model: str) -> ConfigDict:
+    """DeiT's distillation: a second token and classifier learn the labels that a RegNetY-16GF predicts."""
+    config = deit(model)
+    config.model.name = f"{model}_distilled"
+    _set_teacher(config, "regnety_160", kind="hard", alpha=0.5)
+    return config
+
+
 def deit_384(model: str) -> ConfigDict:
-    """DeiT's fine-tuning at 384 pixels after 224: a constant 5e-6 for 30 epochs, with a weight decay of 1e-8."""
+    """DeiT's fine-tuning at 384 pixels of what was trained at 224.
+
+    A constant 5e-6 for 30 epochs, hardly any decay, and no stochastic depth: the released code leaves the model in
+    evaluation mode.
+    """
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
     config.optim.schedule = "constant"
+    config.model.drop_path = 0.0
+    return config
+
+
+def regnety(model: str) -> ConfigDict:
+    """The teacher of DeiT: a RegNetY with DeiT's data and augmentation, without stochastic depth.
+
+    The paper states no more than that. The optimizer is ours: DeiT's.
+    """
+    config = deit(model)
+    config.model.drop_path = 0.0
     return config
 
 
 def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
 
-    The tables of relative positions are decayed, the position embedding is not, as released. Variants: "" trains on the
-    labels only; "distilled" only on the probabilities of a RegNetY-16GF; "384" is fine-tuning at 384 pixels on the
-    labels, without stochastic depth.
+    The tables of relative positions are decayed, the position embedding is not, as released. Without a `variant` it
+    learns from the labels alone; "distilled": from nothing but the probabilities of a RegNetY-16GF; "384": fine-tuning
+    at 384 pixels, on the labels and without stochastic depth. Its rate rises: the released floor of 5e-6 lies above
+    the 2.5e-6 that the warm-up leads to.
     """
     config = deit(model)
     config.model.drop_path = drop_path
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
-        config.optim.schedule = "constant"  # the released floor lies above the rate
+        config.optim.floor = 5e-6
         config.model.drop_path = 0.0
     if variant == DISTILLED:
         _set_teacher(config, "regnety_160", kind="soft", alpha=1.0)
@@ -77,10 +105,11 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config.optim.warmup_start = 1e-6
     config.optim.floor = 1e-5
     if variant == AT_384:
-        _fine_tune(config, batch_size=256, learning_rate=2e-5)
+        _squash(_fine_tune(config, batch_size=1024, learning_rate=2e-5))
+        config.model.window_size = 12
         config.optim.warmup_epochs = 5.0
-        config.optim.warmup_start = 1e-8
-        config.optim.floor = 1e-7
+        config.optim.warmup_start = 4e-8
+        config.optim.floor = 4e-7
     return config
 
 
@@ -104,10 +133,16 @@ PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Mini-Swin (Zhang et al., 2022): Swin's recipe with less stochastic depth.
 
-    `variant` is as for Swin, or "distilled": only from the logits of a Swin-B and the relations between its tokens, in
-    six pairs of layers. Mini-Swin-T has twelve layers, Swin-B and the others 24.
+    `variant` is as for Swin, or "distilled": from nothing but the logits of a Swin-B and the relations between its
+    tokens, in six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T. At 384 the batch, the
+    start of the warm-up and the floor differ from Swin's, and the evaluation crops.
     """
     config = swin(model, drop_path=drop_path, variant="" if variant == DISTILLED else variant)
+    if variant == AT_384:
+        config.batch_size = config.recipe_batch_size = 256
+        config.data.eval_crop, config.data.eval_resize = 0.875, "short_side"
+        config.optim.warmup_start = 2.5e-7
+        config.optim.floor = 2.5e-6
     if variant == DISTILLED:
         layers = (1, 3, 9, 15, 21, 23)
         student = (1, 3, 5, 7, 9, 11) if model == "mini_swin_tiny" else layers
@@ -138,7 +173,7 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
     config.optim.clip_adaptive = 0.02
     config.optim.no_clip_adaptive = ()
     if variant in FINE_TUNED:
-        _fine_tune(config, batch_size=2048, learning_rate=1e-3, image_size=int(variant))
+        _squash(_fine_tune(config, batch_size=2048, learning_rate=1e-3, image_size=int(variant)))
     if variant == DISTILLED:
         config.model.name = f"{model}_distilled"
         _set_teacher(config, "regnety_160", kind="hard", alpha=0.5)
@@ -148,8 +183,9 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
 def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches.
 
-    The learning rate is 2e-3 at the batch of 2048. Differences from DeiT's: twice the weight decay, a longer warm-up,
-    clipped gradients, no repeated augmentation and no EMA. The variant "384" is fine-tuning at 384 pixels.
+    The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
+    clipped, no repeated augmentation and no EMA. The variant "384" is fine-tuning at 384 pixels, of which the log of B
+    shows another rate than that of S and L.
     """
     config = deit(model)
     config.batch_size = config.recipe_batch_size = 2048
@@ -160,7 +196,7 @@ def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
     if variant == AT_384:
-        _fine_tune(config, batch_size=2048, learning_rate=5e-6)
+        _fine_tune(config, batch_size=1024, learning_rate=1.5e-6 if model == "nextvit_base" else 5e-6)
         config.optim.schedule = "constant"
         config.optim.warmup_epochs = 0.0
     return config
@@ -171,70 +207,19 @@ FINE_TUNED = (AT_384, "512")  # of SHViT
 SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s4": 0.03}
 
 
-def torchvision_v1(model: str) -> ConfigDict:
-    """The 90 epochs of torchvision's V1 weights, the baseline of HaLViT's ResNets (76.13 for ResNet-50).
-
-    Norms and biases are decayed too.
-    """
-    config = default_config()
-    config.num_epochs = 90
-    config.batch_size = config.recipe_batch_size = 256
-    config.model.name = model
-    config.data.interpolation = "bilinear"
-    config.data.antialias = True
-    config.optim.name = "sgd"
-    config.optim.learning_rate = 0.1
-    config.optim.base_batch_size = 256
-    config.optim.momentum = 0.9
-    config.optim.weight_decay = 1e-4
-    config.optim.no_decay = ()
-    config.optim.schedule = "step"
-    config.optim.warmup_epochs = 0.0
-    config.optim.step_epochs = 30.0
-    config.optim.step_factor = 0.1
-    return config
-
-
-def resnet_a2(model: str) -> ConfigDict:
-    """A2 of "ResNet strikes back" (Wightman et al., 2021): LAMB, binary cross-entropy, Mixup, CutMix, RandAugment.
-
-    Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as inside timm's LAMB.
-    """
-    config = default_config()
-    config.num_epochs = 300
-    config.batch_size = config.recipe_batch_size = 2048
-    config.model.name = model
-    config.model.drop_path = 0.05
-    config.data.augment = "rand-m7-mstd0.5-inc1"
-    config.data.antialias = True
-    config.data.repeated_aug = 3
-    config.data.eval_crop = 0.95
-    config.classification.loss = "binary_cross_entropy"
-    config.classification.mixup = 0.1
-    config.classification.cutmix = 1.0
-    config.optim.name = "lamb"
-    config.optim.learning_rate = 5e-3
-    config.optim.base_batch_size = 2048
-    config.optim.weight_decay = 0.02
-    config.optim.clip_norm = 1.0
-    config.optim.schedule = "cosine"
-    config.optim.warmup_epochs = 5.0
-    config.optim.warmup_start = 1e-4
-    config.optim.floor = 1e-6
-    return config
-
-
-RESNET_RECIPES = {"v1": torchvision_v1, "a2": resnet_a2}
-
-
 def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, image_size: int = 384) -> ConfigDict:
     """Change a recipe to 30 epochs of fine-tuning at more pixels; `init_from` comes from the command line."""
     config.num_epochs = 30
     config.batch_size = config.recipe_batch_size = batch_size
     config.model.image_size = image_size
-    config.data.eval_crop = 1.0
     config.optim.learning_rate = learning_rate
     config.optim.weight_decay = 1e-8
+    return config
+
+
+def _squash(config: ConfigDict) -> ConfigDict:
+    """Evaluation on the whole image, resized to a square."""
+    config.data.eval_crop, config.data.eval_resize = 1.0, "squash"
     return config
 
 

@@ -15,6 +15,7 @@ from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, Se
 from halvit_jax.tasks import mixup
 from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
 from halvit_jax.tasks.metrics import MeanCollector, classification_sums
+from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
 TOP = 5  # classes that `decode` lists
@@ -31,11 +32,13 @@ class Classification:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
         mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
+        bce_threshold: where above 0 and the loss is binary, targets above it count as 1 and all others as 0.
         label_smoothing: fraction of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mixup_switch: probability of CutMix where both are on.
         mixup_mode: one draw for the whole "batch", or one for each element ("elem").
         erase: probability of random erasing.
+        erase_fill: what fills the erased box: "noise" or "zero".
     """
 
     primary_metric = "top1"
@@ -49,12 +52,14 @@ class Classification:
         mean: Sequence[float],
         std: Sequence[float],
         loss: str = "cross_entropy",
+        bce_threshold: float = 0.0,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         mixup_switch: float = 0.5,
         mixup_mode: str = "batch",
         erase: float = 0.0,
+        erase_fill: str = "noise",
     ) -> None:
         if model.num_classes < 1:
             raise ValueError(f"model.num_classes={model.num_classes} must be at least 1 to train a classifier")
@@ -62,7 +67,15 @@ class Classification:
             raise ValueError(f"classification.loss={loss!r} is not one of {', '.join(LOSSES)}")
         if mixup_mode not in MIXUP_MODES:
             raise ValueError(f"classification.mixup_mode={mixup_mode!r} is not one of {', '.join(MIXUP_MODES)}")
-        for name, value in {"label_smoothing": label_smoothing, "mixup_switch": mixup_switch, "erase": erase}.items():
+        if erase_fill not in ERASE_FILLS:
+            raise ValueError(f"classification.erase_fill={erase_fill!r} is not one of {', '.join(ERASE_FILLS)}")
+        if bce_threshold and loss != "binary_cross_entropy":
+            raise ValueError(
+                f"classification.bce_threshold={bce_threshold} is for classification.loss='binary_cross_entropy', not "
+                f"{loss!r}"
+            )
+        shares = {"label_smoothing": label_smoothing, "mixup_switch": mixup_switch, "erase": erase}
+        for name, value in (shares | {"bce_threshold": bce_threshold}).items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"classification.{name}={value} must lie between 0 and 1")
         for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
@@ -76,7 +89,8 @@ class Classification:
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mixup_switch}
         self._mixing["per_image"] = mixup_mode == "elem"
-        self._erase = erase
+        self._bce_threshold = bce_threshold
+        self._erase = {"probability": erase, "fill": erase_fill}
 
     def batch_spec(self) -> dict[str, ArraySpec]:
         """A uint8 image, its label and its mask."""
@@ -171,6 +185,9 @@ class Classification:
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)
-        images = mixup.random_erase(erase_key, self.normalise(batch["image"]), probability=self._erase)
+        images = mixup.random_erase(erase_key, self.normalise(batch["image"]), **self._erase)
         targets = smooth_one_hot(batch["label"], self.model.num_classes, self._label_smoothing)
-        return mixup.mixup_or_cutmix(mix_key, images, targets, **self._mixing)
+        images, targets = mixup.mixup_or_cutmix(mix_key, images, targets, **self._mixing)
+        if self._bce_threshold:
+            targets = (targets > self._bce_threshold).astype(targets.dtype)
+        return images, targets

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 QUANTILES = 2**14
+ERASE_FILLS = ("noise", "zero")  # timm's "pixel" and torchvision's default
 
 
 def mixup(
@@ -70,8 +71,8 @@ def mixup_or_cutmix(
     return tuple(jnp.where(_beside(cuts, a), a, b) for a, b in zip(cut(key), mix(key), strict=True))
 
 
-def random_erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
-    """Fill one box of an image with normal noise, with this probability for each image.
+def random_erase(key: jax.Array, images: jax.Array, *, probability: float, fill: str = "noise") -> jax.Array:
+    """Fill one box of an image with normal "noise" or with "zero", with this probability for each image.
 
     The box covers 2 % to a third of the area at an aspect ratio of 0.3 to 3.3, drawn log-uniformly. A box larger than
     the image is cut to its size (timm draws again; the difference is a few per cent of the boxes).
@@ -86,8 +87,8 @@ def random_erase(key: jax.Array, images: jax.Array, *, probability: float) -> ja
     columns = _spans(column_key, w, jnp.round(jnp.sqrt(area / ratio)))
     happens = jax.random.bernoulli(happen_key, probability, (b,))
     box = happens[:, None, None] & rows[:, :, None] & columns[:, None, :]  # [b, h, w]
-    noise = jax.random.normal(noise_key, images.shape, images.dtype)
-    return jnp.where(box[..., None], noise, images)
+    filling = jax.random.normal(noise_key, images.shape, images.dtype) if fill == "noise" else jnp.zeros_like(images)
+    return jnp.where(box[..., None], filling, images)
 
 
 def _shape(images: jax.Array, per_image: bool) -> tuple[int, ...]:

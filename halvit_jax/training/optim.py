@@ -138,9 +138,10 @@ def make_schedule(
 ) -> Callable[[Array], Array]:
     """Learning rate of a step: linear warm-up from `warmup_start`, then one of
 
-    cosine:    floor + (peak - floor) (1 + cos(pi step / total_steps)) / 2, counted from step 0, warm-up included
-    step:      peak * step_factor ** (number of whole `step_epochs` passed)
-    constant:  peak
+    cosine:               floor + (peak - floor) (1 + cos(pi step / total_steps)) / 2, counted from step 0, as in timm
+    cosine_after_warmup:  the same, counted from the end of the warm-up, as in torchvision
+    step:                 peak * step_factor ** (number of whole `step_epochs` passed)
+    constant:             peak
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
@@ -150,8 +151,13 @@ def make_schedule(
     positive = {"step_epochs": step_epochs, "step_factor": step_factor}
     _check("must be above 0", {key: (value, value > 0) for key, value in positive.items()})
     warmup_steps = round(warmup_epochs * steps_per_epoch)
+
+    def cosine(step: Array, total: int) -> Array:
+        return floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * step / total))
+
     bodies = {
-        "cosine": lambda step: floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * step / total_steps)),
+        "cosine": lambda step: cosine(step, total_steps),
+        "cosine_after_warmup": lambda step: cosine(step - warmup_steps, total_steps - warmup_steps),
         "step": lambda step: peak * step_factor ** jnp.floor(step / (step_epochs * steps_per_epoch)),
         "constant": lambda step: jnp.asarray(peak),
     }

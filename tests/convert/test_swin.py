@@ -64,3 +64,16 @@ def test_no_swin_is_a_deit() -> None:
     variables = unflatten(random_arrays("swin_tiny", **SMALL))
     with pytest.raises(ValueError, match=r"as_deit=True .* swin_tiny"):
         to_torch("swin_tiny", variables, as_deit=True, **SMALL)
+
+
+@pytest.mark.parametrize("name", ["swin_tiny", "mini_swin_tiny"])
+def test_weights_of_other_windows_are_refused_with_the_window_size_to_set(name: str) -> None:
+    """As those released at 384 pixels, whose windows have 12 tokens a side, in a model made with image_size=384."""
+    fields = SMALL | {"image_size": 48} | ({"shares": (2, 2)} if name == "mini_swin_tiny" else {})
+    released = to_torch(
+        name, unflatten(random_arrays(name, **fields | {"window_size": 6})), **fields | {"window_size": 6}
+    )
+    message = rf"{name}: they have windows of 6 tokens, .* model.window_size=4; set window_size=6$"
+    with pytest.raises(ValueError, match=message):
+        from_torch(name, released, **fields)
+    assert from_torch(name, released, **fields | {"window_size": 6})

@@ -46,6 +46,17 @@ def test_central_crop_equals_pillow(name: str, method: str, fraction: float, tur
     assert np.abs(ours - theirs).mean() <= 1.0
 
 
+@pytest.mark.parametrize("fraction", [1.0, 0.875])
+@pytest.mark.parametrize("name", PHOTOS)
+def test_squash_equals_pillows_resize_of_the_whole_image(name: str, fraction: float) -> None:
+    ours = ops.squash(tf.constant(PHOTOS[name]), size=(384, 384), fraction=fraction, method="bicubic").numpy()
+    side = int(384 / fraction)
+    resized = Image.fromarray(PHOTOS[name]).resize((side, side), Image.Resampling.BICUBIC)
+    start = round((side - 384) / 2)
+    theirs = np.asarray(resized.crop((start, start, start + 384, start + 384))).astype(int)
+    assert np.abs(ours - theirs).mean() <= 1.0
+
+
 def test_central_crop_leaves_an_image_of_the_right_size() -> None:
     image = tf.constant(PHOTO[:64, :64])
     np.testing.assert_array_equal(ops.central_crop(image, size=(64, 64), fraction=1.0, method="bicubic"), image)
@@ -86,11 +97,42 @@ def test_central_crop_resizes_only_the_middle_of_a_very_long_image(
     assert resized == [(36, 8 * 36), (8 * 36, 36)]
 
 
+SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2}
+
+
+def _jpeg(photo: np.ndarray, colours: str, progressive: bool, quality: int) -> bytes:
+    image, file = Image.fromarray(photo), io.BytesIO()
+    if colours == "grey":
+        image.convert("L").save(file, "JPEG", progressive=progressive, quality=quality)
+    else:
+        image.save(file, "JPEG", progressive=progressive, quality=quality, subsampling=SUBSAMPLINGS[colours])
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("colours", [*SUBSAMPLINGS, "grey"])
+@pytest.mark.parametrize("name", PHOTOS)
+def test_a_jpeg_has_the_pixels_of_pillow(name: str, colours: str, progressive: bool) -> None:
+    """The whole image and boxes of it, also where its sides are no multiples of a block's."""
+    rng = np.random.default_rng(0)
+    for photo, quality in ((PHOTOS[name], 95), (PHOTOS[name][:-2, :-3], 75)):
+        jpeg = _jpeg(photo, colours, progressive, quality)
+        expected = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        np.testing.assert_array_equal(ops.decode(tf.constant(jpeg)), expected)
+        for _ in range(8):
+            sides = [int(rng.integers(8, side)) for side in photo.shape[:2]]
+            top, left = (
+                int(rng.integers(0, side - length + 1)) for side, length in zip(photo.shape, sides, strict=False)
+            )
+            box = ops.decode_box(tf.constant(jpeg), tf.constant([top, left, *sides]))
+            np.testing.assert_array_equal(box, expected[top : top + sides[0], left : left + sides[1]])
+
+
 def test_crop_of_undecoded_jpeg_equals_crop_of_decoded() -> None:
     jpeg = tf.io.encode_jpeg(PHOTO, quality=95)
-    png = tf.io.encode_png(tf.io.decode_jpeg(jpeg))
+    png = tf.io.encode_png(ops.decode(jpeg))
     for number in range(5):
-        np.testing.assert_allclose(_crop(jpeg, number).astype(int), _crop(png, number).astype(int), atol=1)
+        np.testing.assert_array_equal(_crop(jpeg, number), _crop(png, number))
 
 
 def test_random_boxes_cover_areas_and_ratios_as_asked() -> None:

@@ -87,6 +87,14 @@ def test_shuffle_gives_each_epoch_another_order_and_an_example_at_most_once(digi
     assert epochs[0] != epochs[1]
 
 
+def test_training_may_have_other_images_than_evaluation(digits_dir: pathlib.Path) -> None:
+    loaders = _loaders(digits_dir, train_size=6, eval_resize="squash")
+    assert next(loaders.train.batches())["image"].shape == (BATCH, 6, 6, 3)
+    assert next(loaders.evals["eval"].batches())["image"].shape == (BATCH, 8, 8, 3)
+    with pytest.raises(ValueError, match=r"data\.train_size=-1 must not be negative"):
+        _loaders(digits_dir, train_size=-1)
+
+
 def test_repeated_aug_puts_copies_of_an_example_into_one_batch(digits_dir: pathlib.Path) -> None:
     loader = _loaders(digits_dir, flip=False, shift=0, repeated_aug=3).train
     assert loader.steps_per_epoch == _loaders(digits_dir).train.steps_per_epoch

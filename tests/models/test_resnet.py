@@ -76,6 +76,11 @@ def test_weights_start_as_in_the_released_networks() -> None:
     assert float(jnp.abs(conv2).max()) <= (9 * 256) ** -0.5
     assert float(conv2.std()) == pytest.approx((9 * 256 * 3) ** -0.5, rel=0.02)
     assert all(bool((a == (1 if path.endswith("scale") else 0)).all()) for path, a in params.items() if "norm" in path)
+    zeros = _small("halvit_resnet50", depths=(1, 1, 1, 1), zero_init_residual=True)
+    scales = flatten(jax.jit(lambda: zeros.init(key, _images(), train=False))()["params"])
+    last = [path for path in scales if path.endswith("norm3/scale")]
+    assert len(last) == 4
+    assert all(float(jnp.abs(scales[path]).max()) == (path not in last) for path in scales if path.endswith("scale"))
     plain = KERNEL_INITS[ResNet.kernel_init](jax.random.key(0), (3, 3, 8, 256))
     assert float(plain.std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.05)
     assert not any(a.any() for path, a in flatten(variables["batch_stats"]).items() if path.endswith("mean"))

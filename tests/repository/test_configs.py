@@ -1,19 +1,14 @@
 import ast
-import importlib.util
-import itertools
-import json
-import pathlib
 import re
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import pytest
 from flax import linen as nn
+from helpers.configs import CONFIGS, entries, load, values
 from ml_collections import ConfigDict
 
-from halvit_jax.cli import app
 from halvit_jax.config import default_config, to_json, validate
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.teacher import abstract_distillation
@@ -23,43 +18,7 @@ from halvit_jax.training.optim import path_mask
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.trees import first_match, flatten, variable_shapes
 
-ROOT = pathlib.Path(__file__).parents[2]
-CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.py"))}
 Recorded = Callable[..., dict[str, Any]]
-
-
-def module(name: str) -> types.ModuleType:
-    """A file of configs/, imported as the flag imports it."""
-    spec = importlib.util.spec_from_file_location(name, CONFIGS[name])
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def load(entry: str) -> ConfigDict:
-    """The config of "file" or "file:variant"."""
-    name, _, variant = entry.partition(":")
-    return module(name).get_config(*[variant] if variant else [])
-
-
-def entries(name: str) -> list[str]:
-    """All that a file of configs/ offers: its default first, then every variant."""
-    groups = getattr(module(name), "VARIANTS", ())
-    chosen = [",".join(filter(None, names)) for names in itertools.product(*groups)]
-    return [name, *(f"{name}:{variant}" for variant in chosen[1:])]
-
-
-def values(config: ConfigDict) -> dict[str, Any]:
-    """All fields by their full names, as JSON has them."""
-    return json.loads(json.dumps({name: config_value(config, name) for name in app.field_names(config)}))
-
-
-def config_value(config: ConfigDict, name: str) -> Any:
-    for part in name.split("."):
-        config = config[part]
-    return config
 
 
 def difference(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
@@ -128,15 +87,10 @@ def test_every_recipe_decays_and_partitions_as_recorded(recorded: Recorded) -> N
     assert recorded("parameters.json", found) == found
 
 
-@pytest.mark.parametrize("name", ["resnet50", "halvit_resnet50"])
-def test_a2_is_a_variant_of_the_convolutional_configs(name: str) -> None:
-    config = load(f"{name}:a2")
-    assert (config.model.name, config.optim.name, config.num_epochs) == (name, "lamb", 300)
-
-
 @pytest.mark.parametrize(
     ("entry", "source", "kind", "layers"),
     [
+        ("deit_tiny:distilled", "regnety_160", "hard", ()),
         ("shvit:distilled", "regnety_160", "hard", ()),
         ("mini_deit:base,distilled", "regnety_160", "soft", ()),
         pytest.param(
@@ -160,47 +114,29 @@ def test_distillation_as_published_is_a_variant(entry: str, source: str, kind: s
     assert task.constants["params"]
 
 
-def rate(config: ConfigDict) -> float:
-    return config.optim.learning_rate * config.batch_size / config.optim.base_batch_size
-
-
 @pytest.mark.parametrize(
-    ("entry", "model", "learning_rate", "schedule"),
-    [
-        ("mini_deit:base,384", "mini_deit_base", 2.5e-6, "constant"),
-        ("swin:base,384", "swin_base", 1e-5, "cosine"),
-        ("mini_swin:base,384", "mini_swin_base", 1e-5, "cosine"),
-        ("nextvit:384", "nextvit_small", 2e-5, "constant"),
-        ("shvit:s4,384", "shvit_s4", 4e-3, "cosine"),
-    ],
+    "entry", ["finetune", "mini_deit:base,384", "swin:base,384", "mini_swin:base,384", "nextvit:384", "shvit:s4,512"]
 )
-def test_fine_tuning_at_384_is_a_variant(entry: str, model: str, learning_rate: float, schedule: str) -> None:
+def test_fine_tuning_at_more_pixels_is_a_variant(entry: str) -> None:
     config = load(entry)
-    assert (config.model.name, config.model.image_size, config.num_epochs) == (model, 384, 30)
-    assert rate(config) == pytest.approx(learning_rate)
-    assert (config.optim.schedule, config.optim.weight_decay, config.task.name) == (schedule, 1e-8, "classification")
     validate(config)
-    assert create_model(**config.model).image_size == 384
+    assert create_model(**config.model).image_size == (512 if "512" in entry else 384)
+    assert (config.num_epochs, config.task.name) == (30, "classification")
 
 
-@pytest.mark.parametrize("name", sorted(imagenet.SHVIT_DECAY))
-def test_shvits_are_trained_at_4e_3_with_a_decay_of_their_own(name: str) -> None:
-    config = imagenet.shvit(name)
-    assert (config.model.name, config.num_epochs, config.batch_size) == (name, 300, 2048)
-    assert rate(config) == 4e-3
-    assert config.optim.weight_decay == imagenet.shvit(name, variant="distilled").optim.weight_decay
+@pytest.mark.parametrize("entry", ["swin:tiny,384", "mini_swin:tiny,384"])
+def test_swins_at_384_have_tables_of_windows_of_twelve(entry: str) -> None:
+    tables = [leaf.shape[0] for path, leaf in shapes(load(entry)).items() if path.endswith("position_bias/table")]
+    assert set(tables) == {23**2}
+
+
+def shapes(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    return flatten(variable_shapes(create_model(**config.model))["params"])
+
+
+def test_a_model_without_a_published_decay_has_no_shvit_recipe() -> None:
     with pytest.raises(ValueError, match="'deit_tiny' has no published SHViT recipe; one of shvit_s1, shvit_s2"):
         imagenet.shvit("deit_tiny")
-
-
-@pytest.mark.parametrize(
-    ("entry", "drop_path"),
-    [("nextvit", 0.1), ("nextvit:base", 0.2), ("nextvit:large", 0.2), ("hmhsa_cffn:nextvit_small", 0.1)],
-)
-def test_next_vits_are_trained_at_2e_3_in_batches_of_2048(entry: str, drop_path: float) -> None:
-    config = load(entry)
-    assert (config.num_epochs, config.batch_size, config.model.drop_path) == (300, 2048, drop_path)
-    assert rate(config) == 2e-3
 
 
 def test_halvit_and_its_baseline_on_digits_differ_in_the_model_alone() -> None:

@@ -87,6 +87,21 @@ def test_binary_cross_entropy_is_chosen_by_name() -> None:
     assert float(_loss(task, batch).value) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_threshold_makes_binary_targets_of_mixed_ones() -> None:
+    """As BCE of "ResNet strikes back": every class with more than the threshold is simply there."""
+    fields = {"loss": "binary_cross_entropy", "mixup": 0.8}
+    mixed = _targets(_task(**fields))
+    assert len(np.unique(mixed)) > 2
+    found = _targets(_task(**fields, bce_threshold=0.2))
+    np.testing.assert_array_equal(found, mixed > 0.2)
+    assert (found.sum(1) >= 1).all()
+
+
+def _targets(task: Classification) -> np.ndarray:
+    """The targets of a training step."""
+    return np.asarray(jax.jit(task._training_inputs)(_batch(), jax.random.key(3))[1])
+
+
 def test_evaluation_scores_plain_cross_entropy_whatever_the_training_loss() -> None:
     task, batch = _task(loss="binary_cross_entropy", label_smoothing=0.3, mixup=0.8), _batch()
     batch["mask"] = batch["mask"].at[0].set(False)
@@ -108,8 +123,8 @@ def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.Mo
     calls = []
     marked = jnp.full((B, SIZE, SIZE, 3), 7.0)
 
-    def erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
-        calls.append(("erase", probability))
+    def erase(key: jax.Array, images: jax.Array, *, probability: float, fill: str) -> jax.Array:
+        calls.append(("erase", probability, fill))
         return marked
 
     def blend(key: jax.Array, images: jax.Array, targets: jax.Array, **alphas: float) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +139,7 @@ def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.Mo
         _batch()
     )
     assert calls == [
-        ("erase", 0.25),
+        ("erase", 0.25, "noise"),
         ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4, "per_image": True}),
     ]
 
@@ -164,6 +179,12 @@ def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_no
         ({"label_smoothing": 1.5}, "classification.label_smoothing=1.5 must lie between 0 and 1"),
         ({"mixup_switch": -0.5}, "classification.mixup_switch=-0.5 must lie between 0 and 1"),
         ({"erase": 2.0}, "classification.erase=2.0 must lie between 0 and 1"),
+        ({"erase_fill": "grey"}, "classification.erase_fill='grey' is not one of noise, zero"),
+        (
+            {"loss": "binary_cross_entropy", "bce_threshold": 1.5},
+            "classification.bce_threshold=1.5 must lie between 0 and 1",
+        ),
+        ({"bce_threshold": 0.2}, "classification.bce_threshold=0.2 is for classification.loss='binary_cross_entropy'"),
         ({"mixup": -0.1}, "classification.mixup=-0.1 must not be negative"),
         ({"cutmix": -1.0}, "classification.cutmix=-1.0 must not be negative"),
     ],

@@ -141,6 +141,11 @@ def erased() -> np.ndarray:
     return np.asarray(jax.jit(lambda key: mixup.random_erase(key, images, probability=0.25))(KEYS[0]))
 
 
+def test_erasing_fills_the_same_rectangle_with_zero(erased: np.ndarray) -> None:
+    erase = jax.jit(lambda key: mixup.random_erase(key, jnp.full(erased.shape, 100.0), probability=0.25, fill="zero"))
+    np.testing.assert_array_equal(erase(KEYS[0]), np.where(erased != 100.0, 0.0, 100.0))
+
+
 def test_erasing_fills_one_rectangle_with_normal_noise_and_leaves_the_rest(erased: np.ndarray) -> None:
     boxes = erased != 100.0
     assert (boxes == boxes[..., :1]).all()

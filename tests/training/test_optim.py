@@ -12,7 +12,7 @@ from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
 from halvit_jax.models import FAMILIES
-from halvit_jax.recipes import imagenet
+from halvit_jax.recipes import imagenet, resnet
 from halvit_jax.training.optim import Optimizer, layer_numbers, make_optimizer, path_mask
 from halvit_jax.trees import flatten, variable_shapes
 
@@ -60,9 +60,23 @@ def test_the_batch_scales_the_peak_and_neither_start_nor_floor() -> None:
 
 
 def test_the_step_schedule_is_torchvisions() -> None:
-    optimizer = _optimizer(imagenet.torchvision_v1("resnet50").optim.to_dict(), epochs=90, batch_size=256)
+    optimizer = _optimizer(resnet.torchvision_v1("resnet50").optim.to_dict(), epochs=90, batch_size=256)
     epochs = np.array([0, 15, 29.99, 30, 59.99, 60, 89.99])
     np.testing.assert_allclose(_rates(optimizer, epochs), [0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+
+
+def test_the_cosine_after_warmup_is_torchvisions() -> None:
+    """Counted from the end of the warm-up: the peak is reached, and half of the rest is half of the way down."""
+    optimizer = _optimizer(schedule="cosine_after_warmup", warmup_start=1e-5, floor=0.0)
+    expected = [1e-5, 1e-3, 0.5e-3, 0.0]
+    np.testing.assert_allclose(_rates(optimizer, np.array([0, 5, 152.5, 300])), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_a_cosine_whose_floor_is_above_the_peak_rises() -> None:
+    """As Mini-DeiT's fine-tuning at 384."""
+    rates = _rates(_optimizer(learning_rate=2.5e-6, scaling="none", floor=5e-6), np.array([5, 150, 300]))
+    assert (np.diff(rates) > 0).all()
+    assert rates[-1] == pytest.approx(5e-6, rel=1e-5)
 
 
 def test_the_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
@@ -220,7 +234,7 @@ def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name:
     ("changes", "message"),
     [
         ({"name": "adam"}, "optim.name='adam' is not one of adamw, lamb, sgd"),
-        ({"schedule": "linear"}, "optim.schedule='linear' is not one of cosine, step, constant"),
+        ({"schedule": "linear"}, "optim.schedule='linear' is not one of cosine, cosine_after_warmup, step, constant"),
         (
             {"warmup_epochs": 300.0},
             "optim.warmup_epochs=300.0 are 375300 steps of 375300 in all; lower optim.warmup_epochs or train longer",

@@ -28,7 +28,8 @@ class Source(Protocol):
         """The entries of shard number `index` of `count`.
 
         Shards are consecutive, and the first ones have one record more where they cannot be equal. A seed (int64
-        scalar) shuffles the entries; without one they come in the order of the split.
+        scalar) shuffles the entries; without one they come in the order of the split. A source that is sorted by class
+        permutes its records before it is cut, where a seed is given.
         """
         ...
 

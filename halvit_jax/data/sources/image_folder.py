@@ -5,11 +5,13 @@ import os
 
 import tensorflow as tf
 
+from halvit_jax.data.ops import no_autograph
 from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
 from halvit_jax.protocols import DatasetInfo
 from halvit_jax.text import first_few
 
 NAME = "folder"
+PERMUTATION_SEED = (0, 0)  # the same for every run, so that a shard has the same images in all epochs
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # what TensorFlow decodes; of a GIF the first frame
 
 
@@ -17,7 +19,8 @@ class ImageFolder(Source):
     """The images in root/split/<class>/, sorted by path; the label is the index of the class among the sorted names.
 
     Hidden files, files with other suffixes and deeper folders are ignored. An entry is the position of an image, so
-    shuffling, repeating and skipping reads no file.
+    shuffling, repeating and skipping reads no file. For training the positions are first permuted, by a fixed seed: the
+    images are sorted by class, and a shard of some classes alone would give a row of a batch those classes for ever.
 
     Raises:
         ValueError: a folder that is missing or holds no classes, or a class without images.
@@ -46,10 +49,15 @@ class ImageFolder(Source):
         labels = [label for label, name in enumerate(classes) for _ in images[name]]
         self.info = DatasetInfo(classes, len(paths), NAME)
         self._paths, self._labels = tf.constant(paths), tf.constant(labels, tf.int32)
+        positions = tf.range(len(paths), dtype=tf.int64)
+        self._permuted = tf.random.experimental.stateless_shuffle(positions, PERMUTATION_SEED, alg="philox")
 
     def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
-        """The positions of a shard; a seed shuffles them uniformly."""
-        return position_shard(self.info.num_examples, index, count, seed)
+        """The positions of a shard; with a seed those of a shard of the permuted split, shuffled uniformly."""
+        shard = position_shard(self.info.num_examples, index, count, seed)
+        if seed is None:
+            return shard
+        return shard.map(no_autograph(lambda entry: {"position": tf.gather(self._permuted, entry["position"])}))
 
     def fetch(self, entry: Entry) -> Record:
         """The file at the entry's position, undecoded, and its label."""

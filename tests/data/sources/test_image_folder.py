@@ -101,6 +101,47 @@ def test_batches_are_a_function_of_seed_and_epoch(root: pathlib.Path, reference:
     assert len(set(reference)) == len(reference)
 
 
+def _empty_files(root: pathlib.Path, classes: int, images: int) -> ImageFolder:
+    """A training split of which nothing is read but names."""
+    for label in range(classes):
+        folder = root / f"train/{label:04d}"
+        folder.mkdir(parents=True)
+        for i in range(images):
+            (folder / f"{i:03d}.png").touch()
+    return ImageFolder(str(root), "train")
+
+
+def _labels(source: ImageFolder, entries: tf.data.Dataset) -> np.ndarray:
+    labels = tf.gather(source._labels, tf.stack([entry["position"] for entry in entries]))
+    return labels.numpy()
+
+
+def test_every_pair_of_classes_is_mixed_within_an_epoch(tmp_path: pathlib.Path) -> None:
+    """The partner of a row is that of the reversed batch."""
+    source = _empty_files(tmp_path, 10, 100)
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
+    loader = TrainLoader(source, transform, batch_size=40, seed=0, virtual_shards=8)
+    entries = loader._entries(0).take(loader.steps_per_epoch * 40).map(lambda epoch, n, entry: entry)
+    rows = _labels(source, entries).reshape(-1, 40)
+    pairs = np.zeros((10, 10), int)
+    np.add.at(pairs, (rows, rows[:, ::-1]), 1)
+    assert pairs.sum() == 1000
+    assert pairs.min() >= 1
+    assert np.bincount(rows.ravel()).tolist() == [100] * 10
+
+
+def test_no_class_of_a_thousand_has_few_partners(tmp_path: pathlib.Path) -> None:
+    """What shares no batch row's shard and mirror with a class is never mixed with it, in any epoch."""
+    source, shards = _empty_files(tmp_path, 1000, 20), 64
+    seed = tf.constant(0, tf.int64)
+    held = np.zeros((shards, 1000), bool)
+    for index in range(shards):
+        held[index, _labels(source, source.shard(index, shards, seed))] = True
+    partners = (held.T.astype(int) @ held[::-1].astype(int)) > 0  # [class, class]
+    assert partners.sum(1).min() >= 200
+    assert held.sum(0).min() >= 10  # nor is a class in few rows of a batch
+
+
 @pytest.mark.parametrize("start", tiered([1, 14, 15, 16, 33], {16}))
 def test_resume_at_a_step_gives_the_same_batches(root: pathlib.Path, reference: list[str], start: int) -> None:
     batches = itertools.islice(_loaders(root).train.batches(start), len(reference) - start)
