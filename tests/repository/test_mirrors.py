@@ -24,7 +24,14 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "layers/residual.py": ("models/test_resnet.py", "models/test_golden.py"),
     # All recipes are compared with their golden files.
     "recipes/digits.py": ("repository/test_configs.py",),
-    "recipes/imagenet.py": ("repository/test_configs.py",),
+    "recipes/imagenet.py": ("repository/test_configs.py", "recipes/test_published.py"),
+    "recipes/resnet.py": ("repository/test_configs.py", "recipes/test_published.py"),
+    # Whole detectors are compared with the references, which differ in their conventions.
+    "detection/__init__.py": ("detection/test_golden_detectors.py",),
+    "detection/conventions.py": ("detection/test_golden_detectors.py", "detection/test_anchors.py"),
+    "detection/detector.py": ("detection/test_golden_detectors.py", "detection/test_detectors.py"),
+    "detection/mask_rcnn.py": ("detection/test_golden_detectors.py", "detection/test_detectors.py"),
+    "detection/retinanet.py": ("detection/test_golden_detectors.py", "detection/test_detectors.py"),
 }
 
 
