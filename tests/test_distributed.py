@@ -32,7 +32,7 @@ FIELDS = {
     "data.virtual_shards": 8,
     "optim.warmup_epochs": 1.0,
     "cluster.heartbeat_timeout": 10,
-    "distributed.start_timeout": 60,
+    "cluster.start_timeout": 60,
 }
 MAIN = "halvit_jax.main"
 
