@@ -89,7 +89,7 @@ def main(workdir: pathlib.Path, *, kill: bool) -> None:
 
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
-    from halvit_jax.training.fault_tolerance.preemption import Signals
+    from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog
     from halvit_jax.training.report import Report
     from halvit_jax.training.state import abstract_state, init_state
@@ -101,8 +101,8 @@ def main(workdir: pathlib.Path, *, kill: bool) -> None:
     optimizer = optimizer_of(**lengths, warmup_epochs=0.0, learning_rate=1e-3, scaling="none")
     mesh = one_device()
     report = Report(workdir, total_steps=STEPS, batch_size=BATCH)
-    checkpointer = Checkpointer(workdir, say=report.say)
-    beginning = loop.begin(
+    checkpointer = Checkpointer(workdir, log=report.log)
+    start = loop.restore_or_init(
         checkpointer,
         report,
         abstract_state(task, optimizer, mesh=mesh, use_ema=False),
@@ -112,13 +112,13 @@ def main(workdir: pathlib.Path, *, kill: bool) -> None:
     result = loop.train(
         task,
         optimizer,
-        beginning,
+        start,
         loader,
-        Digits(train=False),
+        {"eval": Digits(train=False)},
         mesh=mesh,
         checkpointer=checkpointer,
         report=report,
-        signals=Signals(),
+        preemption=PreemptionHandler(),
         watchdog=Watchdog(workdir, timeout=600.0, compile_timeout=600.0),
         debug_folder=workdir / "debug",
         seed=SEED,
@@ -129,7 +129,7 @@ def main(workdir: pathlib.Path, *, kill: bool) -> None:
         ema_decay=0.0,
     )
     checkpointer.close()
-    (workdir / "trial.json").write_text(json.dumps(result | {"began_at": int(beginning.state.step)}))
+    (workdir / "trial.json").write_text(json.dumps(result | {"began_at": int(start.state.step)}))
 
 
 if __name__ == "__main__":

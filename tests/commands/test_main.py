@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from helpers.processes import ONE_DEVICE, ROOT, run_command
 from helpers.runs import MAIN, tiny
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from halvit_jax.cli import app
 from halvit_jax.main import run_experiment
@@ -193,3 +195,21 @@ def test_a_profile_beyond_the_run_is_refused(
     with pytest.raises(SystemExit):
         run_experiment(tiny(digits_dir), tmp_path / "run", profile=ProfileRange(5, 8))
     assert "--profile=5:8 must end below 8 steps" in capsys.readouterr().err
+
+
+def test_further_evaluation_sets_have_lines_curves_and_results_of_their_own(
+    digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(digits_dir, **{"data.evals": ("half=digits:test[:50%]",), "model.depth": 1, "loop.eval_every": 8})
+    result = run_experiment(config, tmp_path)
+    names = {"eval", "ema_eval", "eval_half", "ema_eval_half"}
+    saved = json.loads((tmp_path / "result.json").read_text())
+    assert {name for name, value in saved.items() if isinstance(value, dict)} == names
+    assert saved["eval_half"].keys() == {"loss", "top1", "top5"}
+    assert saved["eval_half"]["loss"] != saved["eval"]["loss"]
+    lines = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert all(["step", "8", name] in lines for name in names)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in names:
+        (event,) = events.Tensors(f"{name}/top1")
+        assert (event.step, float(make_ndarray(event.tensor_proto))) == (8, pytest.approx(result[name]["top1"]))

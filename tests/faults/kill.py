@@ -277,7 +277,7 @@ def _at_unseal() -> None:
 
 
 def _in_delete() -> None:
-    from halvit_jax.training.checkpoint.checkpointer import checkpointer
+    from halvit_jax.training.checkpoint import checkpointer
 
     def replaced(folder: pathlib.Path) -> None:
         next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()

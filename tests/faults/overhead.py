@@ -38,7 +38,7 @@ def main() -> None:
     from halvit_jax.training.state import TrainState
     from halvit_jax.training.step import add_state_flags, make_train_step
 
-    config = digits("halvit_tiny")
+    config = digits.vit("halvit_tiny")
     config.data.data_dir = given.data_dir
     run = build.build(config)
     task, optimizer, decay = run.task, run.optimizer, config.loop.ema_decay
@@ -58,7 +58,7 @@ def main() -> None:
         return new.replace(ema=optax.incremental_update(new.trained, state.ema, 1.0 - decay)), sums
 
     bare = jax.jit(bare, donate_argnums=0)
-    signals = PreemptionHandler()
+    preemption = PreemptionHandler()
     watchdog = Watchdog(pathlib.Path(tempfile.mkdtemp()), timeout=600.0, compile_timeout=600.0)
     watchdog.start()
 
@@ -66,7 +66,7 @@ def main() -> None:
         before = None
         for step, each in enumerate(rows):
             watchdog.heartbeat("waiting for data", step)
-            batch = to_devices(signals.attach_request(each), run.mesh)
+            batch = to_devices(preemption.attach_request(each), run.mesh)
             watchdog.heartbeat(TRAINING, step)
             state, outcome = guarded(state, task.constants, batch)
             if step % CHECK_STATE_EVERY == 0:
@@ -85,7 +85,7 @@ def main() -> None:
             before = sums
         return jax.block_until_ready(state)
 
-    batches = run.train_loader.batches(0)
+    batches = run.loaders.train.batches(0)
     rows = [next(batches) for _ in range(given.steps)]
     states = [run.fresh_state(run.abstract_state()) for _ in range(2)]
     loops: list[Callable] = [with_guards, without]

@@ -1,3 +1,5 @@
+import pathlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -5,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.processes import Started
 
 from halvit_jax.training.evaluate import PreemptedError, evaluate
 from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
@@ -89,3 +92,60 @@ def test_an_evaluation_sends_a_heartbeat_a_batch_and_is_preempted_one_batch_afte
     with pytest.raises(PreemptedError):
         evaluate(Task(), VARIABLES, Batches(), make_mesh(), preemption=preemption, heartbeat=heartbeat)
     assert moves == [0, 1]
+
+
+TWO_PROCESSES = """
+import sys
+
+import jax
+import numpy as np
+rank, port = int(sys.argv[1]), sys.argv[2]
+jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=rank)
+from halvit_jax.training.evaluate import evaluate
+from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
+from halvit_jax.training.sharding import make_mesh
+
+class Rows:
+    "Each process has its half of 13 examples: batches of 4 rows a process, the last of them padded."
+    num_examples, steps_per_epoch = 13, 2
+    def batches(self, start_step=0):
+        for step in range(2):
+            rows = 8 * step + 4 * rank + np.arange(4)
+            yield {"value": rows.astype(np.float32), "mask": rows < 13}
+
+class Task:
+    def batch_spec(self):
+        one = jax.ShapeDtypeStruct
+        return {"value": one((), "float32"), "mask": one((), "bool")}
+    def score(self, params, model_state, batch):
+        return {"doubled": 2 * batch["value"]}
+    def collector(self):
+        return Doubled()
+
+class Doubled:
+    def __init__(self):
+        self.rows = []
+    def add(self, scored, batch):
+        assert len(scored["doubled"]) == len(batch["mask"]) == 8, "rows of one process only"
+        np.testing.assert_array_equal(scored["doubled"], 2 * batch["value"])
+        self.rows += scored["doubled"][batch["mask"]].tolist()
+    def result(self):
+        return {"median": float(np.median(self.rows)), "rows": len(self.rows)}
+
+found = evaluate(Task(), {"params": {}, "model_state": {}}, Rows(), make_mesh(), preemption=PreemptionHandler())
+print(found)
+"""
+
+
+@pytest.mark.slow  # two processes of their own
+def test_the_collectors_of_two_processes_see_all_rows_of_a_sharded_score(tmp_path: pathlib.Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = str(listener.getsockname()[1])
+    logs = [tmp_path / f"{rank}.txt" for rank in (0, 1)]
+    processes = [
+        Started("evaluate", str(rank), port, stdout=log, program=TWO_PROCESSES) for rank, log in enumerate(logs)
+    ]
+    codes = [process.wait(120) for process in processes]
+    assert codes == [0, 0], [log.read_text() for log in logs]
+    assert all(log.read_text().splitlines()[-1] == "{'median': 12.0, 'rows': 13}" for log in logs)

@@ -180,6 +180,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return _plain(run(tmp_path_factory.mktemp("whole"), train=Batches()))
 
 
+def test_the_transfer_guard_refuses_a_batch_that_is_not_sharded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch on the host would be copied to the device by every step, unseen."""
+    monkeypatch.setattr(loop, "to_devices", lambda rows, mesh: rows)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+        run(tmp_path, train=Batches())
+
+
 @pytest.mark.parametrize(
     ("what", "named"),
     [
