@@ -113,7 +113,7 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
 def _verify_step(
     checkpointer: Any, folder: pathlib.Path, abstract: PyTree | None, *, is_live: bool
 ) -> tuple[bool | None, str]:
-    """Whether a checkpoint is good, or None if the run is deleting it, and a line about it."""
+    """(verdict, line): True for a good checkpoint, None for one that the run is deleting."""
     step = int(folder.name)
     sealed, label, reason = manifest.is_sealed(folder), "corrupt", ""
     metadata: dict[str, Any] = {}

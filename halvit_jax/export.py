@@ -88,7 +88,7 @@ def portable(trained: Trained) -> Trained:
 
 
 def description(trained: Trained) -> dict[str, Any]:
-    """How to prepare images for the model, and what its outputs mean, as plain JSON values."""
+    """Preprocessing of images and meaning of the outputs, as plain JSON values."""
     config, info = trained.config, trained.info
     height, width = input_size(trained.task)
     return {

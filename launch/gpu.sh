@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on all GPUs of this machine, and go on after a stop. Makes .venv with JAX for CUDA if it is missing:
+# Train on all GPUs of this machine, and restart after a stop. Makes .venv with JAX for CUDA if it is missing:
 #   bash launch/gpu.sh --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny
 # The same command is started again when it was stopped by a signal that was not meant for this script (75) or was stuck
 # (70), at most RESTARTS (20) times. Ctrl-C or SIGTERM saves a checkpoint and ends it with 75; twice: at once.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What must be seen on a GPU: speed beside PyTorch's, references, bitwise repetition, resumption. About eight minutes.
+# Checks that need a GPU: speed beside PyTorch's, references, bitwise repetition, resumption. About eight minutes.
 #   bash launch/gpu_check.sh [--out=DIR] [--sections=bench,torch,...] [--models=deit_small,...] [--seconds=480]
 #   bash launch/gpu_check.sh --dry          tries the same on the CPU with small sizes, in a few minutes
 # Needs jax, flax, optax, orbax-checkpoint and scikit-learn, and for its comparison torch and timm; PYTHON chooses the

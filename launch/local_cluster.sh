@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run halvit_jax.main as N processes on this machine that work together, as they would on N hosts:
 #   bash launch/local_cluster.sh 4 -- --config=configs/halvit_digits.py --workdir=runs/four
-# Each line begins with the rank it is from. Signals are passed on; when one process fails, the others have GRACE seconds
+# Each line starts with the rank that printed it. Signals are passed on; when one process fails, the others have GRACE seconds
 # (60) to notice and end, then they are killed. The exit code is that of the first process that failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -10,7 +10,7 @@
 #   --any-size      for subsets in the layout of the archives: neither sizes nor MD5 sums are compared
 #   --array-record  prepare ArrayRecord files, not TFRecord
 #
-# Run again, it says what is there. $PYTHON chooses the interpreter; else it is that of .venv, made if it is missing.
+# Run again, it reports what is prepared. $PYTHON chooses the interpreter; else it is that of .venv, made if it is missing.
 set -euo pipefail
 
 fail() {
@@ -24,7 +24,7 @@ archive() {
   [ -f "$file" ] || fail "$file is missing; https://image-net.org/download-images gives it after registering"
   if [ "$any_size" ]; then return; fi
   size=$(($(wc -c <"$file")))
-  [ "$size" -eq "$2" ] || fail "$file has $size bytes, the official archive $2; get it again, or say --any-size"
+  [ "$size" -eq "$2" ] || fail "$file has $size bytes, the official archive $2; download it again, or pass --any-size"
   if [ "$md5" ]; then
     echo "reading $file for its MD5 sum"
     sum=$(md5sum <"$file")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv if it is missing and train HaLViT on the embedded digits. Run again, it goes on where it was, or evaluates.
+# Make .venv if it is missing and train HaLViT on the embedded digits. Run again, it resumes, or evaluates a finished run.
 # Further arguments go to halvit_jax.main:  bash launch/quickstart.sh --workdir=runs/another --config.seed=1
 set -euo pipefail
 cd "$(dirname "$0")/.."

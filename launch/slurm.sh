@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on the nodes of a SLURM cluster, one process a node, and go on after a time limit or a lost node. Submit it from
+# Train on the nodes of a SLURM cluster, one process a node, and resume after a time limit or a lost node. Submit it from
 # the root of the repository, which all nodes must see, as they must --workdir:
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=4:00:00 launch/slurm.sh \
 #     --config=configs/halvit_small.py --workdir=runs/halvit_small
@@ -26,7 +26,7 @@ if [ -n "${SLURM_GPUS_ON_NODE:-}" ]; then
   JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((SLURM_GPUS_ON_NODE - 1)))
   export JAX_LOCAL_DEVICE_IDS
 fi
-# srun does not take over the number of cores by itself.
+# srun does not inherit the number of cores.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"
 
 code=0

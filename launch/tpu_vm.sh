@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a TPU VM or on all workers of a pod, and go on after a stop. From a machine with gcloud:
+# Train on a TPU VM or on all workers of a pod, and resume after a stop. From a machine with gcloud:
 #   launch/tpu_vm.sh NAME ZONE -- --config=configs/halvit_tiny.py --workdir=/mnt/shared/halvit_tiny
 # Copies the files of this checkout to ~/halvit_jax on every worker, makes .venv there with requirements.txt and
 # jax[tpu] (once), and starts halvit_jax.main --cluster on all of them. --workdir must be a folder that all workers see

@@ -1,4 +1,4 @@
-"""Which ground-truth box each anchor or proposal stands for.
+"""Assignment of a ground-truth box to each anchor or proposal.
 
 Source: mmdetection 3.3 `MaxIoUAssigner`; Ren et al. 2015 (arXiv 1506.01497, section 3.1.2). torchvision's `Matcher`
 differs in the last step only.

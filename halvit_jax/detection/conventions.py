@@ -12,7 +12,7 @@ TIE = 1e-6  # IoUs this close to the best one count as equal to it, whatever ord
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-    """How boxes are matched, encoded, pooled and scored; the defaults are mmdetection's."""
+    """Choices in matching, encoding, pooling and scoring boxes; the defaults are mmdetection's."""
 
     round_anchors: bool = False  # corners of the anchors at position 0 rounded to whole pixels
     whole_steps: bool = False  # positions of a map are canvas // map pixels apart instead of the stride

@@ -31,7 +31,7 @@ Truth = Mapping[str, jax.Array]
 
 
 class Losses(NamedTuple):
-    """What a batch cost, already divided, and what is worth watching beside it."""
+    """Losses of a batch, already divided, and metrics to watch."""
 
     losses: dict[str, jax.Array]  # scalars; training minimises their sum
     metrics: dict[str, jax.Array]  # scalars
@@ -101,7 +101,7 @@ def shapes(maps: Maps) -> dict[int, tuple[int, int]]:
 
 
 def counted(truth: Truth) -> jax.Array:
-    """Which images are more than filling: bool [b]."""
+    """True for images that are not padding of the batch: bool [b]."""
     return truth.get("mask", jnp.ones(truth["size"].shape[0], bool))
 
 

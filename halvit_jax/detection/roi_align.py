@@ -87,7 +87,7 @@ def roi_level(boxes: jax.Array, levels: int, *, inside: bool = True) -> jax.Arra
 
 
 class Axis(NamedTuple):
-    """What boxes need of the rows, or of the columns, of the maps of their levels."""
+    """Interpolation weights of boxes for the rows, or the columns, of the maps of their levels."""
 
     weights: jax.Array  # [n, p, most rows of any map]
     first: jax.Array  # [n] int32: the pixels from here ...

@@ -1,4 +1,4 @@
-"""What the heads shall say about drawn anchors and proposals.
+"""Targets of the heads for sampled anchors and proposals.
 
 Shapes: `n` drawn candidates, `g` ground-truth rows, `r` rows and columns of a stored mask.
 """

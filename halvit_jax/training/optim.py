@@ -206,7 +206,7 @@ def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]
 
 
 def _trained_or_frozen(frozen: Sequence[str], params: PyTree) -> PyTree:
-    """Which parameters are "trained" and which "frozen"."""
+    """The label "trained" or "frozen" of each parameter."""
     paths = list(flatten(params))
     for pattern in frozen:
         if not any(re.search(pattern, path) for path in paths):

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh of devices, rules for parameters, batches from host to devices.
+"""Placement of arrays: the mesh of devices, rules for parameters, batches from host to devices.
 
 The mesh has three axes: `data` (copies of the parameters, split batch), `fsdp` (split parameters, split batch) and
 `tensor` (split parameters, whole batch). XLA derives the communication from where the arrays live.
@@ -89,7 +89,7 @@ def to_host(tree: PyTree) -> PyTree:
 
 
 def broadcast_from_process_0(array: np.ndarray) -> np.ndarray:
-    """The array as process 0 has it, on all processes, none of which goes on before all have come here."""
+    """The array of process 0, on all processes; a barrier for all of them."""
     if jax.process_count() == 1:
         return array
     from jax.experimental import multihost_utils

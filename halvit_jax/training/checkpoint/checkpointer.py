@@ -144,7 +144,7 @@ class Checkpointer:
             self._sealing = self._worker.submit(self._seal, step)
 
     def failed(self) -> bool:
-        """Whether the last save is known to have failed, so that the state should be saved again. Does not wait.
+        """True if the last save is known to have failed, so that the state should be saved again. Does not wait.
 
         Raises:
             SaveError: it was the last attempt.

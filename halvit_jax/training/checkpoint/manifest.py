@@ -41,7 +41,7 @@ def unseal(folder: pathlib.Path) -> None:
 
 
 def is_sealed(folder: pathlib.Path) -> bool:
-    """Whether a folder is a checkpoint, good or corrupt."""
+    """True for a checkpoint, good or corrupt."""
     return (folder / NAME).is_file()
 
 

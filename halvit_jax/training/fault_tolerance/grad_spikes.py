@@ -66,7 +66,7 @@ def make_guard(*, norm_factor: float, max_skipped: int, window: int) -> GradSpik
 
 
 class SpikeDecision(NamedTuple):
-    """Whether to skip an update, whether it is one too many, and the guard's new state."""
+    """Decision about one update: skip it, one too many, and the guard's new state."""
 
     skip: Array
     too_many: Array
