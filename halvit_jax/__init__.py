@@ -26,9 +26,9 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
     """The variables of the model `name` from its PyTorch state: {official name: array}. See `halvit_jax.convert`.
 
     Raises:
-        ValueError: every ambiguous, missing, left-over and misshapen entry, by name.
+        ValueError: every ambiguous, missing or unexpected entry and every shape mismatch, by name.
     """
-    from halvit_jax import convert  # builds its tables of names, which not everybody needs
+    from halvit_jax import convert  # slow: builds its tables of names
 
     return convert.from_torch(name, state, **overrides)
 
@@ -39,7 +39,7 @@ def to_torch(
     """The PyTorch state of the model `name`; with `as_deit`, a HaLViT as the plain DeiT that gives the same logits.
 
     Raises:
-        ValueError: every missing, left-over and misshapen array, by path.
+        ValueError: every missing or unexpected array and every shape mismatch, by path.
     """
     from halvit_jax import convert
 
@@ -49,19 +49,19 @@ def to_torch(
 def load(source: str | os.PathLike[str], name: str | None = None, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
     """A model and its variables.
 
-    `source` is the workdir of a run (the averages where it kept them, of the newest checkpoint); a .safetensors file of
+    `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
     `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
     `name` with `overrides`.
 
-    The model computes in float32 and wants images normalised with the mean and deviation of its recipe.
+    The model computes in float32 on images normalised with the mean and deviation of its recipe.
 
     Raises:
-        ValueError: no run or no checkpoint in a workdir, or what reading a file refuses.
+        ValueError: no run or no checkpoint in a workdir, or an unreadable file.
     """
     if os.path.isdir(source):
         if name is not None or overrides:
-            raise ValueError(f"{source} is the workdir of a run, which knows its model; name nothing else")
-        from halvit_jax.experiment.trained import load_trained  # imports the trainer, which not everybody needs
+            raise ValueError(f"{source} is the workdir of a run, whose config names the model; give no other argument")
+        from halvit_jax.experiment.trained import load_trained  # slow: imports the trainer
 
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables

@@ -1,10 +1,10 @@
-"""Every field the library reads, with its default and one line each, and the checks between fields.
+"""All config fields, with defaults and one line each, and the checks between fields.
 
 A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
 `classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
 Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
-`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks what concerns several sub-trees.
-The tree is locked: a name that is not below is refused.
+`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks relations between sub-trees. The
+tree is locked: unknown names are refused.
 """
 
 import json
@@ -13,17 +13,17 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-FORMAT = 1  # of config.json; raised where a field changes its name or its meaning
+FORMAT = 1  # of config.json; increased when a field changes its name or its meaning
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def default_config() -> ConfigDict:
-    """The locked config with every field at its default; the recipes start from it."""
+    """The locked config with every field at its default."""
     config = ConfigDict(
         {
             "seed": 0,  # of initial values, order, augmentation and stochastic depth
-            "batch_size": 128,  # examples of a step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
+            "batch_size": 128,  # examples per step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
             "recipe_batch_size": 0,  # the batch_size of the recipe; a different one is logged as a warning; 0 disables
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
@@ -57,7 +57,7 @@ def _model() -> dict[str, Any]:
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
-        # ViT (DeiT, HaLViT); Swin where it is named
+        # ViT (DeiT, HaLViT), and others as noted
         "patch_size": optional(int),  # also Swin: side of a patch in pixels
         "width": optional(int),  # width of the tokens; also Swin: that of the first stage
         "depth": optional(int),  # number of blocks
@@ -72,9 +72,9 @@ def _model() -> dict[str, Any]:
         "attention_impl": optional(str),  # also PVT, Next-ViT: auto, xla or fused (without the maps in memory)
         # Hallucinated attention and compact FFNs: ViT, PVT, Next-ViT
         "real_heads": optional(float),  # fraction of the heads that compute their own maps
-        "hallucinate": optional(str),  # what the other heads' maps are made from: logits or maps
+        "hallucinate": optional(str),  # source of the other heads' maps: logits or maps
         "ffn_rank": optional(float),  # rank / width of an FFN's second matrix; below 1 it is a product of two
-        "ffn_branches": optional(int),  # matrices whose sum each of the two is in training
+        "ffn_branches": optional(int),  # number of matrices in the sum that replaces each of the two in training
         # MiniViT
         "share": optional(int),  # Mini-DeiT: consecutive layers with the same matrices; divides depth
         "shares": optional(tuple),  # Mini-Swin: the same in each stage; divide depths
@@ -92,23 +92,23 @@ def _model() -> dict[str, Any]:
         "kernel_init": optional(str),  # ResNet: kaiming_fan_out or torch_uniform
         "group_width": optional(int),  # RegNet: channels of a group of the 3x3 convolutions; divides all widths
         # SHViT
-        "partial_dims": optional(tuple),  # channels that take part in attention, in each stage of kind s
+        "partial_dims": optional(tuple),  # attention channels, in each stage of kind s
         # Swin
         "window_size": optional(int),  # side of a window, in tokens
         # PVT
         "strides": optional(tuple),  # of each stage's map against the one before
         "ffn_ratios": optional(tuple),  # hidden width / width of the feed-forward layers, in each stage
-        "pool_size": optional(int),  # PVTv2: side of the map that all tokens attend to; 0: as reductions say
+        "pool_size": optional(int),  # PVTv2: side of the pooled map of keys; 0: use reductions
         # Next-ViT
         "stem_widths": optional(tuple),  # channels of the stem's convolutions
-        "periods": optional(tuple),  # of these many blocks one attends, counted from a stage's last; 0: none
+        "periods": optional(tuple),  # one block in this many is a transformer block, from a stage's last; 0: none
     }
 
 
 def _data() -> dict[str, Any]:
     return {
         "name": "imagenet2012",  # a TFDS data set with the features image and label; or folder: your own images
-        "data_dir": "",  # where TFDS keeps prepared data; "" is its own default, ~/tensorflow_datasets
+        "data_dir": "",  # folder of TFDS's prepared data; "" is its default, ~/tensorflow_datasets
         "root": "",  # folder: the images are in root/train_split/<class>/ and root/eval_split/<class>/
         "train_split": "train",  # in TFDS's notation, e.g. train[:90%]
         "eval_name": "",  # another TFDS data set to evaluate on, of the same classes, e.g. imagenet_v2; "": the same
@@ -118,14 +118,14 @@ def _data() -> dict[str, Any]:
         "min_crop_area": 0.08,  # smallest fraction of the image's area that a random crop takes
         "flip": True,  # random horizontal flip
         "shift": 0,  # random translation, at most this many pixels
-        "color_jitter": 0.0,  # how far brightness, contrast and saturation change at random; 0 is off
+        "color_jitter": 0.0,  # largest random change of brightness, contrast and saturation; 0 is off
         "augment": "",  # trivial, three, or RandAugment in timm's notation, e.g. rand-m9-mstd0.5-inc1; "" is off
         "interpolation": "bicubic",  # bilinear or bicubic
-        "antialias": False,  # of the training crop's resize; halves the loader's speed. Evaluation always has it
+        "antialias": False,  # in the training crop's resize; halves the loader's speed. Evaluation always antialiases
         "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
-        "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has that many times fewer examples
+        "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
         "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
         "shuffle_buffer": 16384,  # records in memory to draw from, over all virtual shards
     }
@@ -142,17 +142,17 @@ def _task() -> dict[str, Any]:
 def _classification() -> dict[str, Any]:
     return {
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
-        "label_smoothing": 0.0,  # share of a target spread over all classes
+        "label_smoothing": 0.0,  # fraction of a target spread over all classes
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
-        "mixup_switch": 0.5,  # probability of CutMix where both are on
-        "mixup_mode": "batch",  # one mixing for the whole batch, or elem: one for each image
+        "mixup_switch": 0.5,  # probability of CutMix if both are on
+        "mixup_mode": "batch",  # batch: one draw for the whole batch; elem: one for each image
         "erase": 0.0,  # probability of random erasing
     }
 
 
 def _distillation() -> dict[str, Any]:
-    """The losses against the teacher where task.name is distillation."""
+    """The losses against the teacher, for task.name distillation."""
     return {
         "kind": "hard",  # of the loss over classes: hard, soft or soft_cross_entropy
         "alpha": 0.5,  # weight of the teacher in the loss over classes; the labels have 1 - alpha
@@ -165,12 +165,12 @@ def _distillation() -> dict[str, Any]:
 
 
 def _teacher() -> dict[str, Any]:
-    """The teacher where task.name is distillation."""
+    """The teacher, for task.name distillation."""
     optional = config_dict.placeholder
     return {
         "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
-        "name": "",  # its model, where the weights have PyTorch's names; a workdir or a file of ours knows it
-        "mean": optional(tuple),  # of the colours that it was trained with; None: as the file says, or the student's
+        "name": "",  # its model, for weights with PyTorch's names; a workdir or a file of ours names it
+        "mean": optional(tuple),  # of the colours in its training; None: from the file, or the student's
         "std": optional(tuple),
     }
 
@@ -181,15 +181,15 @@ def _loop() -> dict[str, Any]:
         "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
         "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
         "ema_decay": 0.0,  # decay of the EMA of parameters and BatchNorm statistics; 0 keeps none
-        "accumulate": 1,  # parts of a batch that are run one after the other to save memory; the update is the same
+        "accumulate": 1,  # sequential parts of a batch, to save memory; the update is the same
     }
 
 
 def _save() -> dict[str, int]:
     return {
-        "keep": 2,  # how many of the newest checkpoints to keep; the best is kept beside them
+        "keep": 2,  # number of newest checkpoints to keep; the best is kept too
         "attempts": 3,  # saves in a row that may fail before the run ends; each failure is logged
-        "timeout": 600,  # seconds in which all hosts must have written their part of a checkpoint
+        "timeout": 600,  # seconds for all hosts to write their part of a checkpoint
     }
 
 
@@ -198,33 +198,23 @@ def _optim() -> dict[str, Any]:
         "name": "adamw",  # adamw, lamb or sgd
         "learning_rate": 5e-4,  # peak, at base_batch_size
         "scaling": "linear",  # multiply it by batch_size / base_batch_size: linear, sqrt (of that ratio) or none
-        "base_batch_size": 512,  # the batch that learning_rate is given for
+        "base_batch_size": 512,  # batch size of learning_rate
         "weight_decay": 0.05,
-        "no_decay": (
-            r"bias$",
-            r"scale$",
-            r"position/embedding$",
-            r"(class|distill)_token$",
-        ),  # without weight decay
+        "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"(class|distill)_token$"),  # without weight decay
         "frozen": (),  # paths that are not trained; BatchNorm's statistics still follow the data
         "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
-        "layers": (
-            r"^(?:embed|\w+_token|position|stem)",
-            r"^block(\d+)/",
-            r"^stage(\d+)/",
-            r"",
-        ),  # from the input on
+        "layers": (r"^(?:embed|\w+_token|position|stem)", r"^block(\d+)/", r"^stage(\d+)/", r""),  # in forward order
         "beta1": 0.9,  # adamw, lamb
         "beta2": 0.999,  # adamw, lamb
         "epsilon": 1e-8,  # adamw, lamb
         "momentum": 0.9,  # sgd
         "clip_norm": 0.0,  # largest norm of the whole gradient; 0 is no limit
         "clip_adaptive": 0.0,  # largest norm of a unit's gradient / that of its weights (AGC); 0 is no limit
-        "no_clip_adaptive": (r"^head/",),  # paths spared from it
+        "no_clip_adaptive": (r"^head/",),  # paths without it
         "schedule": "cosine",  # cosine, step or constant, after a linear warm-up
         "warmup_epochs": 5.0,
         "warmup_start": 1e-6,  # learning rate of the first step; not scaled with the batch
-        "floor": 1e-5,  # learning rate that cosine ends at; not scaled with the batch
+        "floor": 1e-5,  # final learning rate of cosine; not scaled with the batch
         "step_epochs": 30.0,  # step: epochs between two reductions
         "step_factor": 0.1,  # step: factor of a reduction
     }
@@ -232,22 +222,22 @@ def _optim() -> dict[str, Any]:
 
 def _mesh() -> dict[str, int]:
     return {
-        "data": -1,  # copies of the parameters; -1: what the other axes leave of the devices
-        "fsdp": 1,  # parts that parameters and batch are cut into
-        "tensor": 1,  # parts that parameters alone are cut into
+        "data": -1,  # copies of the parameters; -1: the devices divided by the other axes
+        "fsdp": 1,  # shards of parameters and batch
+        "tensor": 1,  # shards of parameters only
     }
 
 
 def _cluster() -> dict[str, int]:
     return {
-        "start_timeout": 300,  # seconds in which all processes must have found each other; also at the end
+        "start_timeout": 300,  # seconds for all processes to connect; also for the shutdown
         "heartbeat_timeout": 100,  # seconds of silence after which a process counts as dead
     }
 
 
 def _watchdog() -> dict[str, float]:
     return {
-        "timeout": 900.0,  # seconds without a step, a batch or a save after which a run counts as stuck, and ends
+        "timeout": 900.0,  # seconds without a step, a batch or a save after which a run counts as stalled and is killed
         "compile_timeout": 3600.0,  # the same while a step is compiled
     }
 
@@ -261,11 +251,7 @@ def _skip_updates() -> dict[str, Any]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Refuse values that no constructor sees alone.
-
-    Raises:
-        ValueError: what was given, what is allowed and which field to change.
-    """
+    """Raise a ValueError for inconsistent values that no constructor checks."""
     if bool(config.total_steps) == bool(config.num_epochs):
         raise ValueError(
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
@@ -293,28 +279,28 @@ def validate(config: ConfigDict) -> None:
         )
     if config.task.name == "classification" and config.teacher.init_from:
         raise ValueError(
-            f"teacher.init_from={config.teacher.init_from} is for task.name='distillation', not 'classification'; set "
-            "the one or clear the other"
+            f"teacher.init_from={config.teacher.init_from} needs task.name='distillation', not 'classification'; "
+            "change one of them"
         )
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON text, with the number of its format."""
+    """The config as JSON text, with its format number."""
     return json.dumps({"format": FORMAT, **config.to_dict()}, indent=2, sort_keys=True)
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config of `to_json`'s text: data, never run. Fields the text does not have keep their default.
+    """The inverse of `to_json`; missing fields keep their default.
 
     Raises:
-        ValueError: the text has another format, or holds a field that the library does not read.
+        ValueError: another format, or an unknown field.
     """
     config = default_config()
     try:
         fields = json.loads(text)
         given = fields.pop("format", None)
         if given != FORMAT:
-            raise ValueError(f"config.json has format={given}, and this version of the library reads format={FORMAT}")
+            raise ValueError(f"config.json has format={given}, but this version of the library reads format={FORMAT}")
         task = fields.get("task", {}).get("name")
         if task not in config and isinstance(fields.get(task), dict):
             add_task_fields(config, task, fields.pop(task))

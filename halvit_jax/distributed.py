@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, and what is said when one is missing.
+"""Process group of a run: start-up, and a report of the missing or slow processes after an error.
 
-The runtime is JAX's own (`jax.distributed`). A process is called by its rank, 0 to the number of processes - 1; rank 0
-is the coordinator.
+The runtime is JAX's own (`jax.distributed`). Ranks run from 0 to the number of processes - 1; rank 0 is the
+coordinator.
 """
 
 import contextlib
@@ -25,19 +25,19 @@ from halvit_jax.text import one_line
 
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
 SINGLE_PROCESS: Mapping[str, Any] = types.MappingProxyType({})  # the flags of a run of one process
-INIT_MARGIN_S = 10  # seconds by which the runtime's own limit is later than ours
-COORDINATOR_LINGER_S = 1.0  # seconds by which the coordinator ends later than an error would have it
-STATUS_TIMEOUT_S = 6.0  # seconds in which every process answers a roll call
+INIT_MARGIN_S = 10  # the runtime's own start-up timeout is this much longer than ours
+COORDINATOR_LINGER_S = 1.0  # delay before the coordinator exits after an error
+STATUS_TIMEOUT_S = 6.0  # for every process to answer `collect_status`
 STATUS_KEY = "halvit_jax/collect_status/"
-UNKNOWN_STEP = 1 << 60  # the step of one that does not know it
+UNKNOWN_STEP = 1 << 60
 
 
 def define_flags() -> None:
-    """The flags by which a process finds the others."""
-    flags.DEFINE_bool("cluster", False, "Several processes that find each other: TPU pods, SLURM, Kubernetes.")
-    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where they are told of each other by hand.")
-    flags.DEFINE_integer("num_processes", None, "How many processes there are, with --coordinator.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on, with --coordinator.", lower_bound=0)
+    """Define the flags of `process_group`."""
+    flags.DEFINE_bool("cluster", False, "Several processes, detected automatically: TPU pods, SLURM, Kubernetes.")
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for processes started by hand.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes, with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Rank of this process, from 0, with --coordinator.", lower_bound=0)
 
 
 @contextlib.contextmanager
@@ -51,14 +51,13 @@ def process_group(
     start_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> Iterator[None]:
-    """Be one of the processes that the flags speak of; without any, be alone.
+    """Join the process group given by the flags; a no-op for a single process.
 
-    `folder` is one that all of them see; there they say that they have started.
-
-    An error inside ends this process without waiting for the others, after it has said who is missing.
+    Each process registers in `folder`, which all of them share. An error inside logs the missing processes and exits
+    without waiting for the others.
 
     Raises:
-        ValueError: the flags do not fit each other, or the processes did not come together in `start_timeout` seconds.
+        ValueError: inconsistent flags, or the processes did not connect within `start_timeout` seconds.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [f"--{name}" for name, value in given.items() if value is None]
@@ -81,7 +80,7 @@ def process_group(
     except SystemExit as end:
         if end.code != ExitCode.PREEMPTED:
             _exit_now(end.code if isinstance(end.code, int) else 1)
-        # That was agreed on, so all come here, and none of them takes the coordinator from the others.
+        # All processes agreed on this exit and reach this line, so the shutdown can wait for them.
         jax.distributed.shutdown()
         raise
     except BaseException as error:
@@ -93,19 +92,19 @@ def process_group(
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """True in process 0, which writes the files of the whole run."""
     return jax.process_index() == 0
 
 
 def name() -> str:
-    """How this process begins a line: "rank 1 of 4: ", or nothing where it is alone."""
+    """Prefix of a log line: "rank 1 of 4: ", or "" for a single process."""
     return f"rank {jax.process_index()} of {jax.process_count()}: " if jax.process_count() > 1 else ""
 
 
 def collect_status(line: str, *, step: int | None = None, waiting: bool = False) -> str:
-    """Ask every process where it stands, and say who did not answer and who is behind.
+    """The status lines of all processes, and the ranks that did not answer or are behind.
 
-    `step` is how far this process is; `waiting`, whether it does nothing but wait for the others.
+    `step` is the step of this process; `waiting` is True if it only waits for the others.
     """
     if jax.process_count() == 1:
         return ""
@@ -116,8 +115,8 @@ def collect_status(line: str, *, step: int | None = None, waiting: bool = False)
         while len(answers) < jax.process_count() and time.monotonic() < end:
             time.sleep(0.2)
             answers = _answers()
-        time.sleep(COORDINATOR_LINGER_S if is_first() else 0)  # the others read what is kept here
-    except Exception as error:  # the coordinator itself may be what is missing
+        time.sleep(COORDINATOR_LINGER_S if is_first() else 0)  # the others read from its key-value store
+    except Exception as error:  # the coordinator itself may be missing
         return f"rank 0, the coordinator, does not answer ({type(error).__name__})"
     lines = [f"  rank {rank}: {answers[rank][2]}" for rank in sorted(answers)]
     silent = [rank for rank in range(jax.process_count()) if rank not in answers]
@@ -131,14 +130,12 @@ def collect_status(line: str, *, step: int | None = None, waiting: bool = False)
 
 @contextlib.contextmanager
 def status_responder(where: Callable[[], tuple[str, int, bool]]) -> Iterator[None]:
-    """A thread that answers the roll calls of others; `where` gives what to say, the step, and whether this process
-    waits. One that is well would otherwise not know that it is asked.
-    """
+    """Answer `collect_status` of other processes in a thread. `where()` is (status line, step, waiting)."""
     over = threading.Event()
 
     def listen() -> None:
         while not over.wait(1.0):
-            with contextlib.suppress(Exception):  # who works with the coordinator says that it is gone
+            with contextlib.suppress(Exception):  # the main thread reports a lost coordinator
                 if _answers().keys() - {jax.process_index()}:
                     _answer(*where())
                     return
@@ -158,30 +155,33 @@ def _answer(line: str, step: int, waiting: bool) -> None:
 
 
 def _answers() -> dict[int, list]:
-    """{rank: [step, whether it waits, what it says]} of those that have answered."""
+    """{rank: [step, waiting, status line]} of the processes that have answered."""
     return {int(key.rsplit("/", 1)[-1]): json.loads(value) for key, value in _store().key_value_dir_get(STATUS_KEY)}
 
 
 def _store() -> Any:
-    from jax._src import distributed  # there is no public way to the key-value store of the runtime
+    from jax._src import distributed  # the runtime's key-value store has no public interface
 
     return distributed.global_state.client
 
 
 def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, heartbeat_timeout: int) -> None:
-    """Meet the others. Where they are many, JAX's runtime ends the process without a word of who is missing, so each
-    announces itself by a file in the workdir, and this process ends by itself a little earlier.
+    """Connect to the other processes.
+
+    JAX's runtime times out without naming the missing processes. So each registers by a file in the workdir, and this
+    process exits with a message just before the runtime would.
     """
-    announced = _register(folder, given)
-    met = threading.Event()
+    registered = _register(folder, given)
+    connected = threading.Event()
 
     def give_up() -> None:
-        if not met.wait(start_timeout):
+        if not connected.wait(start_timeout):
             print(f"error: {_missing(folder, given, start_timeout)}", file=sys.stderr, flush=True)
             os._exit(ExitCode.BAD_INPUT)
 
     threading.Thread(target=give_up, daemon=True).start()
-    # CPUs would begin several programs at once, and each process may come to their exchanges in another order.
+    # With asynchronous dispatch a CPU runs several programs at once, and the order of their collectives may differ
+    # between processes.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         jax.distributed.initialize(
@@ -190,24 +190,24 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             process_id=given["process_id"],
             initialization_timeout=start_timeout + INIT_MARGIN_S,
             heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=start_timeout,  # for those that end while rank 0 still writes
+            shutdown_timeout_seconds=start_timeout,  # the others wait here while rank 0 still writes
         )
         jax.devices()
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{_missing(folder, given, start_timeout)} ({reason})") from error
     finally:
-        met.set()
-        if announced is not None:
-            announced.unlink(missing_ok=True)
+        connected.set()
+        if registered is not None:
+            registered.unlink(missing_ok=True)
 
 
 def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
-    """Say in the workdir that this rank has started; warn where another process says that it is the same."""
+    """Write a file for this rank to the workdir; warn if another process has the same rank."""
     rank = given["process_id"]
     if folder is None or rank is None:
         return None
-    print(f"rank {rank} of {given['num_processes']}: looking for the others at {given['coordinator']}", flush=True)
+    print(f"rank {rank} of {given['num_processes']}: connecting to {given['coordinator']}", flush=True)
     file = folder / f"starting_{rank}"
     own = f"process {os.getpid()} on {socket.gethostname()}"
     try:
@@ -215,13 +215,13 @@ def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
         if file.is_file():
             print(f"WARNING: rank {rank} has also been started as {file.read_text()}", file=sys.stderr, flush=True)
         file.write_text(own)
-    except OSError:  # a workdir that cannot be written to is said later
+    except OSError:  # a workdir that is not writable is reported later
         return None
     return file
 
 
 def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> str:
-    """Who did not come, as far as this process can know."""
+    """Error message that names the ranks known not to have started."""
     if given["coordinator"] is None:
         return f"the processes did not find each other within cluster.start_timeout={start_timeout} s"
     rank, count = given["process_id"], given["num_processes"]
@@ -238,7 +238,7 @@ def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> st
 
 
 def devices() -> str:
-    """How many devices this process has of all, and of which kind."""
+    """Number and kind of this process's devices."""
     return f"{jax.local_device_count()} of the {jax.device_count()} devices ({jax.devices()[0].device_kind})"
 
 
@@ -247,9 +247,9 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _exit_now(code: int) -> NoReturn:
-    """End without waiting for the others, as the runtime would at a normal end.
+    """Exit without the runtime's wait for the other processes.
 
-    They are ended by the runtime when the coordinator is gone, hence its moment for those that end by themselves.
+    The runtime kills them once the coordinator is gone, so the coordinator first gives them time to exit by themselves.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -70,10 +70,10 @@ class Collector(Protocol):
 
 
 class Task(Protocol):
-    """A learning problem as pure functions over nested dicts. Training knows nothing else of a model."""
+    """A learning problem as pure functions over nested dicts: all that training uses of a model."""
 
     constants: PyTree
-    """Arrays that the loss reads and that are neither trained nor saved, such as a teacher."""
+    """Arrays that the loss reads but that are not trained or saved, such as a teacher."""
 
     partition_rules: Sequence[tuple[str, tuple[Any, ...]]]
     """(regex of a parameter path, mesh axis or axes of each dimension), first match wins; see `trees.Rules`."""
@@ -115,7 +115,7 @@ class Task(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashable and weakly referable, as jax.jit wants it
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable and weakly referable, as jax.jit requires
 class ServingModel:
     """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
 

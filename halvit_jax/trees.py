@@ -11,7 +11,7 @@ import numpy as np
 from halvit_jax.protocols import PyTree
 
 T = TypeVar("T")
-Axes = tuple[str, ...] | str | None  # of one dimension: what it is split over, the first axis outermost
+Axes = tuple[str, ...] | str | None  # mesh axes that one dimension is split over, outermost first
 Rules = Sequence[tuple[str, tuple[Axes, ...]]]
 """Partition rules: (regex of a parameter path, mesh axis or axes of each dimension), first match wins."""
 TransferRules = Sequence[tuple[str, str]]

@@ -22,7 +22,7 @@ from halvit_jax.trees import count
 
 IMAGENET_IMAGES = 1_281_167
 MAX_COMPILES = 5  # further programs in a search
-ROW_MULTIPLE = 8  # of a batch on a device that a TPU's layouts are made for
+ROW_MULTIPLE = 8  # of a batch on a device, because a TPU's layouts have 8 rows
 
 
 class CompileTarget(NamedTuple):
@@ -57,7 +57,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
             f"--topology={topology} has {hosts} hosts; make batch_size={config.batch_size} and "
             f"data.virtual_shards={config.data.virtual_shards} multiples of that"
         )
-    # If the length is given in steps, an epoch of one keeps the warm-up below it whatever the data set.
+    # For a length in steps, an epoch of one step keeps the warm-up shorter than the run.
     epoch = max(IMAGENET_IMAGES // config.batch_size, 1) if config.num_epochs else 1
     optimizer = build.build_optimizer(config, steps_per_epoch=epoch)
     state = build.build_abstract_state(config, task, optimizer, mesh)
@@ -79,10 +79,10 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
 
 
 def untied_fields(model: Any) -> dict[str, Any]:
-    """The fields that make a HaLViT the untied model of equal shape; none if nothing is tied."""
+    """Overrides that make a HaLViT the untied model of equal shape; {} if nothing is tied."""
     fields: dict[str, Any] = {}
     if getattr(model, "attention", None) == "tied":
-        fields |= {"attention": "full", "attention_bias": True}  # biases as DeiT has them
+        fields |= {"attention": "full", "attention_bias": True}  # biases as in DeiT
     if getattr(model, "ffn", None) == "tied":
         fields |= {"ffn": "dense"}
     stages = getattr(model, "stages", ())
@@ -130,11 +130,10 @@ def compile_target(target: CompileTarget) -> dict[str, Any]:
 
 
 def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, Any]]) -> int:
-    """The largest batch, in steps of ROW_MULTIPLE a device, that was compiled and fits; 0 where none did.
+    """The largest batch, in steps of ROW_MULTIPLE a device, that was compiled and fits; 0 if none did.
 
-    Memory is taken to grow in proportion to the batch, but for state and program: every guess lies on the line through
-    the two batches nearest to the limit, the first of which is that of no rows at all. `compiled(batch_size)` is the
-    report of `compile_for` on that batch.
+    Memory is assumed linear in the batch: every guess lies on the line through the two batches nearest to the limit; at
+    first, one of them is the empty batch. `compiled(batch_size)` is the report of `compile_for` on that batch.
     """
     unit = report["batch_size"] // report["batch_per_device"] * report["accumulate"] * ROW_MULTIPLE
     usable = report["memory"]["usable"]
@@ -143,7 +142,7 @@ def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, An
     size, found = report["batch_size"], report
     for _ in range(MAX_COMPILES):
         (fits if found["fits"] else fails).add(size)
-        if found["memory"]["peak"] is None:  # the compiler does not report how far off it is
+        if found["memory"]["peak"] is None:  # not reported by the compiler
             break
         peaks[size] = found["memory"]["peak"]
         near, other = sorted(peaks, key=lambda size: abs(peaks[size] - usable))[:2]
@@ -161,7 +160,7 @@ def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, An
 def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
     """Compile and report: {"fits", "memory" in bytes on a device, "collectives", "compile_s", ...}.
 
-    If the compiler gives up it names the peak only, and the rest is None.
+    If it does not fit, the compiler may report the peak only; the rest is then None.
     """
     started = time.perf_counter()
     memory: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "output", "code"))

@@ -57,7 +57,7 @@ def counts_of(model: nn.Module) -> Counts:
 
 
 def _folded(model: nn.Module) -> nn.Module:
-    """The model that `models.fold` makes of it."""
+    """The model after `models.fold`."""
     return model.clone(folded=True) if "batch_stats" in variable_shapes(model) else model
 
 

@@ -1,6 +1,6 @@
-"""All families side by side: small models of each, trained on the embedded digits by one recipe, in one table.
+"""Benchmark of all families: a small model of each, trained on the embedded digits by one recipe.
 
-`python -m halvit_jax.bench --what=families` calls `measure`, and `plot` makes a picture of what it found.
+`python -m halvit_jax.bench --what=families` calls `measure` and `plot`.
 """
 
 import json
@@ -24,7 +24,7 @@ from halvit_jax.training.sharding import bytes_of
 
 Train = Callable[[ConfigDict, pathlib.Path], Any]  # trains a config in a workdir to the end, as `main` does
 
-# label -> its model on digits. Those of one shape stand together, the baseline first.
+# label -> its model on digits. Models of one shape are adjacent, the baseline first.
 RUNS: dict[str, Callable[[], ConfigDict]] = {
     "ViT": lambda: digits.vit("deit_small"),
     "HaLViT": lambda: digits.vit("halvit_tiny"),
@@ -40,7 +40,7 @@ RUNS: dict[str, Callable[[], ConfigDict]] = {
     "Next-ViT": lambda: digits.nextvit("nextvit_small"),
     "Next-ViT hc": lambda: digits.nextvit("nextvit_small_hc"),
 }
-OPTIONAL = ("HaLViT h", "Mini-HaLViT", "Swin", "Mini-Swin")  # measured where they are named
+OPTIONAL = ("HaLViT h", "Mini-HaLViT", "Swin", "Mini-Swin")  # measured only if named
 DEFAULT = tuple(label for label in RUNS if label not in OPTIONAL)
 STEPS_PER_EPOCH = 11  # of the digits, in batches of 128
 WEIGHTS_FILE = "weights.safetensors"  # in each workdir: the folded model's, for its size
@@ -54,7 +54,7 @@ def validate_labels(labels: Sequence[str]) -> None:
 
 
 def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
-    """The config of one run: the entry's model, and for all the same optimizer, schedule and augmentation."""
+    """The config of one run: the entry's model, with the same optimizer, schedule and augmentation for all."""
     config = RUNS[label]()
     config.seed = seed
     config.total_steps = config.loop.eval_every = config.loop.checkpoint_every = steps
@@ -66,11 +66,11 @@ def recipe(label: str, *, steps: int, seed: int) -> ConfigDict:
 def measure(
     labels: Sequence[str], workdir: pathlib.Path, *, train: Train, seeds: int, steps: int, repeats: int
 ) -> list[dict[str, Any]]:
-    """One row for each family: what it weighs, how fast it inference_fns, and how well it does.
+    """Size, latency and accuracy of each family, one row each.
 
-    `params`, `bytes_on_disk` and `gmacs` are those of the folded model, which is what is deployed; `top1` is the mean
-    over the seeds, in percent, of the weights without averaging. `latency_ms` is of one image; the families take turns.
-    Runs are kept in `workdir`; a finished one is not repeated, another one is trained by `train`.
+    `params`, `bytes_on_disk` and `gmacs` are those of the folded (deployed) model; `top1` is the mean over the seeds,
+    in percent, of the non-EMA weights. `latency_ms` is for one image; the families take turns. Runs are kept in
+    `workdir`: finished ones are not repeated, the others are trained by `train`.
     """
     rows, inference_fns = [], {}
     for label in labels:
@@ -108,9 +108,9 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     try:
         from matplotlib import figure
     except ImportError as error:
-        raise ValueError("the picture needs matplotlib: pip install matplotlib") from error
-    picture = figure.Figure(figsize=(8, 5), layout="constrained")  # no window, no state of pyplot
-    axes = picture.subplots()
+        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
+    chart = figure.Figure(figsize=(8, 5), layout="constrained")  # without pyplot's windows and state
+    axes = chart.subplots()
     for number, row in enumerate(sorted(rows, key=lambda row: row["params"])):
         low, high = min(row["top1_of_seeds"]), max(row["top1_of_seeds"])
         bar = [[row["top1"] - low], [high - row["top1"]]]
@@ -121,13 +121,13 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)
     axes.margins(0.15)  # space for the names
-    picture.savefig(path, dpi=120)
+    chart.savefig(path, dpi=120)
 
 
 def _trained(
     config: ConfigDict, workdir: pathlib.Path, label: str, train: Train
 ) -> tuple[pathlib.Path, dict[str, Any]]:
-    """The workdir of a finished run, which is trained unless it is there, and its result."""
+    """The workdir and result of a run, which is trained unless it is finished."""
     name = label.lower().replace(" ", "_").replace("-", "_")
     folder = workdir / f"{name}_{config.total_steps}_{config.seed}"
     result = folder / files.RESULT_FILE
@@ -145,7 +145,7 @@ def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], No
     name, weights = fields["name"], folder / WEIGHTS_FILE
     weights_file.save(weights, name, variables, **{field: value for field, value in fields.items() if field != "name"})
     image = jnp.zeros((1, model.image_size, model.image_size, 3))
-    answer = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, image).compile()
+    infer = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, image).compile()
     variables = jax.device_put(variables)
     counts = counts_of(model)
     row = {
@@ -154,17 +154,17 @@ def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], No
         "optimizer_bytes": bytes_of(state.opt_state),
         "gmacs": counts.macs / 1e9,
     }
-    return row, lambda: jax.block_until_ready(answer(variables, image))
+    return row, lambda: jax.block_until_ready(infer(variables, image))
 
 
 def _latencies(inference_fns: Sequence[Callable[[], None]], repeats: int, *, calls: int = 50) -> list[float]:
-    """Seconds of each call, the median over rounds in which all take turns, after one that warms up."""
+    """Seconds of a call of each function: the median over rounds in which all take turns, after a warm-up round."""
     times: list[list[float]] = [[] for _ in inference_fns]
     for round_number in range(repeats + 1):
-        for answer, found in zip(inference_fns, times, strict=True):
+        for infer, found in zip(inference_fns, times, strict=True):
             started = time.perf_counter()
             for _ in range(calls):
-                answer()
+                infer()
             if round_number:
                 found.append((time.perf_counter() - started) / calls)
     return [statistics.median(found) for found in times]

@@ -10,7 +10,7 @@ _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
-    """Bytes on a device: "arguments", "temporaries", "output" and "code". What is donated counts as an argument."""
+    """Bytes on a device: "arguments", "temporaries", "output" and "code". Donated buffers count as arguments."""
     found = compiled.memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes,
@@ -23,8 +23,8 @@ def memory_of(compiled: Any) -> dict[str, int]:
 def collectives(hlo: str) -> dict[str, dict[str, int]]:
     """{kind: {"count", "bytes"}} of a compiled module's text; bytes are those of the results on one device.
 
-    Each instruction counts once, also one in a loop (`accumulate`) or in a branch that may not be taken. A reduction
-    whose result a TPU slices at once is still listed as an all-reduce.
+    Each instruction counts once, also in a loop (`accumulate`) or in a branch that may not be taken. An all-reduce that
+    a TPU fuses with a slice of its result is still listed as an all-reduce.
     """
     found: dict[str, dict[str, int]] = {}
     for shape, kind, start in _COLLECTIVE.findall(hlo):
@@ -38,9 +38,9 @@ def collectives(hlo: str) -> dict[str, dict[str, int]]:
 
 
 def bytes_named(message: str) -> int | None:
-    """The bytes that the compiler says it would need, None where it does not say.
+    """The needed bytes in the compiler's message, or None.
 
-    It calls them "HLO temporaries (16.13G) exceeds ...", but arguments and outputs are counted in.
+    The message is "HLO temporaries (16.13G) exceeds ...", but its number includes arguments and outputs.
     """
     match = re.search(r"\(([\d.]+)([KMGT]?)\) exceeds available HBM", message)
     return None if match is None else int(float(match[1]) * 2 ** (10 * " KMGT".index(match[2] or " ")))

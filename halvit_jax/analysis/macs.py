@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a function, counted from its jaxpr: what all products and convolutions in it cost."""
+"""Multiply-accumulates of all products and convolutions of a function, counted from its jaxpr."""
 
 import math
 from collections.abc import Callable
@@ -10,8 +10,8 @@ import jax
 def count_macs(function: Callable, *args: Any) -> int:
     """Multiply-accumulates of `function(*args)`; arrays may be given as shapes (jax.ShapeDtypeStruct).
 
-    Counts dot_general and conv_general_dilated, which is what published figures count; additions, norms and
-    activations are left out. Of a conditional the dearest branch counts, of a loop its length times its body.
+    Counts dot_general and conv_general_dilated, as published figures do, without additions, norms and activations. A
+    conditional counts as its most expensive branch, a loop as its length times its body.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 

@@ -4,7 +4,7 @@ variables = from_torch("deit_tiny", state)        # state: {official PyTorch nam
 state = to_torch("deit_tiny", variables)          # the same names, values and types
 state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_small_patch16_224 loads
 
-`readers` reads and writes files, `weights_file` keeps a model's variables in one, `transfer` adapts weights to another
+`readers` reads and writes files, `weights_file` stores a model's variables, `transfer` adapts weights to another
 classifier or resolution; `python -m halvit_jax.convert` converts from a shell.
 """
 
@@ -49,15 +49,15 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
 
     Args:
         name: a name of `create_model`.
-        state: {official PyTorch name: array}, in float32, or in float16 or bfloat16, which float32 holds exactly.
+        state: {official PyTorch name: array}, in float32, float16 or bfloat16.
         overrides: fields of the model, as for `create_model`; `num_classes` and `image_size` must be the state's.
 
     Returns:
-        {"params": ..., "batch_stats": ...}, float32 arrays of their own; the latter where the model has statistics.
-        BatchNorm's `num_batches_tracked` is not kept: nothing here reads it.
+        {"params": ..., "batch_stats": ...}, copies in float32; the latter if the model has statistics. BatchNorm's
+        `num_batches_tracked` is dropped, because nothing here reads it.
 
     Raises:
-        ValueError: all ambiguous, missing, unexpected and misshapen entries by name, or what `create_model` refuses.
+        ValueError: all ambiguous, missing and unexpected entries and shape mismatches by name, or invalid overrides.
     """
     model = create_model(name, **overrides)
     return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
@@ -71,23 +71,23 @@ def to_torch(
     Args:
         name: a name of `create_model`.
         variables: the model's variables, from `from_torch`, `model.init` or training.
-        as_deit: write a HaLViT as the plain DeiT that gives the same logits, with every matrix written out.
+        as_deit: write a HaLViT as the plain DeiT with the same logits, with every matrix written out.
         overrides: fields of the model, as for `create_model`.
 
     Returns:
-        float32 arrays of their own, and BatchNorm's `num_batches_tracked` as an int64 0.
+        Copies in float32, and BatchNorm's `num_batches_tracked` as an int64 0.
 
     Raises:
-        ValueError: all missing, unexpected and misshapen arrays by path, or a model that cannot be written as a DeiT.
+        ValueError: all missing and unexpected arrays and shape mismatches by path, or a model that is no DeiT.
     """
     model = create_model(name, **overrides)
     rules, arrays = rules_of(name, model), flatten(jax.tree.map(np.asarray, dict(variables)))
     engine.check_tree(name, arrays, shapes_of(model))
     if as_deit:
         if not isinstance(model, VisionTransformer):
-            raise ValueError(f"as_deit=True is for vision transformers; {name} is none")
+            raise ValueError(f"as_deit=True needs a vision transformer, not {name}")
         if isinstance(model, MiniDeit):
-            raise ValueError(f"as_deit=True: {name} mixes its heads and has relative positions, which no DeiT does")
+            raise ValueError(f"as_deit=True: a DeiT has no mixed heads and relative positions, as {name} does")
         arrays = vit.as_deit(model, arrays)
     return _copied(engine.to_torch(rules, arrays))
 
@@ -105,18 +105,14 @@ def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def rules_of(name: str, model: Any) -> tuple[Rule, ...]:
-    """The table of a model's PyTorch names.
-
-    Raises:
-        ValueError: its family has none.
-    """
+    """The table of a model's PyTorch names; raises ValueError if its family has none."""
     if type(model) not in TABLES:
         raise ValueError(f"{name} has no table of PyTorch names yet")
     return TABLES[type(model)](model)
 
 
 def _copied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Copies: what is changed in a state later does not change the variables made of it."""
+    """Copies, so later changes of the input do not change the result."""
     return {
         path: np.array(array, array.dtype if array.dtype == np.int64 else np.float32, order="C")
         for path, array in arrays.items()

@@ -2,12 +2,12 @@
 
 python -m halvit_jax.convert IN OUT --model=NAME [--to=jax|torch|deit] [--num_classes=N] [--image_size=N]
 
-IN is a state under the official PyTorch names (.safetensors, .npz, or .pth with PyTorch installed) or a file that this
-command wrote, which names its model. OUT is a .safetensors file: with --to=jax under our paths, with --to=torch
-under the official names, with --to=deit a HaLViT written out as the plain DeiT that gives the same logits.
+IN is a state under the official PyTorch names (.safetensors, .npz, or .pth with PyTorch installed) or a file of this
+command, which names its model. OUT is a .safetensors file: with --to=jax under our paths, with --to=torch under the
+official names, with --to=deit a HaLViT written out as the plain DeiT with the same logits.
 
-The output has a line for each: arrays, numbers in them, and a digest of names, shapes, types and values, which is the
-same for the same arrays whatever kind of file they are in.
+The output has a line for each file: arrays, numbers in them, and a digest of names, shapes, types and values that does
+not depend on the kind of file.
 """
 
 import os
@@ -24,18 +24,14 @@ TARGETS = ("jax", "torch", "deit")
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    flags.DEFINE_string("model", None, "The model's name; may be left out where IN knows it.")
-    flags.DEFINE_enum("to", "jax", TARGETS, "What to write.")
-    flags.DEFINE_integer("num_classes", None, "Size of the classifier; 0: there is none.")
-    flags.DEFINE_integer("image_size", None, "Height and width of the images the weights are for.")
+    flags.DEFINE_string("model", None, "The model's name; not needed if IN names it.")
+    flags.DEFINE_enum("to", "jax", TARGETS, "Names and layouts to write.")
+    flags.DEFINE_integer("num_classes", None, "Size of the classifier; 0: none.")
+    flags.DEFINE_integer("image_size", None, "Height and width of the model's images.")
 
 
 def convert(source: str, target: str, *, name: str | None, to: str, fields: dict[str, Any]) -> list[str]:
-    """Read `source`, write `target`, and return the lines to print.
-
-    Raises:
-        ValueError: no model is named, another one is in the file, or what reading, converting and writing refuse.
-    """
+    """Read `source`, write `target`, and return the lines to print; raises ValueError for bad files and names."""
     weights = readers.read(source)
     name, fields, variables = weights_file.load_any(source, weights, name, fields)
     if to == "jax":
@@ -49,10 +45,10 @@ def convert(source: str, target: str, *, name: str | None, to: str, fields: dict
 
 
 def main(argv: list[str]) -> None:
-    """Convert one file and print what was read and written."""
+    """Convert one file and print a summary of input and output."""
     with app.report_user_errors():
         if len(argv) != 3:
-            raise ValueError("give a file to read and one to write: python -m halvit_jax.convert IN OUT --model=NAME")
+            raise ValueError("give an input and an output file: python -m halvit_jax.convert IN OUT --model=NAME")
         given = flags.FLAGS
         fields = {"num_classes": given.num_classes, "image_size": given.image_size}
         for line in convert(argv[1], argv[2], name=given.model, to=given.to, fields=fields):

@@ -1,7 +1,7 @@
 """Ordered rules between PyTorch's names and layouts and ours. One table serves both directions.
 
-A state is {PyTorch's name: array}, a tree is flat here: {"params/block0/attention/qkv/kernel": array}. No function
-copies an array: what comes out are views of what went in.
+A state is {PyTorch's name: array}; a tree is flat here: {"params/block0/attention/qkv/kernel": array}. Results are
+views of the inputs: no function copies an array.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ LAYOUTS: dict[str, Layout] = {
     "token": Layout(lambda a: a[0, 0], lambda a: a[None, None]),  # [1, 1, d] -> [d]
     "position": Layout(lambda a: a[0], lambda a: a[None]),  # [1, n, d] -> [n, d]
 }
-# PyTorch's buffers that are not kept. A counter of updates is ignored when read and 0 when written; a cache of what
+# PyTorch's buffers, which are not kept. A counter of updates is ignored when read and 0 when written. A cache that
 # follows from the fields, such as indices, is ignored when read and not written.
 COUNTER, CACHE = "counter", "cache"
 BUFFERS = (COUNTER, CACHE)
-FLOATS = ("float32", "float16", "bfloat16")  # what float32 holds without loss
+FLOATS = ("float32", "float16", "bfloat16")  # exact in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """`source`, a name of PyTorch's, and `target`, a path of ours, name the same array.
+    """`source`, a PyTorch name, and `target`, a path of ours, name the same array.
 
-    `{i}` stands for a number, the same one on both sides, so a rule reads both ways. Where several rules lead to one
-    path, the first gives it its name on the way out and the others are spellings understood on the way in. A rule of
-    the layouts "counter" and "cache" names what PyTorch stores beside the array of `target`.
+    `{i}` is a number, the same one on both sides, so a rule reads both ways. Of several rules for one path, the first
+    is written and all are read. A rule of the layouts "counter" and "cache" names a buffer that PyTorch stores beside
+    the array of `target`.
 
     Raises:
-        ValueError: a layout that is not in LAYOUTS, or a number that only one side names.
+        ValueError: a layout that is not in LAYOUTS, or a number on only one side.
     """
 
     source: str
@@ -63,11 +63,11 @@ class Rule:
             raise ValueError(f"{self.source} and {self.target} do not name the same numbers; rules read both ways")
 
     def path(self, name: str) -> str | None:
-        """The path of the array PyTorch calls `name`; None if the rule is not about it."""
+        """The path of the array with this PyTorch name; None if the rule does not match."""
         return _translate(name, self.source, self.target)
 
     def name(self, path: str) -> str | None:
-        """PyTorch's name of the array at `path`; None if the rule is not about it."""
+        """PyTorch's name of the array at `path`; None if the rule does not match."""
         return _translate(path, self.target, self.source)
 
 
@@ -101,11 +101,11 @@ def from_torch_arrays(
 ) -> dict[str, np.ndarray]:
     """The arrays of a PyTorch state under our paths and in our layouts.
 
-    Counters and caches may be missing, since not all files have them. What is at the paths of `free` may be missing
+    Counters and caches may be missing, because not all files have them. Arrays at the paths of `free` may be missing
     too, and may have other sizes.
 
     Raises:
-        ValueError: every ambiguous, missing, unexpected and misshapen entry and every unfit type, by name.
+        ValueError: every ambiguous, missing or unexpected entry, shape mismatch and wrong type, by name.
     """
     problems = Problems(f"these weights do not fit {model}")
     arrays: dict[str, np.ndarray] = {}
@@ -141,7 +141,7 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
     """The arrays at our paths under PyTorch's names and in its layouts; counters are 0.
 
     Raises:
-        ValueError: every path without a rule, and every name that two paths would get.
+        ValueError: every path without a rule, and every name of two paths.
     """
     problems = Problems("the table of names does not fit this model")
     state: dict[str, np.ndarray] = {}
@@ -162,11 +162,7 @@ def to_torch(rules: Sequence[Rule], arrays: Mapping[str, np.ndarray]) -> dict[st
 
 
 def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> None:
-    """Check that these are the arrays of the model.
-
-    Raises:
-        ValueError: every missing, unexpected and misshapen array and every unfit type, by path.
-    """
+    """Raise a ValueError that lists every missing or unexpected array, shape mismatch and wrong type, by path."""
     problems = Problems(f"these variables do not fit {model}")
     for path, array in arrays.items():
         if path not in wanted:
@@ -182,7 +178,7 @@ def check_tree(model: str, arrays: Mapping[str, np.ndarray], wanted: Shapes) -> 
 
 
 def torch_shape(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape PyTorch gives to an array that has this shape here."""
+    """PyTorch's shape of an array that has this shape here."""
     return LAYOUTS[rule.layout].to_torch(np.broadcast_to(np.float32(0), shape)).shape
 
 
@@ -192,18 +188,18 @@ def first_name(rules: Sequence[Rule], path: str) -> str | None:
 
 
 class Problems:
-    """Collects problems, to raise them all at once."""
+    """Collects problems, to raise all at once."""
 
     def __init__(self, what: str) -> None:
         self._what = what
         self._found: dict[str, list[str]] = {}
 
     def add(self, kind: str, entry: str) -> None:
-        """One more entry of this kind."""
+        """Add an entry of this kind."""
         self._found.setdefault(kind, []).append(entry)
 
     def raise_any(self) -> None:
-        """Raise a ValueError that lists all there is; nothing if there is nothing."""
+        """Raise a ValueError that lists all entries, if there are any."""
         if self._found:
             kinds = [f"{len(found)} {kind}: {', '.join(found)}" for kind, found in self._found.items()]
             raise ValueError(f"{self._what}; {'; '.join(kinds)}")

@@ -1,8 +1,8 @@
 """Names of Next-ViT: the official release's, which number the blocks through all stages.
 
-Hallucinated maps and compact feed-forward layers have no published PyTorch form. They are named here as a module of the
-same build would name them: `e_mhsa.hallucination.across` and `.within`, and in the place of `mlp.conv2` its two factors
-`first` and `second`, each a list of convolutions with their norms: `mlp.conv2.first.0.conv`, `mlp.conv2.first.0.norm`.
+Hallucinated maps and compact feed-forward layers have no published PyTorch form. Our names are
+`e_mhsa.hallucination.across` and `.within`, and instead of `mlp.conv2` two factors `first` and `second`, each a list of
+convolutions with their norms: `mlp.conv2.first.0.conv`, `mlp.conv2.first.0.norm`.
 """
 
 from halvit_jax.convert.engine import Rule, batch_norm, conv, dense
@@ -16,8 +16,8 @@ def rules(model: NextViT) -> tuple[Rule, ...]:
         table += _conv_norm(f"stem.{i}", f"stem/conv{i}")
     number = 0
     for stage in range(len(model.depths)):
-        for i, attends in enumerate(model.is_transformer_block(stage)):
-            block = _transformer_block if attends else _conv_block
+        for i, is_transformer in enumerate(model.is_transformer_block(stage)):
+            block = _transformer_block if is_transformer else _conv_block
             table += block(f"features.{number}", f"stage{stage + 1}/block{i}", model.ffn_branches)
             number += 1
     return tuple(table)
@@ -46,7 +46,7 @@ def _transformer_block(source: str, target: str, branches: int) -> list[Rule]:
 
 
 def _both(source: str, target: str, branches: int) -> list[Rule]:
-    """The part of the table that both kinds of block have."""
+    """The rules for both kinds of block."""
     table = [
         *_conv_norm(f"{source}.patch_embed", f"{target}/embed"),
         *conv(f"{source}.mhca.group_conv3x3", f"{target}/local/heads/conv"),

@@ -1,8 +1,7 @@
-"""Weight files, of which none can run code: safetensors, npz, and PyTorch's own where PyTorch is installed.
+"""Read weight files without running code: safetensors, npz, and PyTorch's own if PyTorch is installed.
 
-The reader of safetensors is ours, though the format's own library is well kept and refuses nearly all that is refused
-here. Measured with its version 0.8: it needs twice the file's size of memory where this needs it once, takes a header
-that names an array twice, and fails on bfloat16 in NumPy. A header of JSON is not much to read.
+We parse safetensors ourselves. Measured with version 0.8, the format's own library needs twice the file's size of
+memory instead of once, accepts a header that names an array twice, and fails on bfloat16 in NumPy.
 """
 
 import collections
@@ -32,7 +31,7 @@ DTYPES: dict[str, np.dtype] = {
 }
 MAX_HEADER = 2**20  # bytes; enough for nine thousand arrays, and small beside any weights
 PYTORCH = (".pt", ".pth", ".bin", ".tar")
-WRAPPERS = ("model", "state_dict")  # what training scripts put a state under
+WRAPPERS = ("model", "state_dict")  # keys of the state in the files of training scripts
 
 
 class Weights(NamedTuple):
@@ -43,17 +42,17 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """All arrays of a weight file, of the types they are stored in.
+    """All arrays of a weight file, in their stored types.
 
-    Memory: the file's size, once; of a compressed npz half as much again. Nothing in a file is executed, and what lies
-    about its size is refused before memory is taken for it.
+    Memory: the file's size, or half as much again for a compressed npz. Nothing in a file is executed, and wrong sizes
+    are refused before memory is allocated for them.
 
     Raises:
-        ValueError: not a file, of a kind that is not read here, damaged, or PyTorch is needed and missing.
+        ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     match path.suffix:
         case ".safetensors":
             return _read_safetensors(path)
@@ -62,21 +61,21 @@ def read(path: str | os.PathLike[str]) -> Weights:
         case suffix if suffix in PYTORCH:
             return Weights(_read_pytorch(path), {})
     kinds = f".safetensors, .npz, and with PyTorch {', '.join(PYTORCH)}"
-    raise ValueError(f"{path} is of a kind that is not read here: {kinds}; save the weights as safetensors")
+    raise ValueError(f"{path} has an unsupported suffix, not {kinds}; save the weights as safetensors")
 
 
 def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file. It appears whole or not at all.
+    """Write a safetensors file atomically.
 
     Raises:
-        ValueError: another suffix, or an array that is empty or of a type the format does not have.
+        ValueError: another suffix, or an array that is empty or of an unsupported type.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must end in .safetensors, the one kind that is written here")
+        raise ValueError(f"{path} must end in .safetensors, the only format that is written")
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    # Wide types first, so that every array begins at a multiple of its item's size.
+    # Wide types first, so every array starts at a multiple of its item's size.
     order = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     end = 0
     for name in order:
@@ -84,8 +83,8 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         if array.dtype not in codes or not array.size:
             types = ", ".join(dtype.name for dtype in codes)
             raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or of none of the types {types}")
-        begin, end = end, end + array.nbytes
-        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+        start, end = end, end + array.nbytes
+        header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -100,7 +99,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
 
 
 class _Refused(Exception):  # noqa: N818
-    """Why a file is refused."""
+    """The reason to refuse a file."""
 
 
 def _read_safetensors(path: pathlib.Path) -> Weights:
@@ -108,7 +107,7 @@ def _read_safetensors(path: pathlib.Path) -> Weights:
         with open(path, "rb") as file:
             return _parse_safetensors(file)
     except _Refused as why:
-        raise ValueError(f"{path} is no sound safetensors file: {_line(why)}") from None
+        raise ValueError(f"{path} is not a valid safetensors file: {_line(why)}") from None
 
 
 def _parse_safetensors(file: BinaryIO) -> Weights:
@@ -117,8 +116,8 @@ def _parse_safetensors(file: BinaryIO) -> Weights:
     length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
     if not 2 <= length <= min(size - 8, MAX_HEADER):
         if head[:2] == b"PK" or head[:1] == b"\x80":
-            raise _Refused("it looks like a pickle, which is not read here; save the weights as safetensors")
-        raise _Refused("it is cut off" if length <= MAX_HEADER else f"its header would be {length} bytes long")
+            raise _Refused("it looks like a pickle, which is unsafe to read; save the weights as safetensors")
+        raise _Refused("it is truncated" if length <= MAX_HEADER else f"its header would be {length} bytes long")
     header = _parse_json(file.read(length))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -126,9 +125,9 @@ def _parse_safetensors(file: BinaryIO) -> Weights:
     size -= 8 + length
     spans = {name: _check_entry(name, entry, size) for name, entry in header.items()}
     end = 0
-    for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
-        if begin != end:
-            raise _Refused(f"{name} begins at byte {begin}, but the arrays before it end at {end}")
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end:
+            raise _Refused(f"{name} starts at byte {start}, but the arrays before it end at {end}")
         end = stop
     if end != size:
         raise _Refused(f"its arrays end at byte {end} of {size}")
@@ -136,8 +135,8 @@ def _parse_safetensors(file: BinaryIO) -> Weights:
     if file.readinto(data) != size:  # type: ignore[attr-defined]
         raise _Refused("it became shorter while it was read")
     arrays = {
-        name: data[begin:stop].view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
-        for name, (begin, stop) in spans.items()
+        name: data[start:stop].view(DTYPES[header[name]["dtype"]]).reshape(header[name]["shape"])
+        for name, (start, stop) in spans.items()
     }
     return Weights(arrays, metadata)
 
@@ -188,8 +187,8 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
             if sum(entry.file_size for entry in entries) > 1.5 * path.stat().st_size:
                 raise _Refused("it unpacks to half as much again or more; save it with numpy.savez, not compressed")
             return {name: _read_npy(archive, entry) for name, entry in zip(names, entries, strict=True)}
-    except Exception as why:  # a damaged archive may end in nearly any error
-        raise ValueError(f"{path} is no sound npz file: {_line(why)}") from None
+    except Exception as why:  # a corrupt archive may raise nearly any error
+        raise ValueError(f"{path} is not a valid npz file: {_line(why)}") from None
 
 
 def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
@@ -200,16 +199,16 @@ def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
             raise _Refused(f"{entry.filename} is of version {version}")
         shape, fortran, dtype = readers[version](file)
         if dtype.hasobject:
-            raise _Refused(f"{entry.filename} holds objects, a pickle, which is not read here; save it as safetensors")
+            raise _Refused(f"{entry.filename} holds objects, a pickle, which is unsafe to read; save it as safetensors")
         size = math.prod(shape) * dtype.itemsize
         if not 0 <= size <= entry.file_size:
             raise _Refused(f"{entry.filename} of shape {shape} does not fit into its {entry.file_size} bytes")
         data = np.empty(size, np.uint8)
         done = 0
-        while done < size:  # in pieces, since the archive's reader holds what it reads twice
+        while done < size:  # in pieces, because the archive's reader holds each twice
             piece = file.read(min(size - done, 2**20))
             if not piece:
-                raise _Refused(f"{entry.filename} is cut off")
+                raise _Refused(f"{entry.filename} is truncated")
             data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
         return data.view(dtype).reshape(shape, order="F" if fortran else "C")
@@ -220,20 +219,20 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors and give that"
+            f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors"
         ) from None
     try:
         # Files of the old format are no archives and cannot be mapped.
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
         return {str(name): _to_numpy(tensor, torch.int16) for name, tensor in _state_of(content).items()}
-    except Exception as error:  # a damaged file may end in nearly any error
-        # PyTorch's own words for a file that wants to run code tell how to let it.
+    except Exception as error:  # a corrupt file may raise nearly any error
+        # PyTorch's own message for a file with code explains how to run that code.
         why = "it holds more than weights" if type(error).__name__ == "UnpicklingError" else _line(error)
-        raise ValueError(f"{path} is no sound PyTorch file: {why}; save the state as safetensors") from None
+        raise ValueError(f"{path} is not a valid PyTorch file: {why}; save the state as safetensors") from None
 
 
 def _state_of(content: Any) -> dict[Any, Any]:
-    """The state, also where it is the only one among other things that a training script saved."""
+    """The state, at the top or under one of WRAPPERS."""
     states = [content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if len(states) > 1:
         raise _Refused(f"it has a state under each of {', '.join(WRAPPERS)}")
@@ -245,7 +244,7 @@ def _state_of(content: Any) -> dict[Any, Any]:
 
 def _to_numpy(tensor: Any, int16: Any) -> np.ndarray:
     tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":  # PyTorch does not hand it to NumPy, which has no such type of its own
+    if str(tensor.dtype) == "torch.bfloat16":  # not a type of NumPy
         return tensor.view(int16).numpy().view(jnp.bfloat16)
     return tensor.numpy()
 

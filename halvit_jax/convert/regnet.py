@@ -1,14 +1,14 @@
-"""Names of RegNets: timm's, under which DeiT's teacher was released too."""
+"""Names of RegNets: timm's, as in the release of DeiT's teacher."""
 
 from halvit_jax.convert.engine import Rule, batch_norm, conv, dense
 from halvit_jax.models.regnet import RegNet
 
 
 def rules(model: RegNet) -> tuple[Rule, ...]:
-    """The table of a model, which has a part for each of its stages."""
+    """The table of a model, with a part for each of its stages."""
     table = [*_conv_norm("stem", "stem"), *dense("head.fc", "head")]
     for i in range(1, len(model.depths) + 1):
-        # Blocks are counted from 1 there and from 0 here, so each has rules of its own.
+        # timm counts blocks from 1, we from 0, so each block has its own rules.
         for j in range(model.depths[i - 1]):
             table += _block(f"s{i}.b{j + 1}", f"stage{i}/block{j}")
     return tuple(table)

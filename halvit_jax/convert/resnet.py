@@ -1,7 +1,7 @@
 """Names of ResNets: torchvision's (timm has the same), and the authors' for HaLViT-ResNet and -ResNeXt.
 
-The authors' ResNet has no classifier, so its files need `num_classes=0`; one that was added is called `fc` here, as
-their ResNeXt calls its own.
+The authors' ResNet has no classifier, so its files need `num_classes=0`; an added one is named `fc`, as in their
+ResNeXt.
 """
 
 from halvit_jax.convert.engine import Rule, batch_norm, conv, dense
@@ -26,7 +26,7 @@ def _plain(source: str, target: str) -> list[Rule]:
 
 
 def _halvit(source: str, target: str) -> list[Rule]:
-    """ResNet50: a block is [norm, relu, conv, norm, relu], and its last norm stands apart."""
+    """ResNet50: a block is [norm, relu, conv, norm, relu]; its last norm is in a separate list."""
     return [
         Rule(f"{source}.convp", f"params/{target}/tied/kernel", "pointwise"),
         *_conv_norm(f"{source}.main_path_upsampler", f"{target}/widen"),

@@ -1,7 +1,7 @@
-"""Names of SHViT: the official release's, and on the way in timm's too, which number the parts of a stage otherwise.
+"""Names of SHViT: the official release's, and timm's for reading, which number the parts of a stage differently.
 
-Officially the parts of a merging of patches are the first three entries of their stage's list; in timm they are five
-entries of a list of their own.
+In the release, the parts of a merging of patches are the first three entries of their stage's list; in timm they are
+five entries of a separate list.
 """
 
 from halvit_jax.convert.engine import Rule, batch_norm, conv, dense, layer_norm
@@ -14,8 +14,8 @@ def rules(model: SHViT) -> tuple[Rule, ...]:
     for source, target in (("head", "head"), ("head_dist", "head_distill")):
         table += [*batch_norm(f"{source}.bn", f"{target}/norm"), *dense(f"{source}.l", f"{target}/linear")]
     for i in range(len(model.stem_strides)):
-        table += _conv_norm(f"patch_embed.{2 * i}", f"stem/conv{i}")  # a ReLU stands between two
-    for names in (_official, _timm):  # the first are those written
+        table += _conv_norm(f"patch_embed.{2 * i}", f"stem/conv{i}")  # ReLUs have the odd indices
+    for names in (_official, _timm):  # the first names are the ones written
         for stage, depth in enumerate(model.depths, 1):
             table += names(stage, depth)
     return tuple(table)

@@ -1,6 +1,6 @@
-"""Names of Swin Transformers: Microsoft's own (timm's put the merging of patches elsewhere).
+"""Names of Swin Transformers: Microsoft's own (timm moves the merging of patches).
 
-Their files also hold indices and masks, which follow from the shape of the model: they are neither needed nor written.
+Their files also hold indices and masks, which follow from the model's shape and are not read or written.
 """
 
 from halvit_jax.convert.engine import CACHE, Rule, conv, dense, layer_norm
@@ -20,7 +20,7 @@ def rules(model: SwinTransformer) -> tuple[Rule, ...]:
 
 
 def frame(model: SwinTransformer) -> tuple[Rule, ...]:
-    """All but the blocks. What merges the patches ends a stage there, and begins the next one here."""
+    """All but the blocks. The merging of patches ends a stage there and starts the next one here."""
     table = [*conv("patch_embed.proj", "embed"), *layer_norm("patch_embed.norm", "embed_norm")]
     for i in range(len(model.depths) - 1):
         table += layer_norm(f"layers.{i}.downsample.norm", f"stage{i + 2}/merge/norm")

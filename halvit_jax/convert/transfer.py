@@ -1,14 +1,13 @@
-"""Weights that initialise another model than their own: another classifier, resolution or number of input channels.
+"""Weights of one model initialise another: another classifier, resolution or number of input channels.
 
-An array of the same path and shape is copied. The family's TRANSFER_RULES, (regular expression of a path, kind), allow
+Arrays of the same path and shape are copied. The family's TRANSFER_RULES, (regular expression of a path, kind), allow
 the rest; first match wins:
 
-- "head": a classifier of another number of classes is initialised anew, and one that only one of the two has is no
-  mistake.
-- "position_grid": positions of tokens are resampled to the new grid as timm does: bicubic and antialiased, tokens that
-  stand before the grid (a class token) kept.
-- "input_channels": a kernel [k, k, c, f] over grey images (c = 1) sums that over the old channels; the other way round
-  the grey one is spread evenly.
+- "head": a classifier of another shape keeps its initial values; either model may lack it.
+- "position_grid": positions are resampled to the new grid as in timm, bicubic and antialiased; tokens before the grid
+  (a class token) are kept.
+- "input_channels": a kernel [k, k, c, f] for grey images (c = 1) is the sum over the old channels; in the other
+  direction the grey one is spread evenly.
 
 Shapes: `n` tokens, `d` width, `k` kernel side, `c` input channels, `f` features.
 """
@@ -30,7 +29,7 @@ MOST_BEFORE = 2  # tokens before a grid: those of class and distillation
 
 
 class Transfer(NamedTuple):
-    """Arrays by path that initialise a model; one line for each that is not simply copied."""
+    """Arrays by path that initialise a model, and a line for each that is not simply copied."""
 
     arrays: dict[str, np.ndarray]
     adapted: list[str]
@@ -47,15 +46,15 @@ class Transfer(NamedTuple):
 def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, np.ndarray]:
     """The arrays of a weight file under our paths: {"params/head/bias": array}.
 
-    A PyTorch state is read with the names of `model`, from which it may differ in what `transfer` allows.
+    A PyTorch state is read with the names of `model`; it may differ from it as far as `transfer` allows.
 
     Raises:
-        ValueError: what reading refuses, and every entry that is no array of such a model, by name.
+        ValueError: an unreadable file, and every entry that is no array of such a model, by name.
     """
     weights = readers.read(path)
-    known = weights_file.from_weights(weights)
-    if known is not None:
-        return flatten(known.variables)
+    stored = weights_file.from_weights(weights)
+    if stored is not None:
+        return flatten(stored.variables)
     wanted = shapes_of(model.clone(num_classes=model.num_classes or 1))  # the state may have a classifier
     free = {path for path in wanted if _kind(path, transfer_rules(model))}
     return engine.from_torch_arrays(name, rules_of(name, model), weights.arrays, wanted, free=free)
@@ -69,19 +68,19 @@ def transfer(
     `exclude` are regular expressions of paths (without the collection before the first slash) that are not copied.
 
     Raises:
-        ValueError: all that no rule allows: missing, unexpected and misshapen arrays by path; an expression of
-            `exclude` that no path has.
+        ValueError: all missing or unexpected arrays and shape mismatches that no rule allows, by path; an expression of
+            `exclude` without a match.
     """
     bare = [_bare(path) for path in wanted]
     for pattern in exclude:
         if not any(re.search(pattern, path) for path in bare):
-            raise ValueError(f"init_exclude holds {pattern!r}, which is in no path of {name}; they are like {bare[0]}")
+            raise ValueError(f"init_exclude: {pattern!r} matches no path of {name}; a path is e.g. {bare[0]}")
     problems = engine.Problems(f"these weights cannot initialise {name}")
     found = Transfer({}, [], [], [])
     for path, shape in wanted.items():
         kind, array = _kind(path, rules), arrays.get(path)
-        left_out = any(re.search(pattern, _bare(path)) for pattern in exclude)
-        if left_out or (kind == "head" and (array is None or array.shape != shape)):
+        excluded = any(re.search(pattern, _bare(path)) for pattern in exclude)
+        if excluded or (kind == "head" and (array is None or array.shape != shape)):
             found.initialized.append(f"{path} {shape}")
             if array is not None:
                 found.unused.append(f"{path} {array.shape}")
@@ -90,11 +89,11 @@ def transfer(
         elif array.shape == shape:
             found.arrays[path] = np.asarray(array, np.float32)
         else:
-            changed = ADAPTERS[kind](array, shape) if kind in ADAPTERS else None
-            if changed is None:
+            adapted = ADAPTERS[kind](array, shape) if kind in ADAPTERS else None
+            if adapted is None:
                 problems.add("shape mismatch", f"{path} (is {array.shape}, must be {shape})")
             else:
-                found.arrays[path] = changed
+                found.arrays[path] = adapted
                 found.adapted.append(f"{path} {array.shape} -> {shape}")
     for path in arrays.keys() - wanted.keys():
         if _kind(path, rules) == "head":
@@ -106,7 +105,7 @@ def transfer(
 
 
 def adapt_position_grid(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Positions [n, d] of a square grid, after those of some other tokens, for a grid of another size."""
+    """Resample positions [n, d] of a square grid, after those of other tokens, to a grid of another size."""
     for before in range(min(MOST_BEFORE + 1, len(array), shape[0])):
         old, new = math.isqrt(len(array) - before), math.isqrt(shape[0] - before)
         if old**2 + before == len(array) and new**2 + before == shape[0]:
@@ -119,7 +118,7 @@ def adapt_position_grid(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
 
 
 def adapt_input_channels(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A kernel [k, k, c, f] for images of another number of colours, one of the two being grey."""
+    """A kernel [k, k, c, f] for another number of colours; the old or the new one is grey."""
     same = array.ndim == 4 and (array.shape[:2], array.shape[3]) == (shape[:2], shape[3])
     if not same or 1 not in (array.shape[2], shape[2]):
         return None

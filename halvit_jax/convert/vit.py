@@ -1,8 +1,8 @@
-"""Names of vision transformers: timm's and the official release's for DeiT, which are the same, and ours for HaLViT.
+"""Names of vision transformers: timm's for DeiT, the same as in the official release, and ours for HaLViT.
 
-HaLViT has no published PyTorch ViT. Its tied matrices are named here as a PyTorch module of the same build would name
-them: `blocks.0.attn.query_output.weight`, `blocks.0.attn.key_value.weight` and `blocks.0.mlp.tied.weight`, each
-[out, in] of its forward direction.
+HaLViT has no published PyTorch ViT. We name its tied matrices as an equivalent PyTorch module would:
+`blocks.0.attn.query_output.weight`, `blocks.0.attn.key_value.weight` and `blocks.0.mlp.tied.weight`, each [out, in] of
+its forward direction.
 """
 
 import numpy as np
@@ -51,11 +51,11 @@ def rules(model: VisionTransformer) -> tuple[Rule, ...]:
 
 
 def as_deit(model: VisionTransformer, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays, {path: array}, of the plain DeiT that computes what this model with these arrays computes.
+    """The arrays, {path: array}, of the plain DeiT with the same outputs.
 
-    Queries, keys, values and output get the matrices (Wq, Wkv, Wkv^T) and Wq^T, the feed-forward layer W and W^T, the
-    positions are written out as learned ones, and biases the model does not have are 0. For one that pools the mean of
-    its tokens, timm's fields are class_token=False, global_pool="avg", fc_norm=False.
+    The matrices are (Wq, Wkv, Wkv^T) and Wq^T in attention, and W and W^T in the feed-forward layer. Positions become
+    learned ones, and missing biases are 0. With `pool` "mean", timm's fields are class_token=False, global_pool="avg",
+    fc_norm=False.
     """
     arrays = dict(arrays)
     for i in range(model.depth):
@@ -89,7 +89,7 @@ def _untie_ffn(arrays: dict[str, np.ndarray], path: str) -> None:
 
 
 def _positions(model: VisionTransformer) -> np.ndarray:
-    """The positions that the model adds to its tokens, [n, d]: they are added to zeros."""
+    """The position embedding of the model's tokens, [n, d]."""
     side = model.image_size // model.patch_size
     tokens = side**2 + (model.pool == "token") + model.distilled
     added = PositionEmbedding(model.position, (side, side)).apply({}, np.zeros((1, tokens, model.width), np.float32))

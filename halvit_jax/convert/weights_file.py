@@ -1,4 +1,4 @@
-"""A model's variables in one safetensors file: arrays under our paths, the model's name and fields beside them."""
+"""A model's variables in one safetensors file: arrays under our paths, and the model's name and fields."""
 
 import json
 import os
@@ -33,10 +33,10 @@ def save(
     metadata: Mapping[str, str] = EMPTY,
     **overrides: Any,
 ) -> None:
-    """Write the variables of the model `name` with these overrides; `metadata` is kept beside them, for other readers.
+    """Write the variables of the model `name` with these overrides; `metadata` is for other readers.
 
     Raises:
-        ValueError: variables that are not this model's, by path, or fields that JSON cannot hold.
+        ValueError: variables of another model, by path, or fields that are not JSON.
     """
     arrays = flatten(jax.tree.map(np.asarray, dict(variables)))
     engine.check_tree(name, arrays, shapes_of(create_model(name, **overrides)))
@@ -49,49 +49,44 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> StoredModel:
-    """Read what `save` wrote.
-
-    Raises:
-        ValueError: not such a file, or one whose arrays are not its model's.
-    """
-    native = from_weights(readers.read(path))
-    if native is None:
+    """Read a file of `save`; raises ValueError for any other."""
+    stored = from_weights(readers.read(path))
+    if stored is None:
         raise ValueError(f"{path} is no file of halvit_jax; python -m halvit_jax.convert makes one of PyTorch's")
-    return native
+    return stored
 
 
 def load_any(path: str, weights: readers.Weights, name: str | None, fields: Mapping[str, Any]) -> StoredModel:
-    """The variables in a weight file's content: of the model it says, or, of a PyTorch state, of the model `name`.
+    """The model and variables in a weight file's content; a PyTorch state is one of the model `name` with `fields`.
 
     Raises:
-        ValueError: no model is named, or the file knows that it is of another one or of other fields; what converting
-            refuses.
+        ValueError: no model is named, the metadata name another one, or the arrays do not fit.
     """
     given = {field: value for field, value in fields.items() if value is not None}
-    known = from_weights(weights)
-    if known is None:
+    stored = from_weights(weights)
+    if stored is None:
         if name is None:
-            raise ValueError(f"{path} does not say which model it is of; name it (--model=NAME)")
+            raise ValueError(f"{path} does not name its model; give it (--model=NAME)")
         return StoredModel(name, given, from_torch(name, weights.arrays, **given))
-    if name not in (None, known.name):
-        raise ValueError(f"{path} is of {known.name}, not of {name}")
-    fields = known.fields | given
-    engine.check_tree(known.name, flatten(known.variables), shapes_of(create_model(known.name, **fields)))
-    return known._replace(fields=fields)
+    if name not in (None, stored.name):
+        raise ValueError(f"{path} is of {stored.name}, not of {name}")
+    fields = stored.fields | given
+    engine.check_tree(stored.name, flatten(stored.variables), shapes_of(create_model(stored.name, **fields)))
+    return stored._replace(fields=fields)
 
 
 def from_weights(weights: readers.Weights) -> StoredModel | None:
-    """The variables in the content of a file; None where it is not such a file.
+    """The variables in the content of a file of `save`; None for any other.
 
     Raises:
-        ValueError: its description cannot be read, or its arrays are not its model's.
+        ValueError: invalid metadata, or arrays that do not fit the model.
     """
-    described = weights.metadata
-    if described.get("format") != FORMAT:
+    metadata = weights.metadata
+    if metadata.get("format") != FORMAT:
         return None
-    name, fields = described.get("model", ""), _fields(described.get("fields", ""))
+    name, fields = metadata.get("model", ""), _fields(metadata.get("fields", ""))
     if fields is None or _blocks(fields) > len(weights.arrays):  # a model of a billion blocks takes forever to build
-        raise ValueError(f"the fields of the model {name!r} cannot be: {described.get('fields')!r:.300}")
+        raise ValueError(f"the fields of the model {name!r} are invalid: {metadata.get('fields')!r:.300}")
     try:
         wanted = shapes_of(create_model(name, **fields))
     except Exception as error:  # fields of wrong types may end in nearly any error
@@ -109,7 +104,7 @@ def _fields(text: str) -> dict[str, Any] | None:
 
 
 def _blocks(fields: dict[str, Any]) -> float:
-    """The number of blocks these fields ask for; infinity where that is no number."""
+    """The number of blocks of a model with these fields; infinity if that is no number."""
     depths = fields.get("depths") or []
     counts = [fields.get("depth") or 0, *(depths if isinstance(depths, list) else [depths])]
     return sum(counts) if all(isinstance(count, int) for count in counts) else float("inf")

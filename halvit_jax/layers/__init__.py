@@ -1,1 +1,1 @@
-"""Layers: mathematics with parameters. They know no task, no data and no mesh."""
+"""Layers: mathematics with parameters, independent of task, data and mesh."""

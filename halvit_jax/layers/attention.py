@@ -1,10 +1,9 @@
-"""Self-attention: full and tied, of a transformer block, and with a single head, of a convolutional one.
+"""Self-attention: full, tied, and single-head.
 
 Shapes: `b` batch, `n` tokens, `m` keys, `d` width, `h` heads, `k` width of a head (d = h k), `r` real heads, which have
-queries and keys of their own (r = h where no map is hallucinated). Every class of ATTENTION maps [b, n, d] -> [b, n, d]
-and takes the same fields, so that a block chooses one by name. Of single-head attention, `h w` is space, `c` channels
-and `p` those it attends with. A block may also hand over what it does around the softmax, such as relative positions, a
-mask or the mixing of heads:
+queries and keys of their own (r = h without hallucinated maps). In single-head attention, `h w` is space, `c` channels
+and `p` attention channels. Every class of ATTENTION maps [b, n, d] -> [b, n, d] and takes the same fields, so a block
+chooses one by name. Relative positions, masks and the mixing of heads are functions that the block passes:
 
     logits_fn(logits [b, r, n, n], scaled queries [b, r, n, k]) -> logits
     weights_fn(weights [b, h, n, n]) -> weights
@@ -59,7 +58,7 @@ class TiedAttention(nn.Module):
     width: int  # d
     num_heads: int  # h
     bias: bool = False
-    real_heads: float = 1.0  # as in SelfAttention; saves products but no matrix: of both, the other use needs all
+    real_heads: float = 1.0  # as in SelfAttention; saves products but no matrix, because the other use needs all of it
     hallucinate: str = "logits"
     attention_impl: str = "auto"
     dtype: Dtype = None
@@ -90,9 +89,9 @@ class SingleHeadAttention(nn.Module):
         q, k, v = norm(group_norm(x1) W), of widths k, k and p
         y = norm(relu([softmax(q k^T / sqrt(k)) v, x2]) W_o)
 
-    [b, h, w, c] -> [b, h, w, c], the tokens being the places of the map. Both norms follow their product, a 1x1
-    convolution, and are batch normalisations; the group is x1 as a whole, normalised over space and channels together.
-    The last norm's scale begins at 0, so that a residual block begins as its shortcut.
+    [b, h, w, c] -> [b, h, w, c]; the tokens are the places of the map. Both norms are batch normalisations after a 1x1
+    convolution. The group is all of x1, normalised over space and channels together. The last norm's scale is
+    initialised to 0, so a residual block starts as its shortcut.
     """
 
     partial: int  # p
@@ -121,7 +120,7 @@ ATTENTION: dict[str, type[nn.Module]] = {"full": SelfAttention, "tied": TiedAtte
 
 
 class AttentionMaps(nn.Module):
-    """The weights of all heads: of the real ones from their queries and keys, of the others hallucinated from theirs.
+    """Attention weights of all heads: real ones from queries and keys, the others hallucinated from the real ones.
 
     queries [b, n, r k], keys [b, m, r k] -> weights [b, h, n, m], the real heads' first. With L = Q K^T / sqrt(k) of
     the real heads [b, r, n, m] and H of `Hallucination`, either of
@@ -129,11 +128,12 @@ class AttentionMaps(nn.Module):
         "logits"    softmax([L, H(L)])
         "maps"      [A, relu(H(A)) / row sums],  A = softmax(L)
 
-    Rows sum to 1, but for "maps" of which H leaves less than FLOOR: they fade to 0. All heads real, there is no H.
+    Rows sum to 1. The exception is a row of "maps" with a sum of H below FLOOR, which fades to 0. With all heads real
+    there is no H.
 
-    The paper (Xu et al., 2023, arXiv 2306.10875) has it that half of the maps are hallucinated from the other half by
-    much cheaper operations. Its code is not released, and what we could read of it says no more. Which operations,
-    "logits" as the place, r = h / 2 rounded up where h is odd, and the order of the heads are our reading.
+    The paper (Xu et al., 2023, arXiv 2306.10875) states that half of the maps are hallucinated from the other half by
+    much cheaper operations. Its code is not released. The operations, "logits" as the place, r = h / 2 rounded up for
+    an odd h, and the order of the heads are our reading.
     """
 
     num_heads: int  # h
@@ -146,7 +146,7 @@ class AttentionMaps(nn.Module):
         return math.ceil(round(self.num_heads * self.real_heads, 6))  # 20 x 0.55 is a little more than 11
 
     def real_width(self, width: int) -> int:
-        """Of a width h k of all heads, the part r k of the real ones."""
+        """The width r k of the real heads, from the width h k of all heads."""
         return width * self.real // self.num_heads
 
     @nn.compact
@@ -168,7 +168,7 @@ class AttentionMaps(nn.Module):
 
 
 HALLUCINATE = ("logits", "maps")
-FLOOR = 1e-6  # The gradient of a division by less would be huge, and by a sum of 0 not a number.
+FLOOR = 1e-6  # a smaller divisor gives a huge gradient, and a sum of 0 gives NaN
 
 
 class Hallucination(nn.Module):
@@ -177,8 +177,8 @@ class Hallucination(nn.Module):
         mixed_g = sum_s C_sg A_s        across the heads, s = 1 ... r: a 1x1 convolution
         made_g = D_g * mixed_g          within each map, a 3x3 convolution with zeros around it; m and n may differ
 
-    heads (r + 9) parameters, no bias. At first C is uniform in [0, 2 / r] and D_g changes nothing: every map begins as
-    a sum of the real ones with weights of its own, 1 / r in the mean. All of this is our reading, see `AttentionMaps`.
+    heads (r + 9) parameters, no bias. The initial C is uniform in [0, 2 / r] and D_g the identity: every map starts as
+    a sum of the real ones with its own weights, 1 / r in the mean. All of this is our reading, see `AttentionMaps`.
     """
 
     heads: int
@@ -193,10 +193,10 @@ class Hallucination(nn.Module):
 
 
 class TalkingHeads(nn.Module):
-    """Every head's map becomes a weighted sum of all: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
+    """A 1x1 convolution across the heads: A'_g = sum_h W_hg A_h (+ b_g), [b, h, n, n] -> [b, h, n, n].
 
-    A 1x1 convolution across the heads: the transformation of attention in MiniViT (arXiv 2204.07154), which gives each
-    use of shared matrices maps of its own; first in "Talking-Heads Attention" (arXiv 2003.02436).
+    From "Talking-Heads Attention" (arXiv 2003.02436). MiniViT (arXiv 2204.07154) uses it to give each use of shared
+    matrices its own maps.
     """
 
     bias: bool
@@ -221,10 +221,10 @@ def attend(
     logits_fn: LogitsFn = None,
     weights_fn: WeightsFn = None,
 ) -> jax.Array:
-    """The values averaged with the weights that `maps` makes: [b, n, d], keys and values [b, m, d] -> [b, n, d].
+    """The values averaged with the weights of `maps`: queries [b, n, d], keys and values [b, m, d] -> [b, n, d].
 
-    Where nothing reads the weights, they need not exist: `module.attention_impl`, one of CHOICES, selects how the
-    average is computed ("auto": fused where this platform can, given the type and the width of the heads).
+    Weights that nothing reads need not exist: `module.attention_impl`, one of CHOICES, selects the implementation
+    ("auto": fused where the platform, the type and the width of the heads allow it).
 
     Raises:
         ValueError: "fused" is required and not possible.
@@ -251,11 +251,11 @@ def attend(
 
 
 def attention_weights(query: jax.Array, key: jax.Array, *, num_heads: int, logits_fn: LogitsFn = None) -> jax.Array:
-    """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] and [b, m, d] -> [b, h, n, m], whose rows sum to 1.
+    """softmax(Q K^T / sqrt(k)), head by head: [b, n, d] and [b, m, d] -> [b, h, n, m]; rows sum to 1.
 
-    The softmax is computed in float32 whatever the type of the input, in which the result is. Heads come before tokens
-    so that every product is one of plain matrices: on a CPU twice as fast as with the heads in between. The queries are
-    scaled because they are fewer numbers than the logits.
+    The softmax is computed in float32 and returned in the input's type. Heads come before tokens, so every product is
+    one of plain matrices: twice as fast on a CPU as with the heads in between. The queries are scaled because they are
+    fewer numbers than the logits.
     """
     query, key = _split_heads(query, num_heads), _split_heads(key, num_heads)
     query *= query.shape[-1] ** -0.5
@@ -271,7 +271,7 @@ def weighted_values(weights: jax.Array, value: jax.Array) -> jax.Array:
 
 
 def _centre(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """The kernel of a depthwise convolution that changes nothing."""
+    """The kernel of a depthwise convolution that is the identity."""
     del key
     return jnp.zeros(shape, dtype).at[shape[0] // 2, shape[1] // 2].set(1)
 

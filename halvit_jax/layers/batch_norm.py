@@ -1,4 +1,4 @@
-"""Batch normalisation, and what becomes of it at inference.
+"""Batch normalisation, and its folding for inference.
 
 Shapes: `b` batch, `c` channels.
 """
@@ -23,21 +23,21 @@ EPSILON = 1e-5  # of every batch normalisation
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's bookkeeping: [..., c] -> [..., c].
 
-    Statistics are float32 also when computing in bfloat16. Training normalises with the biased variance of the batch,
-    the whole of it also when it is sharded, and moves the averages in `batch_stats` towards its mean and *unbiased*
-    variance, as PyTorch does; evaluation normalises with the averages. `momentum` is the weight of the old average.
+    Statistics are float32 also in bfloat16 computation. Training normalises with the biased variance of the global
+    batch and moves the averages in `batch_stats` towards its mean and *unbiased* variance, as PyTorch does. Evaluation
+    normalises with the averages. `momentum` is the weight of the old average.
     """
 
     momentum: float = 0.9
     epsilon: float = EPSILON
     scale_init: Initializer = nn.initializers.ones
     dtype: Dtype = None
-    folded: str = ""  # see `fold`: "merged" into the convolution before it, or "affine": a scale and a bias are left
+    folded: str = ""  # see `fold`: "merged" into the convolution before it, or "affine": only a scale and a bias
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if self.folded and train:
-            raise ValueError(f"{self.name} is folded and cannot be trained; train the model as it was before `fold`")
+            raise ValueError(f"{self.name} is folded and cannot be trained; train the model before `fold`")
         if self.folded == "merged":
             return x
         features = (x.shape[-1],)
@@ -53,8 +53,8 @@ class BatchNorm(nn.Module):
         if train:
             axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             mean = wide.mean(axes)
-            # Not the mean of squares less the squared mean, which loses digits. The variance is least at the mean, so
-            # its gradient with respect to the mean is zero.
+            # The mean of squares minus the squared mean would lose digits. The variance is minimal at the mean, so its
+            # gradient with respect to the mean is zero.
             var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
             if not self.is_initializing():
                 move = functools.partial(_moving_average, self.momentum)
@@ -62,7 +62,7 @@ class BatchNorm(nn.Module):
                 running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
         else:
             mean, var = running_mean.value, running_var.value
-        # One multiply and one add per element, both here and in the gradient that differentiation makes of it.
+        # One multiply and one add per element, here and in the gradient.
         factor = scale * lax.rsqrt(var + self.epsilon)
         return (wide * factor + (bias - mean * factor)).astype(self.dtype or x.dtype)
 
@@ -86,12 +86,11 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
 
 
 def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
-    """The variables of a model whose batch normalisations are folded: the outputs of evaluation, in fewer steps.
+    """The variables of a model with folded batch normalisations: the outputs of evaluation in fewer steps.
 
-    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. Where a convolution stands
-    before it (`conv1` before `norm1`, `conv` before `norm`, `shortcut/conv` before `shortcut_norm`), or a matrix
-    (`dense` before `norm`), g goes into its kernel and the rest into its bias; elsewhere both stay, as scale and bias
-    in place of the normalisation.
+    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. After a convolution (`conv1`
+    and `norm1`, `conv` and `norm`, `shortcut/conv` and `shortcut_norm`) or a matrix (`dense` and `norm`), g is merged
+    into the kernel and the rest into the bias. Elsewhere a scale and a bias replace the normalisation.
     """
     params = jax.tree.map(np.asarray, dict(variables["params"]))
     stats = jax.tree.map(np.asarray, dict(variables.get("batch_stats", {})))
@@ -114,7 +113,7 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
 
 
 def wide_type(x: jax.Array) -> jnp.dtype:
-    """The type to add up in: at least float32."""
+    """The type of sums: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 

@@ -17,7 +17,7 @@ from halvit_jax.layers.sow import sow
 class PreNormBlock(nn.Module):
     """x += attention(norm(x));  x += ffn(norm(x)): [b, n, d] -> [b, n, d].
 
-    The block is given its attention and its FFN as factories and adds only their names, which make the parameter paths.
+    Attention and FFN are factories; the block adds their names, which make the parameter paths.
     """
 
     attention: Callable[..., nn.Module]  # called as attention(name=...)(x)

@@ -1,11 +1,11 @@
 """Convolution and pooling, channels last.
 
-A convolution has two implementations. Accelerators get XLA's own. XLA's CPU backend is quick at matrix products and at
-ordinary convolutions, and slow (up to a hundred times, in the gradients) at 1x1, grouped and depthwise ones and at the
-gradient of max-pooling; there those are written as products and sums of shifted views. It is the same maths with the
-same number of multiplications, and agrees to float32 rounding. `CONV_IMPLS` is the one switch.
+A convolution has two implementations, switched by `CONV_IMPLS`. Accelerators use XLA's own. XLA's CPU backend is fast
+at matrix products and at ordinary convolutions, but slow (up to a hundred times, in the gradients) at 1x1, grouped and
+depthwise ones and at the gradient of max-pooling. On a CPU those are products and sums of shifted views, with the same
+number of multiplications and the same result up to float32 rounding.
 
-Padding is a number of rows and columns on every side, as in PyTorch; with stride 2 XLA's "SAME" pads the far side only
+Padding is a number of rows and columns on every side, as in PyTorch: with stride 2, XLA's "SAME" pads the far side only
 and would shift the network by a pixel.
 
 Shapes: `b` batch, `h w` space before, `u v` space after, `c` channels in, `f` channels out, `k` kernel side, `m` = buv,
@@ -29,7 +29,7 @@ from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, to
 class Conv(nn.Module):
     """A convolution with a square kernel: [b, h, w, c] -> [b, u, v, f], u = (h + 2 * padding - k) // stride + 1.
 
-    `padding=None` stands for k // 2. Raises ValueError when `groups` divides not both channel counts.
+    `padding=None` means k // 2. Raises ValueError unless `groups` divides both channel counts.
     """
 
     features: int  # f
@@ -132,7 +132,7 @@ def xla_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, 
 
 
 def matmul_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """The same sums as products, for the convolutions that XLA's CPU backend is slow at."""
+    """The same sums as matrix products, for the convolutions that are slow in XLA's CPU backend."""
     k, channels, features = kernel.shape[0], x.shape[-1], kernel.shape[-1]
     if groups == 1 and k == 1 and padding == 0:
         return _pointwise(x[:, ::stride, ::stride], kernel[0, 0])
@@ -143,15 +143,15 @@ def matmul_convolution(x: jax.Array, kernel: jax.Array, stride: int, padding: in
     return _grouped(x, kernel, stride, padding, groups)
 
 
-# The implementation for each backend; one that is not named here gets XLA's own convolution.
+# The implementation for each backend; the default is XLA's own convolution.
 CONV_IMPLS: dict[str, Callable[..., jax.Array]] = {"cpu": matmul_convolution}
 
 
 @contextlib.contextmanager
 def xla_convolutions() -> Iterator[None]:
-    """Within it every backend has XLA's own convolution, so that convolutions are counted as such.
+    """Use XLA's own convolution on every backend, so convolutions are counted as such.
 
-    A function traced within it stays as it was traced; trace fresh functions here.
+    It affects tracing only, so trace fresh functions inside.
     """
     saved = dict(CONV_IMPLS)
     CONV_IMPLS.clear()
@@ -164,8 +164,8 @@ def xla_convolutions() -> Iterator[None]:
 def depthwise_maps(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """The depthwise convolution of maps, channels first, k odd: x [b, c, h, w], kernel [k, k, 1, c] -> [b, c, h, w].
 
-    As `convolve` with c groups and k // 2 zeros around. For a few channels of large maps, such as attention's, which
-    have nothing to vectorise over when the channels come last.
+    As `convolve` with c groups and k // 2 zeros around. Faster for a few channels of large maps, such as attention's,
+    because the last axis is what is vectorised.
     """
     k, channels = kernel.shape[0], x.shape[1]
     if jax.default_backend() not in CONV_IMPLS:
@@ -188,7 +188,7 @@ def max_pool(x: jax.Array, *, size: int, stride: int, padding: int) -> jax.Array
 
 
 def _first_max(first: jax.Array, second: jax.Array) -> jax.Array:
-    """The maximum, with the gradient to `first` when they are equal; not-a-number wins, as in lax.max."""
+    """The maximum, with the gradient to `first` when they are equal; NaN wins, as in lax.max."""
     return jnp.where((second > first) | jnp.isnan(second), second, first)
 
 
@@ -212,8 +212,8 @@ def _pointwise_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tupl
 
 
 def _pointwise_backward(saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Differentiation would make the kernel's gradient as (grad.T @ x).T. XLA merges that transposition of `grad` into
-    # whatever computes `grad`, which then runs against the order of memory; a product over the rows of both does not.
+    # Differentiation gives the kernel's gradient as (grad.T @ x).T. XLA merges the transposition into the producer of
+    # `grad`, which then writes against the order of memory. A product over the rows of both avoids that.
     x, kernel = saved
     rows = [a.reshape(-1, a.shape[-1]) for a in (x, grad)]  # [m, c], [m, f]
     return grad @ kernel.T, lax.dot_general(*rows, (((0,), (0,)), ((), ())))
@@ -223,9 +223,9 @@ _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int, *, first: int = 1) -> jax.Array:
-    """Every channel by itself: the sum over the k * k places of a window of view times weight.
+    """A depthwise convolution: per channel, the sum over the k * k places of a window of view times weight.
 
-    `first`: the first of the two axes of space; behind the channels it is 2.
+    `first` is the first axis of space: 1, or 2 with the channels before it.
     """
     k = kernel.shape[0]
     weights = kernel if first == 1 else kernel[..., None, None]  # [k, k, 1, c] or [k, k, 1, c, 1, 1]

@@ -36,6 +36,6 @@ def linear_rates(rate: float, depth: int) -> list[float]:
 
 
 def stage_rates(rate: float, depths: Sequence[int]) -> list[tuple[float, ...]]:
-    """The same through all blocks of several stages: for each stage, the rates of its blocks."""
+    """`linear_rates` through all blocks of several stages: for each stage, the rates of its blocks."""
     rates = iter(linear_rates(rate, sum(depths)))
     return [tuple(itertools.islice(rates, depth)) for depth in depths]

@@ -36,7 +36,7 @@ class PooledAttention(nn.Module):
 
         pooled = norm(pool(x))  if reduction > 1, else x;    out = softmax(x Wq (pooled Wk)^T / sqrt(k)) pooled Wv Wo
 
-    Pooled are the tokens in the order of a map's rows, `reduction` squared in a row, not the squares of a map.
+    A pool is `reduction` squared consecutive tokens in row-major order, not a square of the map.
     """
 
     num_heads: int
@@ -63,15 +63,14 @@ class PooledAttention(nn.Module):
 
 
 def halve_map(x: jax.Array) -> jax.Array:
-    """The mean of each 2x2 square, at an odd edge of what there is of it: [b, u, v, d] -> [b, u/2, v/2, d]."""
+    """The mean of each 2x2 square, cut off at an odd edge: [b, u, v, d] -> [b, u/2, v/2, d]."""
     b, u, v, d = x.shape
-    # A row twice has the mean of the row once.
-    x = jnp.pad(x, ((0, 0), (0, u % 2), (0, v % 2), (0, 0)), mode="edge")
+    x = jnp.pad(x, ((0, 0), (0, u % 2), (0, v % 2), (0, 0)), mode="edge")  # a doubled row has the same mean
     return x.reshape(b, -(-u // 2), 2, -(-v // 2), 2, d).mean((2, 4))  # [b, u/2, 2, v/2, 2, d]
 
 
 def pool_tokens(x: jax.Array, size: int) -> jax.Array:
-    """The mean of each `size` tokens in a row, without those left over at the end: [b, n, d] -> [b, m, d].
+    """The mean of each `size` consecutive tokens, without the rest at the end: [b, n, d] -> [b, m, d].
 
     Raises:
         ValueError: fewer than `size` tokens.

@@ -1,4 +1,4 @@
-"""Images into tokens, and where each token stands.
+"""Patch embedding and position embedding.
 
 Shapes: `b` batch, `h w` space, `n` tokens, `d` width, `p` patch size.
 """
@@ -16,8 +16,8 @@ from halvit_jax.layers.initializers import Dtype, normal_02, torch_uniform, torc
 class PatchEmbed(nn.Module):
     """Cut the image into p x p patches and project each to the width: [b, h, w, c] -> [b, n, d], row by row.
 
-    The same map as a convolution of kernel and stride p, written as a reshape and one product, which is also how it is
-    fast everywhere. The kernel has the convolution's shape (p, p, c, d).
+    Equal to a convolution of kernel and stride p, but a reshape and one product, which is fast on all backends. The
+    kernel has the convolution's shape (p, p, c, d).
     """
 
     width: int  # d
@@ -44,8 +44,8 @@ class PatchEmbed(nn.Module):
 class PositionEmbedding(nn.Module):
     """Add a position to every token: learned (normal, 0.02), fixed sine-cosine of the grid, or none.
 
-    x: [b, n, d], of which the last u v tokens are those of a grid, row by row; tokens before them (a class token) get a
-    position of their own when learned, none when fixed. Learned positions are resampled to another grid.
+    x: [b, n, d]; the last u v tokens are those of a grid, row by row. Tokens before them (a class token) have their own
+    positions if learned, none if fixed. Learned positions are resampled to another grid.
     """
 
     kind: str  # a key of POSITIONS
@@ -71,7 +71,7 @@ def resampled(
 ) -> jax.Array:
     """Positions [e + n, d] of e other tokens and a grid of n, for another grid: [e + m, d].
 
-    Bicubic and antialiased as in timm. The positions of the other tokens, which come first, are kept.
+    Bicubic and antialiased as in timm. The positions of the other tokens come first and are kept.
     """
     if old == new:
         return table

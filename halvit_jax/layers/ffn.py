@@ -1,7 +1,7 @@
 """Feed-forward layers of a transformer block: dense, compact and tied.
 
 Shapes: `b` batch, `n` tokens, `d` width, `f` hidden, `r` rank. Every class of FFN maps [b, n, d] -> [b, n, d] and takes
-the same fields, so that a block chooses one by name.
+the same fields, so a block chooses one by name.
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ from halvit_jax.layers.tied import TiedDense
 def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, x * Phi(x) = x (1 + erf(x / sqrt 2)) / 2, computed in float32 at least, as PyTorch does.
 
-    Flax's default is the tanh approximation, off by up to 5e-4; its exact form is written with erfc, which on a CPU
-    takes twice as long.
+    Flax's default is the tanh approximation, with an error of up to 5e-4. Its exact form uses erfc, which takes twice
+    as long on a CPU.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
@@ -34,25 +34,25 @@ class Compact:
     """The factors of a feed-forward layer's second matrix: see `CompactDense`."""
 
     rank: float = 1.0  # r / d, to the nearest whole r; 1: one dense matrix
-    branches: int = 2  # in training each factor is a sum of that many products
+    branches: int = 2  # number of products whose sum is a factor in training
     folded: bool = False  # for inference alone, with the variables of `fold`
 
 
 class CompactDense(nn.Module):
-    """B A x + b, two matrices of rank r in the place of one: [..., f] -> [..., d].
+    """B A x + b, two matrices of rank r instead of one: [..., f] -> [..., d].
 
         in training       y = sum_i norm_i(B_i z),  z = sum_i norm_i(A_i x)      i = 1 ... branches
         after `fold`      y = B (A x) + b                                        r (f + d) + d parameters
 
-    The hidden-to-output projection of the compact FFN (Xu et al., 2023, arXiv 2306.10875). The paper has it that this
-    matrix is factorised and that re-parameterisation strengthens it; its code is not released, and what we could read
-    says no more. Our reading: r = d / 2; nothing between A: f -> r and B: r -> d; branches of a matrix without bias and
-    a batch normalisation over batch and tokens each, two of them; b = B a + c, with a and c what the norms add to z
-    and y. It saves parameters where r < f d / (f + d), four fifths of d when f = 4 d. With rank 1 it is a dense layer.
+    The hidden-to-output projection of the compact FFN (Xu et al., 2023, arXiv 2306.10875). The paper states that this
+    matrix is factorised and that re-parameterisation strengthens it; its code is not released. Our reading: r = d / 2;
+    nothing between A: f -> r and B: r -> d; two branches, each a matrix without bias and a batch normalisation over
+    batch and tokens; b = B a + c, where the norms add a to z and c to y. It saves parameters if r < f d / (f + d), four
+    fifths of d for f = 4 d. With rank 1 it is a dense layer.
 
-    In training the norms of B take away what the norms of A add: those biases get no gradient and stay what they were.
+    In training the norms of B remove the biases of the norms of A, which therefore get no gradient and stay constant.
 
-    Raises ValueError when it is folded and in training.
+    Raises ValueError if it is folded and in training.
     """
 
     features: int  # d
@@ -72,7 +72,7 @@ class CompactDense(nn.Module):
             return x @ kernel + bias
         if self.compact.folded:
             if train:
-                raise ValueError(f"{self.name} is folded and cannot be trained; train what it was before `fold`")
+                raise ValueError(f"{self.name} is folded and cannot be trained; train the model before `fold`")
             x = nn.Dense(rank, use_bias=False, **common, name="first")(x)
             return nn.Dense(self.features, **common, name="second")(x)
         for name, features in (("first", rank), ("second", self.features)):
@@ -110,7 +110,7 @@ class Mlp(nn.Module):
 
 
 class TiedMlp(nn.Module):
-    """W^T gelu(W x + b1) + b2, with one matrix (HaLViT), which has no factors: `compact` is not used."""
+    """W^T gelu(W x + b1) + b2, with one matrix (HaLViT); `compact` is not used."""
 
     width: int  # d
     hidden: int  # f
@@ -132,7 +132,7 @@ FFN: dict[str, type[nn.Module]] = {"dense": Mlp, "tied": TiedMlp}
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a model for inference: what `layers.batch_norm.fold` folds, and every compact layer's sums.
+    """`layers.batch_norm.fold`, and the sums of the branches of every compact layer.
 
     With its norm folded a branch is A_i x + a_i or B_i z + c_i. So A = sum A_i, B = sum B_i, b = B sum a_i + sum c_i.
     """
@@ -142,7 +142,7 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merge(params: dict[str, Any]) -> None:
-    """Put `first` and `second`, A and B, in the place of a compact layer's branches, wherever there are some."""
+    """Replace the branches of every compact layer by `first` and `second`, A and B."""
     for module in params.values():
         if not isinstance(module, dict):
             continue

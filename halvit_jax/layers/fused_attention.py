@@ -1,4 +1,4 @@
-"""Attention whose map never lies in the device's memory, for those who do not ask for it.
+"""Fused attention: the map is never materialised in device memory.
 
 Shapes: `b` batch, `n` tokens, `m` keys, `h` heads, `k` width of a head.
 """
@@ -37,19 +37,19 @@ def padded_attention(
 
 
 ATTENTION_IMPLS: dict[str, Implementation] = {"cudnn": padded_attention}
-FUSED_ON = {"gpu": "cudnn"}  # platform -> what is fused there
+FUSED_ON = {"gpu": "cudnn"}  # platform -> its fused implementation
 CHOICES = ("auto", "xla", "fused")
 HALF_TYPES = (jnp.bfloat16, jnp.float16)
 WIDEST_HEAD = 128
 
 
 def choose(wanted: str, *, platform: str, dtype: Any, head_width: int, needs_map: str = "") -> str:
-    """A key of ATTENTION_IMPLS, or "xla": products and softmax as they stand, whose map exists.
+    """A key of ATTENTION_IMPLS, or "xla": plain products and softmax, with the map in memory.
 
-    `wanted` is one of CHOICES; `needs_map` says what looks at the map, if anything does.
+    `wanted` is one of CHOICES; `needs_map` is the reason why the map must exist, or "".
 
     Raises:
-        ValueError: "fused" is wanted and cannot be.
+        ValueError: "fused" is required and not possible.
     """
     if wanted == "xla":
         return "xla"
@@ -57,12 +57,12 @@ def choose(wanted: str, *, platform: str, dtype: Any, head_width: int, needs_map
     if not obstacle:
         return FUSED_ON[platform]
     if wanted == "fused":
-        raise ValueError(f"model.attention_impl='fused' cannot be: {obstacle}; set it to 'auto' or 'xla'")
+        raise ValueError(f"model.attention_impl='fused' is not possible: {obstacle}; set it to 'auto' or 'xla'")
     return "xla"
 
 
 def _obstacle(platform: str, dtype: Any, head_width: int) -> str:
-    """What keeps attention from being fused, or nothing."""
+    """The reason why attention cannot be fused, or ""."""
     if platform not in FUSED_ON:
         return f"it needs one of the platforms {', '.join(FUSED_ON)}, not {platform}"
     if dtype not in HALF_TYPES:

@@ -1,4 +1,4 @@
-"""The initial values the reference implementations use, where they differ from Flax's own defaults."""
+"""Initializers of the reference implementations that differ from Flax's defaults."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-Dtype = jnp.dtype | type | str | None  # the type a layer computes in; None: the type of what it is given
+Dtype = jnp.dtype | type | str | None  # the type a layer computes in; None: the type of its input
 Initializer = Callable[..., jax.Array]
 
-# Linear layers, tokens and positions of the ViT family. The references say "truncated normal, 0.02" and cut at +-2,
-# which is a hundred standard deviations: a plain normal distribution.
+# Linear layers, tokens and positions of the ViT family. The references' "truncated normal, 0.02" is cut at +-2, a
+# hundred standard deviations: a plain normal distribution.
 normal_02: Initializer = nn.initializers.normal(stddev=0.02)
 
 # PyTorch's default for convolutions and linear layers: uniform with bound 1 / sqrt(fan_in).

@@ -1,4 +1,4 @@
-"""iRPE: relative positions that depend on the content, in its version "product" on keys.
+"""iRPE: contextual relative positions, the "product" variant on keys.
 
 Kan Wu, Houwen Peng, Minghao Chen, Jianlong Fu, Hongyang Chao, "Rethinking and Improving Relative Position Encoding for
 Vision Transformer", 2021, https://arxiv.org/abs/2107.14222.
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-# Offsets up to ALPHA are kept apart; further ones share indices, on a logarithmic scale up to GAMMA.
+# Offsets up to ALPHA have their own indices; further ones are binned on a logarithmic scale up to GAMMA.
 ALPHA, BETA, GAMMA = 1.9, 3.8, 15.2
 LAST = int(BETA)
 BUCKETS = (2 * LAST + 1) ** 2
@@ -26,8 +26,8 @@ BUCKETS = (2 * LAST + 1) ** 2
 class ContextualRelativePosition(nn.Module):
     """The term that iRPE adds to the logits: scaled queries [b, h, n, k] -> [b, h, n, n].
 
-    The last u v tokens are those of a grid, row by row. Where others stand before them (a class token), all pairs with
-    one of those share a bucket more, as in the paper.
+    The last u v tokens are those of a grid, row by row. All pairs with a token before them (a class token) have one
+    more bucket in common, as in the paper.
     """
 
     @nn.compact

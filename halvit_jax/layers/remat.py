@@ -1,4 +1,4 @@
-"""Rematerialisation: activations computed again in the backward pass instead of kept in memory."""
+"""Rematerialisation: recompute activations in the backward pass instead of keeping them in memory."""
 
 import jax
 from flax import linen as nn

@@ -84,7 +84,7 @@ class TiedBottleneck(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, shortcut: jax.Array, *, train: bool) -> jax.Array:
-        # W is shared by the blocks, so no norm of a single one can go into it.
+        # The blocks share W, so the norm of one block cannot be merged into it.
         norm = functools.partial(BatchNorm, dtype=self.dtype, folded="affine" if self.folded else "")
         norm1 = norm(name="norm1")
         if self.norm_first:

@@ -6,7 +6,7 @@ from flax import linen as nn
 
 
 def sow(module: nn.Module, name: str, *parts: jax.Array) -> None:
-    """Sow the parts, side by side along their last axis; free where the collection is not mutable.
+    """Sow the parts, concatenated along their last axis; free if the collection is not mutable.
 
     A module that runs several times sows one array for each run, in order.
     """

@@ -1,4 +1,4 @@
-"""Attention of all tokens over the keys and values of a smaller map (PVT, Wang et al., 2021, arXiv 2102.12122).
+"""Spatial-reduction attention (PVT, Wang et al., 2021, arXiv 2102.12122).
 
 Shapes: `b` batch, `u v` height and width of a map, `n` tokens (u v), `m` keys, `h` heads, `d` width, `r` real heads,
 `k` width of a head.
@@ -14,7 +14,7 @@ from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02, torch_uniform
 
-REDUCED_EPSILON = 1e-5  # of the LayerNorm of a reduced map, PyTorch's default in models whose other norms have 1e-6
+REDUCED_EPSILON = 1e-5  # of a reduced map's LayerNorm: PyTorch's default, although the models' other norms have 1e-6
 
 
 class SpatialReductionAttention(nn.Module):
@@ -22,21 +22,21 @@ class SpatialReductionAttention(nn.Module):
 
         y = norm(conv(x));  Q = x Wq;  [K, V] = y Wkv;  out = softmax(Q K^T / sqrt(k)) V Wo
 
-    [b, n, d] -> [b, n, d], the tokens of a map row by row. The convolution has kernel and stride `reduction`; rows and
-    columns that are left over go unseen. Where `reduction` is 1, y = x, and other tokens may stand before the map's.
-    With `pool_size`, the linear attention of PVTv2 (Wang et al., 2021, arXiv 2106.13797, section 3.2), the number of
-    keys is the same for all maps:
+    [b, n, d] -> [b, n, d], tokens of a map row by row. The convolution has kernel and stride `reduction` and ignores
+    the remaining rows and columns. If `reduction` is 1, y = x, and other tokens may come before the map's. With
+    `pool_size`, the linear attention of PVTv2 (Wang et al., 2021, arXiv 2106.13797, section 3.2), the number of keys is
+    the same for all maps:
 
         y = gelu(norm(conv(pool(x)))), with a convolution of 1x1
 
-    Raises ValueError when the map is smaller than `reduction`.
+    Raises ValueError if the map is smaller than `reduction`.
     """
 
     width: int  # d
     num_heads: int  # h
     grid: tuple[int, int]  # u, v
     reduction: int = 1
-    pool_size: int = 0  # side of the map that is attended to; 0: as `reduction` says
+    pool_size: int = 0  # side of the pooled map of keys; 0: use `reduction`
     real_heads: float = 1.0  # as in SelfAttention
     hallucinate: str = "logits"
     attention_impl: str = "auto"
@@ -55,7 +55,7 @@ class SpatialReductionAttention(nn.Module):
         return nn.Dense(self.width, **dense, name="output")(attend(self, maps, query, key, value))
 
     def _reduced(self, x: jax.Array) -> jax.Array:
-        """The tokens that keys and values are made from: [b, n, d] -> [b, m, d]."""
+        """The tokens of the keys and values: [b, n, d] -> [b, m, d]."""
         if self.reduction == 1 and not self.pool_size:
             return x
         x = x.reshape(x.shape[0], *self.grid, self.width)  # [b, u, v, d]
@@ -77,8 +77,8 @@ class SpatialReductionAttention(nn.Module):
 def pool_to(x: jax.Array, size: int) -> jax.Array:
     """The means of size x size boxes that cover a map evenly: [b, u, v, d] -> [b, size, size, d].
 
-    Box i reaches from row floor(i u / size) to ceil((i + 1) u / size), as in PyTorch: boxes overlap where `size` does
-    not divide the map, and are single tokens, several times, where it is larger. Added up in float32 at least.
+    Box i covers rows floor(i u / size) to ceil((i + 1) u / size), as in PyTorch. Boxes overlap unless `size` divides
+    the map, and repeat single tokens if it is larger. Sums are in float32 at least.
     """
     means = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     for axis in (1, 2):

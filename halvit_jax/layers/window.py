@@ -1,9 +1,9 @@
 """Attention in windows (Swin Transformer).
 
 Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted Windows", ICCV 2021,
-https://arxiv.org/abs/2103.14030, section 3.2. A map is cut into s x s tokens that attend to themselves alone. In every
-second block it is first moved by half a window, round the edges, so that tokens meet others than before; pairs that
-only the way round has brought together are masked.
+https://arxiv.org/abs/2103.14030, section 3.2. Attention is within windows of s x s tokens. Every second block first
+shifts the map cyclically by half a window, so tokens meet others than before, and masks the pairs that are adjacent
+only by the cyclic shift.
 
 Shapes: `b` batch, `u v` height and width of a map, `s` side of a window, `n` tokens of a window (s s), `m` windows of a
 map, `h` heads, `d` width.
@@ -24,9 +24,9 @@ MASKED = -100.0  # added to the logit of a pair, as released
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """The windows of maps of one size: zeros below and on the right up to a multiple of `size`, moved by `shift`.
+    """The windows of maps of one size, padded with zeros below and on the right to a multiple of `size`, then shifted.
 
-    The zeros can be attended to, as in Swin's detectors; no image has any where `size` divides the map.
+    The zeros are attended to, as in Swin's detectors. There are none if `size` divides the map.
     """
 
     grid: tuple[int, int]  # u, v
@@ -51,7 +51,7 @@ class Windows:
         return x[:, : self.grid[0], : self.grid[1]]
 
     def mask(self, logits: jax.Array) -> jax.Array:
-        """Logits [b m, h, n, n], less 100 where query and key come from opposite edges of the map."""
+        """Logits [b m, h, n, n], minus 100 for a query and a key from opposite edges of the map."""
         if not self.shift:
             return logits
         parts = self._parts()  # [m, n]
@@ -65,7 +65,7 @@ class Windows:
         return math.ceil(self.grid[0] / self.size), math.ceil(self.grid[1] / self.size)
 
     def _parts(self) -> jax.Array:
-        """Which part of the map each token of each window is of, [m, n]; a window's parts do not touch in the map."""
+        """The part of the map of each token of each window, [m, n]; parts in one window are not adjacent in the map."""
         sides = []
         for count in self._count:
             place = np.arange(count * self.size)

@@ -1,4 +1,4 @@
-"""All models by name: `FAMILIES` lists what there is, `create_model` builds one."""
+"""All models by name: `FAMILIES` lists the families, `create_model` builds a model."""
 
 import difflib
 from collections.abc import Mapping
@@ -26,18 +26,17 @@ FAMILIES: list[Family] = [
 
 
 def list_models() -> list[str]:
-    """The names `create_model` knows, in alphabetical order."""
+    """The names for `create_model`, in alphabetical order."""
     return sorted(name for family in FAMILIES for name in family.sizes)
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """The model `name`, with any of its fields overridden, e.g. `create_model("deit_tiny", num_classes=10)`.
 
-    An override of None stands for the value in the family's table of sizes, so a config may list unset fields.
+    An override of None keeps the value in the family's table of sizes, so a config may list unset fields.
 
     Raises:
-        ValueError: an unknown name (the nearest one is offered), a field the model does not have, or fields that do
-            not fit each other.
+        ValueError: an unknown name, an unknown field, or inconsistent fields.
     """
     family = family_of(name)
     given = {field: value for field, value in overrides.items() if value is not None}
@@ -52,23 +51,19 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
 
 def family_of(model: str | nn.Module) -> Family:
-    """The family of a model or of a model's name.
-
-    Raises:
-        ValueError: an unknown name or class.
-    """
+    """The family of a model or of a model's name; raises ValueError for an unknown one."""
     for family in FAMILIES:
         if model in family.sizes if isinstance(model, str) else type(model) is family.model:
             return family
     if not isinstance(model, str):
-        raise ValueError(f"{type(model).__name__} is the model of none of models.FAMILIES")
+        raise ValueError(f"{type(model).__name__} is in none of models.FAMILIES")
     names = list_models()
     near = difflib.get_close_matches(model, names, n=1, cutoff=0.0)[0]
     raise ValueError(f"model.name={model!r} is unknown; did you mean {near!r}? All: {', '.join(names)}")
 
 
 def baseline_of(name: str) -> str | None:
-    """The model that `name` is derived from and compared with, if there is one."""
+    """The model that `name` is derived from and compared with, or None."""
     return family_of(name).baselines.get(name)
 
 
@@ -78,12 +73,12 @@ def partition_rules(model: nn.Module) -> Rules:
 
 
 def transfer_rules(model: nn.Module) -> TransferRules:
-    """(regex of a parameter path, how an array of other weights is adapted there): see `convert.transfer`."""
+    """(regex of a parameter path, how a loaded array is adapted there): see `convert.transfer`."""
     return family_of(model).transfer_rules
 
 
 def fold(model: nn.Module, variables: Mapping[str, Any]) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The model and its variables with every batch normalisation folded, for inference; one without any as it is."""
+    """The model and its variables with every batch normalisation folded, for inference; unchanged without any."""
     if "batch_stats" not in variables:
         return model, variables
     return model.clone(folded=True), family_of(model).fold(variables)

@@ -1,4 +1,4 @@
-"""One model family: its class, and all that is data about it. Each model file ends with its own."""
+"""A model family: its class and all data about it. Each model file ends with its own."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ class Published(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """All that the package knows of a model family; registered by its line in `models.FAMILIES`.
+    """A model family, registered by its line in `models.FAMILIES`.
 
     Args:
-        model: the class. It takes `train` as a keyword, has the fields `num_classes`, `image_size`, `dtype` and
-            `remat`, and the method `features`.
+        model: the class. It takes `train` as a keyword, and has the fields `num_classes`, `image_size`, `dtype` and
+            `remat` and the method `features`.
         sizes: {model name: fields that differ from the class's defaults}.
         partition_rules: a rule for every parameter path.
-        transfer_rules: which arrays may be adapted when weights of another model initialise this one.
-        tiny: fields of a model small enough to be tested in seconds, with a block of each kind.
+        transfer_rules: arrays that may be adapted when weights of another model initialise this one.
+        tiny: fields of a model small enough for tests in seconds, with a block of each kind.
         fold: folds the batch normalisations of the model's variables, for inference.
         published: {model name: its published result}.
         baselines: {model name: name of the model it is derived from and compared with}.

@@ -4,11 +4,11 @@ found = halvit_jax.capture(model, variables, images, ("attention", "blocks"))
 found["attention"]["block0"]   # [b, h, n, n], rows sum to 1
 found["blocks"]["block0"]      # [b, n, d]; of a ResNet ["stage1/block0"], [b, h, w, c]
 
-The order is that of the blocks. A block that runs several times (MiniViT) has "block0/repeat0", "block0/repeat1", ...;
-attention in windows (Swin) has the windows of an image, row by row, where others have the image: [b m, h, n, n].
-Attention over fewer keys than tokens (PVT) has a column for each key.
+The order is that of the blocks. A block that runs several times (MiniViT) has "block0/repeat0", "block0/repeat1", ...
+Attention in windows (Swin) has the windows of each image, row by row: [b m, h, n, n]. Attention over fewer keys than
+tokens (PVT) has a column for each key.
 
-The maps of a stage, by their stride against the image, are `model.apply(..., method="features")`.
+`model.apply(..., method="features")` gives the maps of the stages, by their stride.
 
 Shapes: `b` batch, `h` heads, `n` tokens, `d` width, `m` windows.
 """
@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from halvit_jax.trees import flatten, natural_key
 
-# Name -> where Flax keeps it below "intermediates", the group being what it is called here.
+# Name -> its path below "intermediates"; the group is the key in the result.
 CAPTURES = {"attention": r"(.*)/attention/weights", "blocks": r"(.*(?:block|repeat)\d+)/__call__"}
 
 
@@ -32,7 +32,7 @@ def capture(
     """{name: {block: array}} for each of `names`, keys of CAPTURES; normalised images [b, h, w, 3].
 
     Raises:
-        ValueError: another name, or one that this model has nothing of.
+        ValueError: an unknown name, or one without intermediates in this model.
     """
     for name in names:
         if name not in CAPTURES:

@@ -1,11 +1,11 @@
-"""Mini-DeiT and Mini-Swin: consecutive layers with the same matrices.
+"""Mini-DeiT and Mini-Swin: consecutive layers share their matrices.
 
 Jinnian Zhang, Houwen Peng, Kan Wu, Mengchen Liu, Bin Xiao, Jianlong Fu, Lu Yuan, "MiniViT: Compressing Vision
 Transformers with Weight Multiplexing", CVPR 2022, https://arxiv.org/abs/2204.07154.
 
-A block owns the matrices of its attention and its feed-forward layer and runs them several times in a row. What makes
-one run differ from the next is small: norms, the mixing of heads before and after the softmax, relative positions
-(Mini-DeiT) and a depthwise convolution (Mini-Swin). The shared kernels can themselves be tied (`attention="tied"`).
+A block owns the matrices of its attention and its feed-forward layer and runs them several times in a row. Each run has
+its own small arrays: norms, the mixing of heads before and after the softmax, relative positions (Mini-DeiT) and a
+depthwise convolution (Mini-Swin). The shared kernels can themselves be tied (`attention="tied"`).
 
 Shapes: `b` batch, `n` tokens, `u v` height and width of a map, `d` width.
 """
@@ -33,16 +33,16 @@ LOCAL = 7  # side of Mini-Swin's depthwise convolution, whatever the window
 
 
 class MiniDeit(vit.VisionTransformer):
-    """A VisionTransformer each of whose blocks runs `share` times in a row; `depth` counts the runs.
+    """A VisionTransformer that runs each block `share` times in a row; `depth` counts the runs.
 
-    Every run has iRPE's relative positions and mixes the heads. Of the degrees of the paper, 2 is what was released.
+    Every run has iRPE's relative positions and mixes the heads. The authors released models of `share` 2.
     """
 
     share: int = 2
 
     def __post_init__(self) -> None:
         check_divides("share", self.share, "depth", self.depth)
-        if self.ffn_rank != 1.0:  # whose norms would need statistics of each run
+        if self.ffn_rank != 1.0:  # its norms would need separate statistics for each run
             raise ValueError(f"model.ffn_rank={self.ffn_rank} must be 1 where layers share matrices (model.share)")
         super().__post_init__()
 
@@ -85,7 +85,7 @@ class SharedBlock(nn.Module):
 
 
 class Repeat(nn.Module):
-    """One run of a SharedBlock's layers, with what is its own: [b, n, d] -> [b, n, d]."""
+    """One run of a SharedBlock's layers, with its own norms and mixing: [b, n, d] -> [b, n, d]."""
 
     attention: nn.Module  # the block's
     ffn: nn.Module  # the block's
@@ -111,15 +111,15 @@ class Repeat(nn.Module):
 
 
 class MiniSwin(swin.SwinTransformer):
-    """A SwinTransformer whose blocks run several times in a row, `shares` in each stage; `depths` counts the runs.
+    """A SwinTransformer that runs each block `shares` times in a row, given per stage; `depths` counts the runs.
 
-    Shifted and unshifted runs take turns through a stage. Every run mixes the heads, and between attention and
-    feed-forward layer replaces the tokens by their norm and adds a depthwise convolution of them.
+    Runs alternate between unshifted and shifted. Every run mixes the heads; between attention and feed-forward layer it
+    replaces the tokens by their norm and adds a depthwise convolution of them.
 
     Args:
         shares: the runs of a block in each stage; divides the stage's depth.
-        mask_unshifted: mask the unshifted runs like the shifted ones, wherever a map has more than one window. So the
-            released networks were trained, and their weights need it; it is no part of the paper.
+        mask_unshifted: mask the unshifted runs like the shifted ones if a map has more than one window. The released
+            networks were trained so and their weights need it, although the paper does not describe it.
     """
 
     shares: Sequence[int] = (2, 2, 2, 2)
@@ -146,14 +146,14 @@ class MiniSwin(swin.SwinTransformer):
 
 
 class SharedSwinBlock(nn.Module):
-    """Consecutive layers of Mini-Swin with the same matrices and biases of position: [b, u, v, d] -> [b, u, v, d]."""
+    """Consecutive layers of Mini-Swin with shared matrices and position biases: [b, u, v, d] -> [b, u, v, d]."""
 
     attention: Callable[..., nn.Module]  # as in PreNormBlock
     ffn: Callable[..., nn.Module]
     num_heads: int
     window: int
     dtype: Dtype
-    first: int  # number in its stage of the first run; the odd ones are shifted
+    first: int  # index of the first run in its stage; odd runs are shifted
     rates: tuple[float, ...]  # stochastic depth of each run
     mask_unshifted: bool
     remat: bool
@@ -173,13 +173,13 @@ class SharedSwinBlock(nn.Module):
 
 
 class SwinRepeat(nn.Module):
-    """One run of a SharedSwinBlock's layers, with what is its own: [b, u, v, d] -> [b, u, v, d]."""
+    """One run of a SharedSwinBlock's layers, with its own norms, mixing and convolution: [b, u, v, d] -> the same."""
 
     attention: nn.Module  # the block's
     position_bias: RelativePositionBias  # the block's
     ffn: nn.Module  # the block's
     windows: Windows
-    masking: Windows  # whose mask is applied
+    masking: Windows  # gives the mask
     drop_path: float
     dtype: Dtype
 
@@ -218,7 +218,7 @@ SWIN_SIZES: dict[str, Fields] = {
     "mini_swin_base": swin.SMALL | {"width": 128},
 }
 
-# The matrices as in the parents; what a repeat has of its own is too small to be split, but for its convolution.
+# The matrices as in the parents; of a repeat's own arrays only the convolution is large enough to be split.
 PARTITION_RULES = ((r"mix_\w+/kernel$", ()), (r"local_conv/kernel$", FILTERS), *vit.PARTITION_RULES)
 
 DEIT_FAMILY = Family(

@@ -1,17 +1,17 @@
-"""Next-ViT: convolutional blocks, and after some of them a block that attends.
+"""Next-ViT: stages of convolution blocks and a few transformer blocks.
 
 Jiashi Li, Xin Xia, Wei Li, Huixia Li, Xing Wang, Xuefeng Xiao, Rui Wang, Min Zheng, Xin Pan, "Next-ViT: Next Generation
 Vision Transformer for Efficient Deployment in Realistic Industrial Scenarios", 2022, https://arxiv.org/abs/2207.05501.
 
-A stage repeats a few convolution blocks (NCB) and one transformer block (NTB), the first stage the former alone:
+A stage repeats a few convolution blocks (NCB) and one transformer block (NTB); the first stage has only the former:
 
     convolution block:   x += local(x);                  x += ffn(norm(x))
     transformer block:   x += attention(norm(x));  y = norm(x W);  y += local(y);  x = [x, y];  x += ffn(norm(x))
 
-`local` is a grouped convolution, multi-head as attention is (MHCA), `attention` has fewer keys than queries (E-MHSA).
-All norms are batch normalisations. There is neither position nor class token.
+`local` is a multi-head (grouped) convolution, MHCA; `attention` has fewer keys than queries, E-MHSA. All norms are
+batch normalisations. There is no position embedding and no class token.
 
-Shapes: `b` batch, `u v` height and width of a map, `d` its channels, `n` = u v tokens, `m` pooled tokens.
+Shapes: `b` batch, `u v` height and width of a map, `d` its channels.
 """
 
 import functools
@@ -19,25 +19,20 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
-from halvit_jax.layers.batch_norm import BatchNorm, norms_in_evaluation
+from halvit_jax.layers.batch_norm import norms_in_evaluation, wide_type
 from halvit_jax.layers.conv import ConvNorm
-from halvit_jax.layers.drop import DropPath, stage_rates
-from halvit_jax.layers.efficient_attention import LocalAttention, PooledAttention, halve_map
-from halvit_jax.layers.ffn import Compact, Mlp, fold
+from halvit_jax.layers.drop import stage_rates
+from halvit_jax.layers.ffn import Compact, fold
 from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.next_block import ATTENDING, ConvBlock, TransformerBlock, unfused_norm
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
 from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
-
-# A transformer block attends with three quarters of the channels that it puts out, and convolves the last quarter.
-ATTENDING = 3
-CONV_RATIO, TRANSFORMER_RATIO = 3, 2  # hidden width / width of the feed-forward layers
 
 
 class NextViT(nn.Module):
@@ -48,24 +43,20 @@ class NextViT(nn.Module):
 
     Args:
         num_classes: size of the head; 0 leaves it out.
-        image_size: what a recipe feeds; the network runs at any size whose maps have the tokens to be pooled.
+        image_size: of the recipe's images; other sizes need maps with enough tokens to pool.
         depths: blocks of each stage. All stages but the first halve the map in their first block.
-        widths: channels of each stage's convolution blocks. A transformer block attends with as many and adds a third.
-        periods: every how many blocks of a stage one is a transformer block, counted from its last, which is one; 0:
-            none is.
-        reductions: of each stage's attention; the square of that many tokens in a row are pooled to one key.
-        stem_widths: channels of the stem's convolutions.
-        stem_strides: their strides, one for each.
+        widths: channels of each stage's convolution blocks and of its attention. A transformer block adds a third.
+        periods: one block in this many is a transformer block, counted back from the last of a stage; 0: none.
+        reductions: of each stage's attention; its square of consecutive tokens is pooled to one key.
+        stem_widths, stem_strides: of the stem's convolutions.
         head_width: channels of an attention head, and of a group of the 3x3 convolutions in the blocks.
-        real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
-            hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
-        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
-        ffn_rank: rank of the second matrix of all blocks' FFNs as a fraction of the width; below 1 it is two matrices,
-            in training each the sum of `ffn_branches`; see `CompactDense`.
+        real_heads, hallucinate: see `AttentionMaps`.
+        attention_impl: see `attend`.
+        ffn_rank, ffn_branches: see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, head and logits are float32.
-        folded: for inference alone, with the variables of `models.fold`.
+        folded: for inference only, with the variables of `models.fold`.
     """
 
     num_classes: int = 1000
@@ -93,11 +84,11 @@ class NextViT(nn.Module):
         for i, (width, period) in enumerate(zip(self.widths, self.periods, strict=True)):
             check_divides("head_width", self.head_width, f"widths[{i}]", width)
             if period < 0:
-                raise ValueError(f"model.periods[{i}]={period} must not be negative; 0 stands for no transformer block")
+                raise ValueError(f"model.periods[{i}]={period} must not be negative; 0 means no transformer block")
             if period and width % (ATTENDING * self.head_width):
                 raise ValueError(
                     f"model.widths[{i}]={width} must be a multiple of {ATTENDING} model.head_width="
-                    f"{ATTENDING * self.head_width}, for model.periods[{i}]={period} asks for transformer blocks"
+                    f"{ATTENDING * self.head_width}, because model.periods[{i}]={period} adds transformer blocks"
                 )
         check_choice("attention_impl", self.attention_impl, CHOICES)
         check_compact(self.real_heads, self.hallucinate, self.ffn_rank, self.ffn_branches)
@@ -115,8 +106,8 @@ class NextViT(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         maps = self.features(images, train=train)
         x = self.norm(maps[max(maps)], train=train)
-        # From here on in float32 at least: it costs nothing and the loss reads it.
-        x = x.mean((1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        # At least float32 from here: it costs nothing and the loss reads it.
+        x = x.mean((1, 2), dtype=wide_type(x))
         return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
@@ -129,12 +120,12 @@ class NextViT(nn.Module):
         return maps
 
     def is_transformer_block(self, stage: int) -> list[bool]:
-        """Which blocks of a stage, the first being 0, are transformer blocks."""
+        """True for each block of a stage (from 0) that is a transformer block."""
         depth, period = self.depths[stage], self.periods[stage]
         return [period > 0 and (depth - 1 - i) % period == 0 for i in range(depth)]
 
     def _blocks(self, stage: int, rates: Sequence[float]) -> list[Callable[..., nn.Module]]:
-        """The blocks of a stage, but for their names."""
+        """The blocks of a stage, without their names."""
         common = {
             "width": self.widths[stage],
             "head_width": self.head_width,
@@ -154,7 +145,7 @@ class NextViT(nn.Module):
         return blocks
 
     def _check_lengths(self, whose: str, *names: str) -> None:
-        """Raise a ValueError unless these fields have one entry each for the same things, none of them below 1."""
+        """Raise a ValueError unless these fields have equally many entries, none of them below 1."""
         fields = {name: tuple(getattr(self, name)) for name in names}
         if len({len(values) for values in fields.values()}) != 1 or not fields[names[0]]:
             given = ", ".join(f"model.{name}={values}" for name, values in fields.items())
@@ -191,93 +182,6 @@ class Stage(nn.Module):
         for i, block in enumerate(self.blocks):
             x = run_block(block(name=f"block{i}"), x, remat=self.remat, train=train)
         return x
-
-
-class ConvBlock(nn.Module):
-    """Next Convolution Block: [b, u, v, c] -> [b, u, v, d], or a map of half the size."""
-
-    width: int  # d
-    head_width: int
-    compact: Compact
-    dtype: Dtype
-    halve: bool
-    drop_path: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        common = {"dtype": self.dtype, "folded": self.compact.folded}
-        x = patch_embed(x, self.width, halve=self.halve, train=train, **common)
-        local = LocalAttention(self.head_width, **common, name="local")
-        drop = DropPath(self.drop_path, name="drop_path")
-        x = x + drop(local(x, train=train), train=train)
-        return x + drop(mlp(x, CONV_RATIO, self.compact, train=train, dtype=self.dtype), train=train)
-
-
-class TransformerBlock(nn.Module):
-    """Next Transformer Block: [b, u, v, c] -> [b, u, v, 4/3 d], or a map of half the size.
-
-    Three quarters of the channels attend, the last is a convolution of them: low frequencies here, high ones there.
-    The rate of stochastic depth is shared out among the two as the channels are.
-    """
-
-    width: int  # d
-    head_width: int
-    reduction: int
-    real_heads: float
-    hallucinate: str
-    attention_impl: str
-    compact: Compact
-    dtype: Dtype
-    halve: bool
-    drop_path: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        common = {"dtype": self.dtype, "folded": self.compact.folded}
-        x = patch_embed(x, self.width, halve=self.halve, train=train, **common)
-        heads = self.width // self.head_width
-        attention = PooledAttention(
-            heads,
-            self.reduction,
-            self.real_heads,
-            self.hallucinate,
-            **common,
-            attention_impl=self.attention_impl,
-            name="attention",
-        )
-        fraction = ATTENDING / (ATTENDING + 1)
-        y = unfused_norm(**common, name="attention_norm")(x, train=train)
-        y = attention(y.reshape(y.shape[0], -1, self.width), train=train).reshape(x.shape)  # [b, n, d], [b, u, v, d]
-        x = x + DropPath(self.drop_path * fraction, name="attention_drop")(y, train=train)
-
-        narrow = ConvNorm(self.width // ATTENDING, kernel_init=normal_02, **common, name="narrow")
-        y = narrow(x, train=train)
-        local = LocalAttention(self.head_width, **common, name="local")(y, train=train)
-        y = y + DropPath(self.drop_path * (1 - fraction), name="local_drop")(local, train=train)
-
-        x = jnp.concatenate([x, y], axis=-1)
-        y = mlp(x, TRANSFORMER_RATIO, self.compact, train=train, dtype=self.dtype)
-        return x + DropPath(self.drop_path, name="ffn_drop")(y, train=train)
-
-
-def unfused_norm(dtype: Dtype, folded: bool, name: str | None = None) -> BatchNorm:
-    """A batch normalisation that no convolution stands before: folded it remains, as a scale and a bias."""
-    return BatchNorm(dtype=dtype, folded="affine" if folded else "", name=name)
-
-
-def mlp(x: jax.Array, ratio: int, compact: Compact, *, train: bool, dtype: Dtype) -> jax.Array:
-    """The end of a block, W2 relu(W1 norm(x) + b1) + b2 with `ratio` times as many hidden channels."""
-    width = x.shape[-1]
-    ffn = Mlp(width, ratio * width, compact=compact, activation=nn.relu, dtype=dtype, name="ffn")
-    return ffn(unfused_norm(dtype, compact.folded, name="ffn_norm")(x, train=train), train=train)
-
-
-def patch_embed(x: jax.Array, width: int, *, halve: bool, train: bool, dtype: Dtype, folded: bool) -> jax.Array:
-    """The start of a block: [b, u, v, c] -> [b, u, v, d] or [b, u/2, v/2, d]; nothing where nothing changes."""
-    if not halve and x.shape[-1] == width:
-        return x
-    norm = ConvNorm(width, kernel_init=normal_02, dtype=dtype, folded=folded, name="embed")
-    return norm(halve_map(x) if halve else x, train=train)
 
 
 BASE = {"depths": (3, 4, 20, 3)}

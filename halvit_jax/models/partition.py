@@ -1,9 +1,8 @@
-"""Words of the partition rules that all families share.
+"""Axes in the partition rules of all families.
 
 A tied kernel has one rule for both of its uses: split on f, its second dimension. Both mesh axes split that one
-dimension, `tensor` outermost, so that gathering the parts of `fsdp` gives whole parts of `tensor`. (Where they split
-two, XLA of jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034;
-tests/training/test_mesh.py.)
+dimension, `tensor` outermost, so gathering the parts of `fsdp` gives whole parts of `tensor`. (If they split two, XLA
+of jax 0.10 permutes the rows of a product on a mesh of three axes, cf. openxla/xla#40034; tests/training/test_mesh.py.)
 """
 
 SPLIT = ("tensor", "fsdp")

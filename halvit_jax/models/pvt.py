@@ -1,4 +1,4 @@
-"""Pyramid Vision Transformer (PVT), and what PVTv2 (`models.pvt_v2`) has in common with it.
+"""Pyramid Vision Transformer (PVT), and the base class of PVTv2 (`models.pvt_v2`).
 
 Wenhai Wang, Enze Xie, Xiang Li, Deng-Ping Fan, Kaitao Song, Ding Liang, Tong Lu, Ping Luo, Ling Shao, "Pyramid Vision
 Transformer: A Versatile Backbone for Dense Prediction without Convolutions", ICCV 2021,
@@ -6,9 +6,9 @@ https://arxiv.org/abs/2102.12122.
 
     x = norm(patches of the map before) + position;  x += attention over fewer keys(norm(x));  x += ffn(norm(x));  ...
 
-in each stage. A class token in the last one is classified.
+in each stage. The classifier reads a class token of the last one.
 
-Shapes: `b` batch, `h w` height and width of what a stage is given, `u v` of its map, `n` tokens, `d` width.
+Shapes: `b` batch, `h w` height and width of a stage's input, `u v` of its map, `n` tokens, `d` width.
 """
 
 import functools
@@ -39,7 +39,7 @@ EMBED_EPSILON = 1e-5  # of those of patches
 
 
 class Pyramid(nn.Module):
-    """Stages of transformer blocks, each on a smaller and wider map: what PVT and PVTv2 have in common.
+    """Stages of transformer blocks, each on a smaller and wider map: the base of PVT and PVTv2.
 
     `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
     features [b, d] when `num_classes` is 0.
@@ -53,15 +53,13 @@ class Pyramid(nn.Module):
         head_width: of one attention head, in all stages.
         ffn_ratios: hidden width / width of each stage's feed-forward layers.
         reductions: side of the square of tokens that becomes one key, in each stage.
-        real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
-            hallucinated from theirs, out of their "logits" or their "maps" (`hallucinate`); see `AttentionMaps`.
-        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
-        ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, in training
-            each the sum of `ffn_branches`; see `CompactDense`.
+        real_heads, hallucinate: see `AttentionMaps`.
+        attention_impl: see `attend`.
+        ffn_rank, ffn_branches: see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
-        dtype: the type to compute in. Parameters, softmax and head are float32 whatever it is.
-        folded: for inference alone, with the variables of `layers.ffn.fold`.
+        dtype: the type to compute in. Parameters, softmax and head are always float32.
+        folded: for inference only, with the variables of `layers.ffn.fold`.
     """
 
     num_classes: int = 1000
@@ -86,7 +84,7 @@ class Pyramid(nn.Module):
         for field in ("depths", "strides", "widths", "ffn_ratios", "reductions"):
             values = tuple(getattr(self, field))
             if not values or len(values) != len(self.depths):
-                raise ValueError(f"model.{field}={values} must have a value for each stage, as many as model.depths")
+                raise ValueError(f"model.{field}={values} must have a value for each stage of model.depths")
             if field != "ffn_ratios" and min(values) < 1:
                 raise ValueError(f"model.{field}={values} must be at least 1 in each stage")
         if 1 in self.strides[1:]:  # two maps would have the same stride
@@ -110,7 +108,7 @@ class Pyramid(nn.Module):
         return self.head(x) if self.num_classes else x
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
-        """The outputs of the stages, as detectors take them: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
+        """The outputs of the stages, for detectors: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
         maps, x = {}, images
         with norms_in_evaluation(frozen_norms):
             for i, stage in enumerate(self.stages):
@@ -128,7 +126,7 @@ class Pyramid(nn.Module):
     def _blocks(
         self, i: int, ffn: Callable[..., nn.Module], *, convolutional: bool, **attention: Any
     ) -> Callable[..., jax.Array]:
-        """The blocks of stage i: `run_blocks`, with further fields of their attention."""
+        """`run_blocks` of stage i, with these further fields of its attention."""
         width = self.widths[i]
         common = {"width": width, "dtype": self.dtype}
         attention |= {
@@ -153,8 +151,8 @@ class Pyramid(nn.Module):
 class PVT(Pyramid):
     """Patches that do not overlap, learned positions, and a class token in the last stage, which has no reduction.
 
-    The maps of `features` are not normalised, and their last stage runs without the class token. Images may be of any
-    size that the product of `strides` divides: where it is not `image_size`, positions are resampled.
+    The maps of `features` are not normalised, and their last stage runs without the class token. Images may have any
+    size that the product of `strides` divides; positions are resampled to it.
     """
 
     def __post_init__(self) -> None:
@@ -187,9 +185,9 @@ def run_blocks(
     dtype: Dtype,
     train: bool,
 ) -> jax.Array:
-    """The blocks of a stage, one after the other, on tokens [b, n, d] of which the last are those of the grid.
+    """Run the blocks of a stage on tokens [b, n, d]; the last of them are those of the grid.
 
-    `attention` and, where it is `convolutional`, `ffn` lack the grid.
+    `attention` and, if `convolutional`, `ffn` get the grid here.
     """
     attention = functools.partial(attention, grid=grid)
     ffn = functools.partial(ffn, grid=grid) if convolutional else ffn
@@ -200,12 +198,12 @@ def run_blocks(
 
 
 class Stage(nn.Module):
-    """Patches, positions and blocks of PVT: [b, h, w, c] -> [b, u, v, d]; to `classify` -> class token [b, d]."""
+    """Patches, positions and blocks of PVT: [b, h, w, c] -> [b, u, v, d]; with `classify` -> class token [b, d]."""
 
     width: int
     stride: int
-    side: int  # of the map that the table of positions is for
-    last: bool  # whether the stage has a class token and a norm
+    side: int  # of the map of the position table
+    last: bool  # has a class token and a norm
     blocks: Callable[..., jax.Array]
     dtype: Dtype
 
@@ -242,7 +240,7 @@ SIZES: dict[str, Fields] = {
 PARTITION_RULES = (
     (r"(query|key_value|expand|head|second\d?(/dense)?)/kernel$", COLUMNS),
     (r"(output|reduce|first\d?(/dense)?)/kernel$", ROWS),
-    (r"depthwise/kernel$", (None, None, None, SPLIT)),  # as what it follows
+    (r"depthwise/kernel$", (None, None, None, SPLIT)),  # as the matrix before it
     (r"(embed|reduction)/kernel$", FILTERS),
     VECTORS,
 )

@@ -3,9 +3,9 @@
 Wenhai Wang, Enze Xie, Xiang Li, Deng-Ping Fan, Kaitao Song, Ding Liang, Tong Lu, Ping Luo, Ling Shao, "PVT v2: Improved
 Baselines with Pyramid Vision Transformer", 2021, https://arxiv.org/abs/2106.13797.
 
-Convolutions take the place of positions, each stage ends with a norm, and the mean of the last map is classified.
+Convolutions replace the positions, each stage ends with a norm, and the classifier reads the mean of the last map.
 
-Shapes: `b` batch, `h w` height and width of what a stage is given, `u v` of its map, `n` tokens, `d` width.
+Shapes: `b` batch, `h w` height and width of a stage's input, `u v` of its map, `n` tokens, `d` width.
 """
 
 import functools
@@ -33,9 +33,9 @@ DEPTHWISE = {"kernel_init": nn.initializers.normal(math.sqrt(2 / 9)), "bias_init
 class PVTv2(pvt.Pyramid):
     """Patches that overlap, a convolution in the feed-forward layers and a norm after each stage.
 
-    The maps of `features` are normalised. Images may be of any size: a stage gives ceil(h / stride) rows. With
-    `pool_size` attention has that many keys squared in all stages, whatever the image, and costs time linear in its
-    pixels (PVTv2-Li, where it is 7; then `reductions` are not used).
+    The maps of `features` are normalised. Images may have any size: a stage has ceil(h / stride) rows. With `pool_size`
+    (7 in PVTv2-Li) attention has its square of keys in all stages, so the time is linear in the pixels of the image;
+    `reductions` are then not used.
     """
 
     pool_size: int = 0
@@ -71,7 +71,7 @@ class OverlapStage(nn.Module):
 class ConvMlp(nn.Module):
     """W2 gelu(depthwise 3x3 convolution(W1 x + b1)) + b2 on the tokens of a map: [b, n, d] -> [b, n, d].
 
-    Of linear attention's blocks with a ReLU before the convolution. The second matrix may be compact.
+    `relu`: a ReLU before the convolution, in blocks of linear attention. The second matrix may be compact.
     """
 
     width: int

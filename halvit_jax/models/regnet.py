@@ -7,7 +7,7 @@ Every stage repeats one block; widths and depths come from the quantised line of
 
     u_j = w_0 + w_a j;   w_j = w_0 w_m^round(log_wm(u_j / w_0)), rounded to multiples of 8, then of a group's width
 
-where blocks j of equal w_j make a stage. Y stands for squeeze-excite in every block.
+where blocks j of equal w_j make a stage. Y means squeeze-excite in every block.
 
 Shapes: `b` batch, `h w` space, `c` channels, `out` channels of a stage.
 """
@@ -28,7 +28,7 @@ from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
 from halvit_jax.models.validation import check_rate
 
 STEM = 32  # channels
-SQUEEZE = 0.25  # hidden channels of squeeze-excite / channels that its block is given
+SQUEEZE = 0.25  # hidden channels of squeeze-excite / input channels of its block
 
 _kaiming_fan_out: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 _head_init: Initializer = nn.initializers.normal(stddev=0.01)
@@ -38,11 +38,8 @@ class RegNet(nn.Module):
     """Stages of residual blocks with grouped convolutions and squeeze-excite, between a 3x3 stem and a linear head.
 
     `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
-    features [b, c] when `num_classes` is 0. Stem and stages halve the resolution, each. Batch statistics are in the
+    features [b, c] when `num_classes` is 0. The stem and each stage halve the resolution. Batch statistics are in the
     collection `batch_stats`, mutable in training.
-
-    Raises ValueError, naming the config field, for depths and widths that are not one positive number for each stage,
-    and for widths that are no multiples of the group's.
     """
 
     depths: Sequence[int] = (2, 4, 11, 1)  # blocks in each stage
@@ -50,10 +47,10 @@ class RegNet(nn.Module):
     group_width: int = 112  # channels of a group of the 3x3 convolutions
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
-    image_size: int = 224  # what a recipe feeds; the network runs at any size
-    dtype: Dtype = None  # computed in; parameters and statistics are float32
-    remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
+    image_size: int = 224  # of the recipe's images; the network runs at any size
+    dtype: Dtype = None  # the type to compute in; parameters and statistics are float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    folded: bool = False  # for inference only, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         depths, widths = tuple(self.depths), tuple(self.widths)
@@ -73,7 +70,7 @@ class RegNet(nn.Module):
         for i, width in enumerate(self.widths):
             setattr(self, f"stage{i + 1}", Stage(width, self.group_width, rates[i], remat=self.remat, **common))
         if self.num_classes:
-            # float32 whatever the body computes in: it costs nothing and the loss reads it.
+            # Always float32: it costs nothing and the loss reads it.
             self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=_head_init)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -92,7 +89,7 @@ class RegNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of which the first halves the map: [b, h, w, c] -> [b, h/2, w/2, out]."""
+    """Blocks; the first one halves the map: [b, h, w, c] -> [b, h/2, w/2, out]."""
 
     out: int
     group_width: int
@@ -113,7 +110,7 @@ class Stage(nn.Module):
 class Block(nn.Module):
     """1x1, grouped 3x3 and 1x1 convolutions of one width and a shortcut: [b, h, w, c] -> [b, h/stride, w/stride, out].
 
-    Squeeze-excite stands before the last convolution.
+    Squeeze-excite comes before the last convolution.
     """
 
     out: int

@@ -1,14 +1,13 @@
-"""ResNet and ResNeXt, and HaLViT's halves of them.
+"""ResNet and ResNeXt, and HaLViT's tied versions of them.
 
 - ResNet: Kaiming He, Xiangyu Zhang, Shaoqing Ren, Jian Sun, "Deep Residual Learning for Image Recognition", CVPR 2016,
   https://arxiv.org/abs/1512.03385, with the stride in the 3x3 convolution as in torchvision.
 - ResNeXt: Saining Xie, Ross Girshick, Piotr Dollár, Zhuowen Tu, Kaiming He, "Aggregated Residual Transformations for
   Deep Neural Networks", CVPR 2017, https://arxiv.org/abs/1611.05431: the 3x3 convolution in groups.
 - HaLViT-ResNet and -ResNeXt: Onur Can Koyun, Behçet Uğur Töreyin, "HaLViT: Half of the Weights are Enough", CVPR
-  Workshops 2024, https://doi.org/10.1109/CVPRW63382.2024.00370; the networks are those the authors released
-  (github.com/sp4cing-itu/halvit). In stages 3 and 4 one kernel W serves every bottleneck of the stage, as x @ W on the
-  way in and as h @ W.T on the way out. The two differ in how a stage widens its input and in where a bottleneck
-  normalises.
+  Workshops 2024, https://doi.org/10.1109/CVPRW63382.2024.00370, as the authors released them
+  (github.com/sp4cing-itu/halvit). In stages 3 and 4 all bottlenecks of a stage share one kernel W, as x @ W on the way
+  in and as h @ W.T on the way out. The two differ in the widening of a stage's input and in the place of the norms.
 
 Shapes: `b` batch, `h w` space, `c` channels; `out` channels between the blocks of a stage, `width` inside them.
 """
@@ -45,9 +44,6 @@ class ResNet(nn.Module):
 
     `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
     features [b, c] when `num_classes` is 0. Batch statistics are in the collection `batch_stats`, mutable in training.
-
-    Raises ValueError, naming the config field, for a stage or initialisation that is not in `STAGES` or `KERNEL_INITS`,
-    for a number of stages other than four, and for groups in blocks that have none.
     """
 
     depths: Sequence[int] = (3, 4, 6, 3)  # blocks in each stage
@@ -57,10 +53,10 @@ class ResNet(nn.Module):
     kernel_init: str = "kaiming_fan_out"  # of every convolution: a key of KERNEL_INITS
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
-    image_size: int = 224  # what a recipe feeds; the network runs at any size
-    dtype: Dtype = None  # computed in; parameters and statistics are float32
-    remat: bool = False  # compute each block again in the backward pass instead of storing its inside
-    folded: bool = False  # for inference alone, with the variables of `layers.batch_norm.fold`
+    image_size: int = 224  # of the recipe's images; the network runs at any size
+    dtype: Dtype = None  # the type to compute in; parameters and statistics are float32
+    remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
+    folded: bool = False  # for inference only, with the variables of `layers.batch_norm.fold`
 
     def __post_init__(self) -> None:
         if not len(self.depths) == len(self.stages) == len(STRIDES):
@@ -101,7 +97,7 @@ class ResNet(nn.Module):
             )
             setattr(self, f"stage{i + 1}", stage)
         if self.num_classes:
-            # float32 whatever the body computes in: it costs nothing and the loss reads it.
+            # Always float32: it costs nothing and the loss reads it.
             bias = torch_uniform_bias(stage.out)
             self.head = nn.Dense(self.num_classes, dtype=jnp.float32, kernel_init=torch_uniform, bias_init=bias)
 
@@ -121,7 +117,7 @@ class ResNet(nn.Module):
 
 
 class Stage(nn.Module):
-    """The base of all kinds of stage: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
+    """Base of all kinds of stage: [b, h, w, c] -> [b, h/stride, w/stride, out]."""
 
     out: int
     width: int
@@ -152,7 +148,7 @@ class BasicStage(Stage):
 
 
 class BottleneckStage(Stage):
-    """Bottlenecks with kernels of their own."""
+    """Bottlenecks with their own kernels."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -166,8 +162,8 @@ class BottleneckStage(Stage):
 class HalvitStage(Stage):
     """Bottlenecks around one kernel W [out, width], as in HaLViT-ResNet.
 
-    The input is widened without a 1x1 convolution, by channels that a depthwise 3x3 makes of it, put before it. The
-    shortcut past the first block is a strided depthwise 3x3 with two norms in a row, as released.
+    A depthwise 3x3 convolution widens the input instead of a 1x1: its channels are concatenated before the input. The
+    shortcut of the first block is a strided depthwise 3x3 with two norms in a row, as released.
     """
 
     @nn.compact
@@ -192,7 +188,7 @@ class HalvitStage(Stage):
 class HalvitPrenormStage(Stage):
     """Bottlenecks around one kernel W [out, width], normalising before W, as in HaLViT-ResNeXt.
 
-    A bare 1x1 convolution widens what the first block works on; its shortcut is a strided 1x1 convolution with a norm.
+    A bare 1x1 convolution widens the first block's input; its shortcut is a strided 1x1 convolution with a norm.
     """
 
     @nn.compact

@@ -1,12 +1,12 @@
-"""SHViT: a convolutional body whose later stages attend with one head on a part of their channels.
+"""SHViT: a convolutional network with single-head attention on a part of the channels in its later stages.
 
 Seokju Yun, Youngmin Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design", CVPR 2024,
-https://arxiv.org/abs/2401.16456; the networks are those the authors released (github.com/ysj9909/SHViT). A stem of
-strided convolutions cuts the image into few tokens, of which three stages make fewer still:
+https://arxiv.org/abs/2401.16456, as the authors released it (github.com/ysj9909/SHViT). A stem of strided convolutions
+reduces the image to few tokens, and three stages reduce them further:
 
     x += norm(depthwise(x));  x += attention(x), in stages of kind "s";  x += ffn(x)
 
-Every convolution is followed by a batch normalisation. There is neither position nor class token.
+A batch normalisation follows every convolution. There is no position embedding and no class token.
 
 Shapes: `b` batch, `h w` space, `c` channels.
 """
@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from halvit_jax.layers import batch_norm
@@ -30,28 +29,28 @@ from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
 from halvit_jax.models.validation import check_choice
 
-KINDS = {"i": False, "s": True}  # kind of stage -> whether its blocks attend
+KINDS = {"i": False, "s": True}  # kind of stage -> its blocks have attention
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
 
 
 class SHViT(nn.Module):
     """Stages of blocks between a stem of 3x3 convolutions and a classifier on the mean of the last map.
 
-    The published models train without stochastic depth and without dropout, so there is no field for them. Their
-    printed sizes and multiply-accumulates are those of the folded network (`models.fold`).
+    The published models train without stochastic depth and dropout, so these have no fields. Their printed sizes and
+    multiply-accumulates are those of the folded network (`models.fold`).
 
     Args:
         depths: blocks of each stage, without those around a merging of patches.
         widths: channels of each stage.
-        partial_dims: channels that take part in attention, for each stage; not used in one of kind "i".
-        stages: kind of each stage, a key of KINDS: "i" has blocks without attention, "s" with it.
-        stem_strides: stride of each convolution of the stem, whose channels double from one to the next.
+        partial_dims: attention channels of each stage; not used in one of kind "i".
+        stages: kind of each stage, a key of KINDS: "i" without attention, "s" with it.
+        stem_strides: stride of each convolution of the stem; their channels double from one to the next.
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         distilled: a second classifier, trained on the teacher's predictions; the logits are the mean of both.
-        image_size: what a recipe feeds; the network runs at any size.
-        remat: compute each block again in the backward pass instead of storing its inside.
+        image_size: of the recipe's images; the network runs at any size.
+        remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, classifiers and logits are float32.
-        folded: for inference alone, with the variables of `fold`.
+        folded: for inference only, with the variables of `fold`.
     """
 
     depths: Sequence[int] = (2, 4, 5)
@@ -79,14 +78,12 @@ class SHViT(nn.Module):
                 raise ValueError(f"model.{name}={values} must all be at least 1, and there must be one")
         for width, partial, kind in zip(self.widths, self.partial_dims, self.stages, strict=True):
             if KINDS[kind] and not 1 <= partial <= width:
-                raise ValueError(
-                    f"model.partial_dims has {partial} in a stage of model.widths {width}; give 1 to {width}"
-                )
+                raise ValueError(f"model.partial_dims={partial} in a stage of model.widths {width}; give 1 to {width}")
         halvings = 2 ** (len(self.stem_strides) - 1)
         if self.widths[0] < 1 or self.widths[0] % halvings:
             raise ValueError(
-                f"model.widths begins with {self.widths[0]}, which must be a multiple of {halvings}: it is halved for "
-                f"each convolution of model.stem_strides={tuple(self.stem_strides)} but the last"
+                f"model.widths[0]={self.widths[0]} must be a multiple of {halvings}, because each convolution of "
+                f"model.stem_strides={tuple(self.stem_strides)} but the last halves it"
             )
         super().__post_init__()
 
@@ -108,14 +105,14 @@ class SHViT(nn.Module):
         return (logits["class"] + logits["distill"]) / 2 if "distill" in logits else logits["class"]
 
     def head_logits(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """The logits of each classifier: {"class": float32 logits [b, num_classes]}, and "distill" where distilled.
+        """The logits of each classifier: {"class": float32 [b, num_classes]}, and "distill" if distilled.
 
-        Without classifiers, {"class": the features [b, c] that both would see}.
+        With `num_classes` 0, {"class": pooled features [b, c]}.
         """
         maps = self.features(images, train=train)
         last = maps[max(maps)]
-        # From here on in float32 at least: it costs nothing and the loss reads it.
-        pooled = last.mean((1, 2), dtype=jnp.promote_types(last.dtype, jnp.float32))
+        # At least float32 from here: it costs nothing and the loss reads it.
+        pooled = last.mean((1, 2), dtype=batch_norm.wide_type(last))
         if not self.num_classes:
             return {"class": pooled}
         out = {"class": self.head(pooled, train=train)}
@@ -152,11 +149,11 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, in all stages but the first after a merging between two more: [b, h, w, c] -> [b, h/2, w/2, width]."""
+    """Blocks; with `merges`, after a merging between two more blocks: [b, h, w, c] -> [b, h/2, w/2, width]."""
 
     depth: int
     width: int
-    partial: int  # channels that take part in attention; 0: no attention
+    partial: int  # attention channels; 0: no attention
     merges: bool
     remat: bool
     dtype: Dtype
@@ -167,7 +164,7 @@ class Stage(nn.Module):
         common = {"dtype": self.dtype, "folded": self.folded}
         run = functools.partial(run_block, remat=self.remat, train=train)
         if self.merges:
-            # Norms of depthwise convolutions begin at 1 here and at 0 elsewhere.
+            # The norms of depthwise convolutions are initialised to 1 here and to 0 elsewhere.
             x = run(Block(partial=0, local_init=ones, **common, name="before"), x)
             x = run(Merge(self.width, **common, name="merge"), x)
             x = run(Block(partial=0, local_init=ones, **common, name="after"), x)
@@ -180,7 +177,7 @@ class Block(nn.Module):
     """A depthwise 3x3 convolution, attention and a feed-forward layer, each with its shortcut: [b, h, w, c] -> same."""
 
     partial: int
-    local_init: Initializer  # of the scale that the depthwise convolution's norm begins with
+    local_init: Initializer  # of the scale of the depthwise convolution's norm
     dtype: Dtype
     folded: bool
 
@@ -188,14 +185,14 @@ class Block(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         width, common = x.shape[-1], {"dtype": self.dtype, "folded": self.folded}
         local = ConvNorm(width, 3, groups=width, scale_init=self.local_init, **common, name="local")(x, train=train)
-        x = local if self.folded else x + local  # `fold` puts the shortcut into the kernel
+        x = local if self.folded else x + local  # `fold` merges the shortcut into the kernel
         if self.partial:
             x = x + SingleHeadAttention(self.partial, **common, name="attention")(x, train=train)
         return x + ConvMlp(**common, name="ffn")(x, train=train)
 
 
 class ConvMlp(nn.Module):
-    """norm(relu(norm(x W1)) W2), twice as wide inside: [b, h, w, c] -> [b, h, w, c]."""
+    """norm(relu(norm(x W1)) W2), of hidden width 2 c: [b, h, w, c] -> [b, h, w, c]."""
 
     dtype: Dtype
     folded: bool
@@ -208,9 +205,9 @@ class ConvMlp(nn.Module):
 
 
 class Merge(nn.Module):
-    """Half the rows and columns, through four times the channels: [b, h, w, c] -> [b, h/2, w/2, width].
+    """An inverted bottleneck of stride 2 with squeeze-excite, without a shortcut: [b, h, w, c] -> [b, h/2, w/2, width].
 
-    1x1, strided depthwise 3x3, squeeze-excite and 1x1, as an inverted bottleneck without a shortcut.
+    A 1x1 to 4 c, a depthwise 3x3 and a 1x1 convolution.
     """
 
     width: int
@@ -228,7 +225,7 @@ class Merge(nn.Module):
 
 
 class Head(nn.Module):
-    """A batch normalisation and a matrix, in the type of their input: [b, c] -> [b, classes]."""
+    """A batch normalisation and a matrix, in the input's type: [b, c] -> [b, classes]."""
 
     classes: int
     folded: bool
@@ -240,15 +237,15 @@ class Head(nn.Module):
 
 
 def multiple_of_8(channels: int) -> int:
-    """The multiple of 8 that is nearest to a number of channels, the upper one where two are; at least 8."""
+    """The multiple of 8 nearest to a number of channels, the upper one of two; at least 8."""
     return max((channels + 4) // 8 * 8, 8)
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the folded model: what `layers.batch_norm.fold` folds, and two things more.
+    """The variables of the folded model: `layers.batch_norm.fold`, then the shortcuts and the classifiers' norms.
 
     x + local(x) is one depthwise convolution, `local` with 1 added to the centre of its kernel. A classifier's norm
-    before its matrix, (scale * x + bias) W + b, goes into both: diag(scale) W and bias W + b.
+    before its matrix, (scale * x + bias) W + b, is merged into both: diag(scale) W and bias W + b.
     """
     params = batch_norm.fold(variables)["params"]
     for name, module in params.items():
@@ -263,22 +260,13 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     return {"params": params}
 
 
-_S1 = {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial_dims": (32, 48, 68)}
-_S2 = {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial_dims": (32, 66, 96)}
-_S3 = {"depths": (3, 5, 5), "widths": (192, 352, 448), "partial_dims": (48, 75, 96)}
-_S4 = {"depths": (4, 7, 6), "widths": (224, 336, 448), "partial_dims": (48, 72, 96), "image_size": 256}
-_DISTILLED = {"distilled": True}
-
 SIZES: dict[str, Fields] = {
-    "shvit_s1": _S1,
-    "shvit_s2": _S2,
-    "shvit_s3": _S3,
-    "shvit_s4": _S4,
-    "shvit_s1_distilled": _S1 | _DISTILLED,
-    "shvit_s2_distilled": _S2 | _DISTILLED,
-    "shvit_s3_distilled": _S3 | _DISTILLED,
-    "shvit_s4_distilled": _S4 | _DISTILLED,
+    "shvit_s1": {"depths": (2, 4, 5), "widths": (128, 224, 320), "partial_dims": (32, 48, 68)},
+    "shvit_s2": {"depths": (2, 4, 5), "widths": (128, 308, 448), "partial_dims": (32, 66, 96)},
+    "shvit_s3": {"depths": (3, 5, 5), "widths": (192, 352, 448), "partial_dims": (48, 75, 96)},
+    "shvit_s4": {"depths": (4, 7, 6), "widths": (224, 336, 448), "partial_dims": (48, 72, 96), "image_size": 256},
 }
+SIZES |= {f"{name}_distilled": fields | {"distilled": True} for name, fields in SIZES.items()}
 
 PARTITION_RULES = (
     (r"head(_distill)?/linear/kernel$", COLUMNS),

@@ -1,4 +1,4 @@
-"""Swin Transformer: stages of blocks that attend in windows.
+"""Swin Transformer: stages of blocks with attention in windows.
 
 Ze Liu, Yutong Lin, Yue Cao, Han Hu, Yixuan Wei, Zheng Zhang, Stephen Lin, Baining Guo, "Swin Transformer: Hierarchical
 Vision Transformer using Shifted Windows", ICCV 2021, https://arxiv.org/abs/2103.14030.
@@ -36,13 +36,13 @@ class SwinTransformer(nn.Module):
     """Patches, then stages at half the resolution and twice the width of the one before.
 
     `__call__(images, train=...)` takes normalised images [b, h, w, 3] to float32 logits [b, num_classes], or to pooled
-    features [b, d] when `num_classes` is 0. Images may be of any size that `patch_size` divides: a map is padded where
-    its windows, or the merging of 2 x 2 tokens, go past its edge.
+    features [b, d] when `num_classes` is 0. Images may have any size that `patch_size` divides; maps are padded to
+    whole windows and to whole squares of 2 x 2 tokens.
 
     Args:
         num_classes: size of the head; 0 leaves it out.
-        image_size: what a recipe feeds. A stage whose map is then no larger than `window_size` has one window of the
-            map's size, and so a smaller table of relative positions.
+        image_size: of the recipe's images. A stage with a map no larger than `window_size` has one window of the map's
+            size, and so a smaller table of relative positions.
         patch_size: the stride of the first stage.
         width: of the first stage's tokens.
         depths: blocks in each stage; every second one of a stage is shifted.
@@ -54,7 +54,7 @@ class SwinTransformer(nn.Module):
         attention_bias: biases of queries, keys, values and output.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
-        dtype: the type to compute in. Parameters, softmax and head are float32 whatever it is.
+        dtype: the type to compute in. Parameters, softmax and head are always float32.
     """
 
     num_classes: int = 1000
@@ -116,7 +116,7 @@ class SwinTransformer(nn.Module):
         return Stage(stage > 0, tuple(blocks), self.remat, self.dtype)
 
     def _shape(self, stage: int) -> dict[str, Any]:
-        """The fields that the blocks of a stage have in common."""
+        """Fields common to the blocks of a stage."""
         width, map_size = self.width * 2**stage, self.image_size // self.patch_size
         for _ in range(stage):
             map_size = -(-map_size // 2)
@@ -132,7 +132,7 @@ class SwinTransformer(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks, and in all but the first stage the merging of patches before them: [b, u, v, d] -> the same or halved."""
+    """Blocks, after a merging of patches in all stages but the first: [b, u, v, d] -> the same or halved."""
 
     merge: bool
     blocks: tuple[Callable[..., nn.Module], ...]
@@ -163,7 +163,7 @@ class PatchMerging(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm transformer block on a map whose attention is in windows: [b, u, v, d] -> [b, u, v, d]."""
+    """Pre-norm transformer block with attention in windows of the map: [b, u, v, d] -> [b, u, v, d]."""
 
     attention: Callable[..., nn.Module]  # as in PreNormBlock
     ffn: Callable[..., nn.Module]

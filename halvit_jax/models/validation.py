@@ -1,4 +1,4 @@
-"""Checks of a model's fields; what they raise names the fields to change."""
+"""Checks of a model's fields; the errors name the fields to change."""
 
 import inspect
 from collections.abc import Collection, Mapping
@@ -26,7 +26,7 @@ def check_rate(field: str, value: float) -> None:
 
 
 def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_branches: int) -> None:
-    """Raise a ValueError unless these four fields of hallucinated attention and compact FFNs can be built."""
+    """Raise a ValueError unless these fields of hallucinated attention and compact FFNs are valid."""
     for field, value in {"real_heads": real_heads, "ffn_rank": ffn_rank}.items():
         if not 0.0 < value <= 1.0:
             raise ValueError(f"model.{field}={value} must lie in (0, 1]")
@@ -39,7 +39,7 @@ def merge_field_types(families: Mapping[str, Mapping[str, Any]]) -> dict[str, An
     """The types of all fields of `config.model`, from those of each family: {family: {field: type}}.
 
     Raises:
-        ValueError: two families give one field two types.
+        ValueError: one field has two types.
     """
     merged: dict[str, Any] = {}
     first: dict[str, str] = {}

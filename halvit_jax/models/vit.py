@@ -39,32 +39,30 @@ class VisionTransformer(nn.Module):
     """A plain ViT whose blocks are dense (DeiT), tied (HaLViT) or compact, with hallucinated attention maps (`_hc`).
 
     `halvit_tiny` and `halvit_small` are our reading of the paper's T and M. Neither its text nor its code states the
-    width, depth, heads, biases, positions or recipe of the ViT. We take the shapes of DeiT-S and DeiT-B with class
-    token, learned positions, both FFN biases and no attention bias, since the formulas show none. That gives
-    11,030,400 and 43,294,464 parameters without the classifier, where the paper reports 11.1M and 43.0M: 0.6 % below
-    and 0.7 % above. No shape of this kind hits both figures at once; both equal half of the published sizes of the
-    untied models (22.1M and 86M), which is the likeliest origin of the reported ones.
+    width, depth, heads, biases, positions or recipe of the ViT. We use the shapes of DeiT-S and DeiT-B with class
+    token, learned positions, both FFN biases and no attention bias, because the formulas show none. That gives
+    11,030,400 and 43,294,464 parameters without the classifier; the paper reports 11.1M and 43.0M (0.6 % more, 0.7 %
+    less). No such shape matches both figures; both equal half of the published sizes of the untied models (22.1M and
+    86M), the likeliest origin of the reported ones.
 
     Args:
         num_classes: size of the classifier; 0 leaves it out and returns the pooled features.
         image_size: height and width of the images to classify; a multiple of `patch_size`. `features` takes others.
         attention: "full" or "tied".
         ffn: "dense" or "tied".
-        real_heads: fraction of the heads with queries and keys of their own, rounded up; the maps of the others are
-            hallucinated from theirs, see `AttentionMaps`.
-        hallucinate: what of the real heads they are made from, "logits" or "maps".
-        attention_impl: "xla", or "fused": without the maps in memory; "auto": fused where possible, see `attend`.
-        ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, see
-            `CompactDense`. Needs `ffn` "dense".
-        ffn_branches: the products in the sum that each of the two is in training.
-        pool: what the head sees: the class "token", or the "mean" over the image's tokens (and then no such token).
+        real_heads: fraction of the heads with their own queries and keys, rounded up; the other maps are hallucinated
+            from the real heads' "logits" or "maps" (`hallucinate`), see `AttentionMaps`.
+        attention_impl: "xla", "fused" (without the maps in memory) or "auto" (fused if possible), see `attend`.
+        ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, in training
+            each the sum of `ffn_branches`, see `CompactDense`. Needs `ffn` "dense".
+        pool: input of the head: the class "token", or the "mean" over the image's tokens (without a class token).
         distilled: a second token and a second classifier, trained on the teacher's predictions (DeiT, section 4); the
             logits are the mean of both. Needs `pool` "token".
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
-        dtype: the type to compute in. Parameters, softmax and logits are float32 whatever it is.
-        folded: for inference alone, with the variables of `models.fold`.
+        dtype: the type to compute in. Parameters, softmax and logits are always float32.
+        folded: for inference only, with the variables of `models.fold`.
     """
 
     num_classes: int = 1000
@@ -133,9 +131,9 @@ class VisionTransformer(nn.Module):
         return (logits["class"] + logits["distill"]) / 2 if self.distilled else logits["class"]
 
     def head_logits(self, images: jax.Array, *, train: bool) -> dict[str, jax.Array]:
-        """The logits of each classifier: {"class": float32 [b, num_classes]}, and "distill" where distilled.
+        """The logits of each classifier: {"class": float32 [b, num_classes]}, and "distill" if distilled.
 
-        Without classifiers, the features [b, d] that each would see.
+        With `num_classes` 0, their inputs [b, d].
         """
         if images.shape[1:3] != (self.image_size, self.image_size):
             raise ValueError(
@@ -150,7 +148,7 @@ class VisionTransformer(nn.Module):
             out["class"] = self.head(out["class"])
             if self.distilled:
                 out["distill"] = self.head_distill(out["distill"])
-        return {name: answer.astype(jnp.float32) for name, answer in out.items()}
+        return {name: logits.astype(jnp.float32) for name, logits in out.items()}
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
         """The normalised tokens of the image as a map: [b, h, w, 3] -> {p: [b, h / p, w / p, d]}.
@@ -166,7 +164,7 @@ class VisionTransformer(nn.Module):
         return images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
 
     def _attention(self) -> Callable[..., nn.Module]:
-        """The attention of every block, but for its name."""
+        """The attention of every block, without its name."""
         return functools.partial(
             ATTENTION[self.attention],
             self.width,
@@ -179,27 +177,26 @@ class VisionTransformer(nn.Module):
         )
 
     def _ffn(self) -> Callable[..., nn.Module]:
-        """The feed-forward layer of every block, but for its name."""
+        """The feed-forward layer of every block, without its name."""
         compact = Compact(self.ffn_rank, self.ffn_branches, self.folded)
         hidden = round(self.width * self.ffn_ratio)
         return functools.partial(FFN[self.ffn], self.width, hidden, compact=compact, dtype=self.dtype)
 
     def _make_blocks(self) -> list[nn.Module]:
-        """The blocks in their order."""
         return [
             PreNormBlock(self._attention(), self._ffn(), EPSILON, rate, self.dtype, name=f"block{i}")
             for i, rate in enumerate(linear_rates(self.drop_path, self.depth))
         ]
 
     def _run_blocks(self, x: jax.Array, grid: tuple[int, int], train: bool) -> jax.Array:
-        """All blocks on tokens [b, n, d], of which the last are those of the grid."""
+        """Run all blocks on tokens [b, n, d]; the last of them are those of the grid."""
         del grid
         for block in self.blocks:
             x = run_block(block, x, remat=self.remat, train=train)
         return x
 
     def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        """Normalised tokens [b, n, d], of which the last are those of the image."""
+        """Normalised tokens [b, n, d]; the last of them are those of the image."""
         x, grid = self.embed(images), self._grid(images)
         if self.pool == "token":
             tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
@@ -228,7 +225,7 @@ SIZES: dict[str, Fields] = {
     "deit_tiny_hc": TINY | HC,
     "deit_small_hc": SMALL | HC,
     "deit_base_hc": BASE | HC,
-    "halvit_tiny_h": SMALL | TIED | HALLUCINATED,  # two savings that nobody has published together
+    "halvit_tiny_h": SMALL | TIED | HALLUCINATED,  # an unpublished combination
     "halvit_small_h": BASE | TIED | HALLUCINATED,
 }
 

@@ -6,7 +6,7 @@ from halvit_jax.config import default_config
 
 
 def vit(model: str) -> ConfigDict:
-    """The embedded digits in about two minutes on two cores: a ViT of width 96 and depth 4 on patches of 2x2 pixels."""
+    """A ViT of width 96 and depth 4 on patches of 2x2 pixels; about two minutes on two cores."""
     config = _digits(model)
     config.model.patch_size = 2
     config.model.width = 96
@@ -17,7 +17,7 @@ def vit(model: str) -> ConfigDict:
 
 
 def shvit() -> ConfigDict:
-    """The digits in some minutes: a small SHViT, whose stem keeps the 8x8 places for stages of 8x8, 4x4 and 2x2."""
+    """A small SHViT in some minutes; the stem keeps the 8x8 map, and the stages have 8x8, 4x4 and 2x2."""
     config = _digits("shvit_s1")
     config.total_steps = 600
     config.loop.log_every = 50
@@ -31,7 +31,7 @@ def shvit() -> ConfigDict:
 
 
 def nextvit(model: str) -> ConfigDict:
-    """The digits for a small Next-ViT: 8x8 places, then 4x4, which attend to a fourth as many pooled ones."""
+    """A small Next-ViT: a map of 8x8, then 4x4 tokens with a fourth as many pooled keys."""
     config = _digits(model)
     config.total_steps = 400
     config.loop.log_every = 50
@@ -50,7 +50,7 @@ def nextvit(model: str) -> ConfigDict:
 
 
 def swin(model: str) -> ConfigDict:
-    """The embedded digits for a Swin: two stages, on maps of 8x8 and 4x4 tokens with windows of 4x4."""
+    """A Swin of two stages, on maps of 8x8 and 4x4 tokens with windows of 4x4."""
     config = vit(model)
     config.model.depth = config.model.num_heads = None
     config.model.patch_size = 1
@@ -63,14 +63,14 @@ def swin(model: str) -> ConfigDict:
 
 
 def mini_swin(model: str) -> ConfigDict:
-    """The same for a Mini-Swin, both layers of a stage sharing their matrices."""
+    """The same for a Mini-Swin; the two layers of a stage share their matrices."""
     config = swin(model)
     config.model.shares = (2, 2)
     return config
 
 
 def pvt(model: str) -> ConfigDict:
-    """The embedded digits for a PVT or PVTv2: two stages of 4x4 and 2x2 tokens, which attend to 2x2 each."""
+    """A PVT or PVTv2 of two stages, of 4x4 and 2x2 tokens with 2x2 keys each."""
     config = _digits(model)
     config.model.strides = (2, 2)
     config.model.widths = (64, 128)
@@ -83,7 +83,7 @@ def pvt(model: str) -> ConfigDict:
 
 
 def distilled(model: str, kind: str) -> ConfigDict:
-    """The embedded digits with the untied ViT of runs/vit_digits as the teacher.
+    """A ViT with the untied ViT of runs/vit_digits as the teacher.
 
     "hard": its labels, for a distillation token (DeiT); "soft": its probabilities and its relations (MiniViT).
     """

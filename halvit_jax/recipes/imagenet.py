@@ -1,4 +1,4 @@
-"""Training recipes: each makes a config with its values, for the files of `configs/` to start from."""
+"""ImageNet recipes: configs that the files of `configs/` start from."""
 
 from ml_collections import ConfigDict
 
@@ -8,8 +8,8 @@ from halvit_jax.config import default_config
 def deit(model: str) -> ConfigDict:
     """DeiT (Touvron et al., 2021): the recipe of every model shaped like a ViT, 300 epochs.
 
-    Colour jitter is left out: timm switches it off where RandAugment is on. The released accuracies are those of the
-    non-EMA weights; the EMA is evaluated beside them.
+    There is no colour jitter, because timm disables it with RandAugment. The released accuracies are those of the
+    non-EMA weights; the EMA is evaluated too.
     """
     config = default_config()
     config.num_epochs = 300
@@ -36,7 +36,7 @@ def deit(model: str) -> ConfigDict:
 
 
 def deit_384(model: str) -> ConfigDict:
-    """DeiT's fine-tuning at 384 pixels of what was trained at 224: a constant 5e-6 for 30 epochs, hardly any decay."""
+    """DeiT's fine-tuning at 384 pixels after 224: a constant 5e-6 for 30 epochs, with a weight decay of 1e-8."""
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
     config.optim.schedule = "constant"
     return config
@@ -45,9 +45,9 @@ def deit_384(model: str) -> ConfigDict:
 def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Mini-DeiT (Zhang et al., 2022): DeiT's recipe with less stochastic depth.
 
-    The tables of relative positions are decayed, the position embedding is not, as released. Without a `variant` it
-    learns from the labels alone; "distilled": from nothing but the probabilities of a RegNetY-16GF; "384": fine-tuning
-    at 384 pixels, on the labels and without stochastic depth.
+    The tables of relative positions are decayed, the position embedding is not, as released. Variants: "" trains on the
+    labels only; "distilled" only on the probabilities of a RegNetY-16GF; "384" is fine-tuning at 384 pixels on the
+    labels, without stochastic depth.
     """
     config = deit(model)
     config.model.drop_path = drop_path
@@ -63,9 +63,9 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
 def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Swin Transformer (Liu et al., 2021).
 
-    Against DeiT's: a longer warm-up, gradients clipped, no repeated augmentation and no EMA, and no decay of the tables
-    of relative positions. The start of the warm-up and the floor are those for a batch of 1024. The variant "384" is
-    fine-tuning at 384 pixels in windows of twelve, whose tables are resampled.
+    Differences from DeiT's: a longer warm-up, clipped gradients, no repeated augmentation, no EMA, and no decay of the
+    tables of relative positions. The start of the warm-up and the floor are those for a batch of 1024. The variant
+    "384" is fine-tuning at 384 pixels in windows of twelve, with resampled tables.
     """
     config = deit(model)
     config.loop.ema_decay = 0.0
@@ -104,8 +104,8 @@ PVT_LARGE = ("pvt_medium", "pvt_large", "pvt_v2_b3", "pvt_v2_b4", "pvt_v2_b5")
 def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Mini-Swin (Zhang et al., 2022): Swin's recipe with less stochastic depth.
 
-    `variant` is as for Swin, or "distilled": from nothing but the logits of a Swin-B and the relations between its
-    tokens, in six pairs of layers. A Swin-B has 24 layers, as all but the twelve of Mini-Swin-T.
+    `variant` is as for Swin, or "distilled": only from the logits of a Swin-B and the relations between its tokens, in
+    six pairs of layers. Mini-Swin-T has twelve layers, Swin-B and the others 24.
     """
     config = swin(model, drop_path=drop_path, variant="" if variant == DISTILLED else variant)
     if variant == DISTILLED:
@@ -119,13 +119,13 @@ def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
 def shvit(model: str, *, variant: str = "") -> ConfigDict:
     """SHViT (Yun and Ro, 2024, and the released code): DeiT's recipe with another clipping, decay and learning rate.
 
-    The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so 4e-3 is what the published
-    models were trained with. Their gradients are clipped unit by unit, the classifier's too as we read the code. They
-    were computed in float32, without stochastic depth. `variant`: "distilled" has a second classifier that learns the
-    labels a RegNetY-16GF predicts; "384" and "512" are fine-tuning at that many pixels.
+    The paper's learning rate is 1e-3; the released code multiplies it by batch / 512, so the published models were
+    trained with 4e-3. Gradients are clipped unit by unit; as we read the code, the classifier's too. Training is in
+    float32, without stochastic depth. Variants: "distilled" adds a second classifier for the labels of a RegNetY-16GF;
+    "384" and "512" are fine-tuning at that many pixels.
 
     Raises:
-        ValueError: a model that no weight decay is published for.
+        ValueError: a model without a published weight decay.
     """
     if model not in SHVIT_DECAY:
         raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
@@ -148,8 +148,8 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
 def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     """Next-ViT (Li et al., 2022, and the released code): DeiT's recipe in larger batches.
 
-    The learning rate is 2e-3 at the batch of 2048. Against DeiT's: twice the weight decay, a longer warm-up, gradients
-    clipped, no repeated augmentation and no EMA. The variant "384" is fine-tuning at 384 pixels.
+    The learning rate is 2e-3 at the batch of 2048. Differences from DeiT's: twice the weight decay, a longer warm-up,
+    clipped gradients, no repeated augmentation and no EMA. The variant "384" is fine-tuning at 384 pixels.
     """
     config = deit(model)
     config.batch_size = config.recipe_batch_size = 2048
@@ -172,9 +172,9 @@ SHVIT_DECAY = {"shvit_s1": 0.025, "shvit_s2": 0.032, "shvit_s3": 0.035, "shvit_s
 
 
 def torchvision_v1(model: str) -> ConfigDict:
-    """The 90 epochs of torchvision's V1 weights, whose 76.13 (ResNet-50) is what HaLViT's ResNets are compared with.
+    """The 90 epochs of torchvision's V1 weights, the baseline of HaLViT's ResNets (76.13 for ResNet-50).
 
-    Everything is decayed, norms and biases too.
+    Norms and biases are decayed too.
     """
     config = default_config()
     config.num_epochs = 90
@@ -198,7 +198,7 @@ def torchvision_v1(model: str) -> ConfigDict:
 def resnet_a2(model: str) -> ConfigDict:
     """A2 of "ResNet strikes back" (Wightman et al., 2021): LAMB, binary cross-entropy, Mixup, CutMix, RandAugment.
 
-    Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as timm's LAMB does by itself.
+    Values as in timm's and mmpretrain's ports; gradients are clipped to a norm of 1, as inside timm's LAMB.
     """
     config = default_config()
     config.num_epochs = 300
@@ -228,7 +228,7 @@ RESNET_RECIPES = {"v1": torchvision_v1, "a2": resnet_a2}
 
 
 def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, image_size: int = 384) -> ConfigDict:
-    """Make 30 epochs at more pixels of a recipe, with hardly any decay; `init_from` is left to the command line."""
+    """Change a recipe to 30 epochs of fine-tuning at more pixels; `init_from` comes from the command line."""
     config.num_epochs = 30
     config.batch_size = config.recipe_batch_size = batch_size
     config.model.image_size = image_size
@@ -239,7 +239,7 @@ def _fine_tune(config: ConfigDict, *, batch_size: int, learning_rate: float, ima
 
 
 def _set_teacher(config: ConfigDict, teacher: str, **fields: object) -> None:
-    """Distillation from this teacher; `teacher.init_from`, its weights, is left to the command line."""
+    """Distillation from this teacher; its weights, `teacher.init_from`, come from the command line."""
     config.task.name = "distillation"
     config.teacher.name = teacher
     config.distillation.update(fields)

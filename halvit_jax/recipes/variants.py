@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 
 def choose(given: str, *groups: Collection[str]) -> tuple[str, ...]:
-    """One name of each group: the one that `given` holds, or else the group's first; "" as the first is no variant.
+    """One name of each group: the one in `given`, or else the group's first; "" as the first means no variant.
 
     Raises:
         ValueError: a name of no group, or two of one group.

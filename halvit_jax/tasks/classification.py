@@ -34,7 +34,7 @@ class Classification:
         label_smoothing: fraction of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mixup_switch: probability of CutMix where both are on.
-        mixup_mode: what is mixed with one draw: the whole "batch", or every element for itself ("elem").
+        mixup_mode: one draw for the whole "batch", or one for each element ("elem").
         erase: probability of random erasing.
     """
 
@@ -84,7 +84,7 @@ class Classification:
         return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        """Initial (params, model_state); model_state holds BatchNorm's running statistics, if the model has any."""
+        """Initial (params, model_state); model_state holds BatchNorm's running statistics, if any."""
         variables = self.model.init(key, jnp.zeros((1, *self._input_size, 3)), train=False)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
@@ -124,15 +124,11 @@ class Classification:
         return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """Images of 0 to 255 [b, h, w, 3] as the model wants them."""
+        """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
         return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Refuse another number of classes than the classifier has.
-
-        Raises:
-            ValueError: with the number to set.
-        """
+        """Raise a ValueError unless the classifier has the data set's number of classes."""
         classes = len(info.class_names)
         if classes != self.model.num_classes:
             raise ValueError(
@@ -161,7 +157,7 @@ class Classification:
         return ServingModel(apply, variables, self._input_size, captured)
 
     def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
-        """The five classes of highest probability: [{"top5": [{"class", "probability"}, ...]}, ...]."""
+        """The five most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
         probabilities = np.asarray(jax.nn.softmax(outputs))
         best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :TOP]
         return [

@@ -20,10 +20,10 @@ RELATIONS = {"qkv_weight": ("query_key_value", qkv_relation), "hidden_weight": (
 
 
 class Teacher(NamedTuple):
-    """A trained model and how its images are normalised."""
+    """A trained model and the normalisation of its images."""
 
     model: nn.Module
-    variables: PyTree  # as `model.apply` takes them; shapes do where nothing is computed
+    variables: PyTree  # for `model.apply`; shapes suffice if nothing is computed
     mean: Sequence[float]
     std: Sequence[float]
 
@@ -38,17 +38,17 @@ class Distillation(Classification):
 
     Args:
         model: the student.
-        teacher: of as many classes, for images of the student's size.
+        teacher: with the student's number of classes and image size.
         kind: a key of DISTILL_LOSSES: "hard" (DeiT), "soft" (Mini-DeiT) or "soft_cross_entropy" (Mini-Swin).
         alpha: weight of the teacher in the loss over classes.
-        tau: temperature of both softmaxes, where the kind is soft.
+        tau: temperature of both softmaxes, for the soft kinds.
         qkv_weight: of the relations among queries, keys and values, averaged over the pairs of layers.
         hidden_weight: of the relations among the outputs of blocks, averaged likewise.
         student_layers, teacher_layers: the pairs of layers for both, counted from 0 through the whole network.
-        classification: the keywords of `Classification`, of which `loss` is that of the labels.
+        classification: the keywords of `Classification`; `loss` is that of the labels.
 
     Raises:
-        ValueError: a value that is not allowed, or student and teacher do not fit each other.
+        ValueError: an invalid value, or student and teacher do not fit.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Distillation(Classification):
         self._distill_loss, self._alpha, self._tau = DISTILL_LOSSES[kind], alpha, tau
 
     def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
-        """The mean training loss over the rows where mask is True; its parts are among the sums."""
+        """The mean training loss over the rows where mask is True; the sums contain its parts."""
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
         sown = ["intermediates"] if self._relations else []
@@ -140,7 +140,7 @@ def _check_values(kind: str, alpha: float, tau: float, weights: dict[str, float]
 
 
 def _check_heads(model: nn.Module, kind: str, alpha: float, weights: dict[str, float]) -> None:
-    """Check that each head has a target, and one that does not contradict the others'."""
+    """Check that each head has a target that does not contradict another."""
     if not alpha and not any(weights.values()):
         fields = ", ".join(f"distillation.{field}" for field in ("alpha", *weights))
         raise ValueError(f"the teacher has no effect; set {fields} above 0, or task.name='classification'")
@@ -164,7 +164,7 @@ def _check_layers(
     if not student_layers or len(student_layers) != len(teacher_layers):
         raise ValueError(
             f"distillation.student_layers={student_layers} and distillation.teacher_layers={teacher_layers} must "
-            "name as many layers, at least one"
+            "have the same number of layers, at least one"
         )
     size = model.image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -178,7 +178,7 @@ def _check_layers(
             if not found[who]:
                 raise ValueError(
                     f"the {who} sows no {name} of its layers; set distillation.qkv_weight and "
-                    "distillation.hidden_weight to 0, or take a transformer"
+                    "distillation.hidden_weight to 0, or choose a transformer"
                 )
             wrong = [i for i in layers if not 0 <= i < len(found[who])]
             if wrong:

@@ -10,13 +10,13 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """One yes-or-no question a class, averaged over the classes, for targets [b, c] in [0, 1] -> [b] (ResNet A1-A3)."""
+    """Binary cross-entropy averaged over the classes, for targets [b, c] in [0, 1] -> [b] (ResNet A1-A3)."""
     per_class = -targets * jax.nn.log_sigmoid(logits) - (1 - targets) * jax.nn.log_sigmoid(-logits)
     return per_class.mean(axis=-1)
 
 
 def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
-    """Cross-entropy with the teacher's best class, whatever `tau`: [b, c], [b, c] -> [b] (DeiT)."""
+    """Cross-entropy with the teacher's best class; `tau` is not used: [b, c], [b, c] -> [b] (DeiT)."""
     del tau
     return cross_entropy(logits, jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1]))
 
@@ -24,7 +24,7 @@ def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.
 def soft_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
     """tau^2 KL(teacher || student) / c, both softened by the temperature `tau`: [b, c], [b, c] -> [b].
 
-    DeiT and Mini-DeiT divide by the number of classes too, because PyTorch's mean is over all elements.
+    As in DeiT and Mini-DeiT it is divided by c, because PyTorch's mean is over all elements.
     """
     own, theirs = (jax.nn.log_softmax(x / tau) for x in (logits, teacher))
     return tau**2 * jnp.mean(jnp.exp(theirs) * (theirs - own), axis=-1)

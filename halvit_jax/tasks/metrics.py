@@ -21,7 +21,7 @@ class MeanCollector:
             self._totals[name] = self._totals.get(name, 0.0) + float(value)
 
     def result(self) -> dict[str, float | None]:
-        """The means; None of no examples."""
+        """The means; None without examples."""
         examples = self._totals.get("examples", 0.0)
         means = {name: value / examples if examples else None for name, value in self._totals.items()}
         means.pop("examples", None)
@@ -29,10 +29,10 @@ class MeanCollector:
 
 
 def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
-    """Whether the label is among the k highest logits: [b, c], [b] -> bool [b].
+    """True if the label is among the k highest logits: [b, c], [b] -> bool [b].
 
-    Classes with equal logits rank by index, so a constant output is right on one class of c, not on all. With NaN among
-    the logits nothing counts as found.
+    Classes with equal logits rank by index, so a constant output is correct for one class of c, not for all. Rows with
+    NaN are False.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
     earlier = jnp.arange(logits.shape[-1]) < labels[:, None]

@@ -1,6 +1,6 @@
 """MiniViT's self-attention and hidden-state distillation losses (Zhang et al., 2022, arXiv 2204.07154, section 3.3).
 
-They compare how tokens relate to each other, because the widths of student and teacher differ.
+They compare relations between tokens, because the widths of student and teacher differ.
 
 Shapes: `b` batch, `n` tokens, `c` width of one network, `m` windows of all images or the images themselves.
 """
@@ -28,18 +28,18 @@ def layers_of(intermediates: Mapping[str, Any], name: str) -> list[Any]:
 def qkv_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """The cross-entropy of the student's relations under the teacher's, in one layer: [m, n, 3 c], ... -> [m].
 
-    For X, Y among queries, keys and values, each of full width c, a row of softmax(X Y^T / sqrt(c)) says how one token
-    relates to the others. The mean over the nine pairs (X, Y) and the n rows. The widths may differ.
+    A relation is a row of softmax(X Y^T / sqrt(c)), with X, Y among queries, keys and values of full width c. The mean
+    is over the nine pairs (X, Y) and the n rows. The widths may differ.
     """
     logits, targets = (_relations(x) for x in (student, teacher))  # [m, 3, 3, n, n]
     return cross_entropy(logits, jax.nn.softmax(targets)).mean((1, 2, 3))
 
 
 def hidden_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """49 times the mean square of S_s - S_t, S = A A^T being the cosines between all tokens of an image: [b].
+    """49 times the mean square of S_s - S_t, with S = A A^T the cosines between all tokens of an image: [b].
 
-    The outputs of one layer, [b, ..., c], whose dimensions between are those of the tokens; the widths may differ. On a
-    map of many tokens, |S_s - S_t|^2 = |A_s^T A_s|^2 + |A_t^T A_t|^2 - 2 |A_s^T A_t|^2 needs matrices of c x c alone.
+    Inputs are the outputs of one layer, [b, tokens ..., c]; the widths may differ. For many tokens,
+    |S_s - S_t|^2 = |A_s^T A_s|^2 + |A_t^T A_t|^2 - 2 |A_s^T A_t|^2 needs matrices of c x c only.
     """
     student, teacher = (_directions(x) for x in (student, teacher))
     n = student.shape[1]
@@ -47,7 +47,7 @@ def hidden_relation(student: jax.Array, teacher: jax.Array) -> jax.Array:
         student, teacher = (jnp.einsum("bnc,bmc->bnm", x, x) for x in (student, teacher))
         squares = jnp.square(student - teacher).sum((1, 2))
     else:
-        # The terms nearly cancel, so they must be exact also where products are rounded to bfloat16 by default.
+        # The terms nearly cancel, so they must be exact also if products are rounded to bfloat16 by default.
         pairs = itertools.combinations_with_replacement((student, teacher), 2)
         own, both, others = (jnp.einsum("bnc,bnd->bcd", x, y, precision="highest") for x, y in pairs)
         own, both, others = (jnp.square(x).sum((1, 2)) for x in (own, both, others))

@@ -27,7 +27,7 @@ def mixup(
 def cutmix(
     key: jax.Array, images: jax.Array, targets: jax.Array, *, alpha: float, per_image: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Paste a box of the reversed batch, of area 1 - lam, lam ~ Beta(alpha, alpha); targets by the area pasted.
+    """Paste a box of the reversed batch, of area 1 - lam, lam ~ Beta(alpha, alpha); targets mix by the pasted area.
 
     One box for the batch or one for each image.
     """
@@ -51,9 +51,9 @@ def mixup_or_cutmix(
     switch: float,
     per_image: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """CutMix with probability `switch`, else Mixup; an alpha of 0 leaves that one out, both 0 change nothing.
+    """CutMix with probability `switch`, else Mixup; an alpha of 0 disables that one.
 
-    The choice and its numbers are drawn for the batch, or anew for each image.
+    The choice and its numbers are drawn for the batch, or for each image.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets
@@ -73,8 +73,8 @@ def mixup_or_cutmix(
 def random_erase(key: jax.Array, images: jax.Array, *, probability: float) -> jax.Array:
     """Fill one box of an image with normal noise, with this probability for each image.
 
-    The box covers 2 % to a third of the area at an aspect ratio of 0.3 to 3.3, drawn log-uniformly; a box that would
-    stick out is cut to the image's size (timm draws again; the difference is a few per cent of the boxes).
+    The box covers 2 % to a third of the area at an aspect ratio of 0.3 to 3.3, drawn log-uniformly. A box larger than
+    the image is cut to its size (timm draws again; the difference is a few per cent of the boxes).
     """
     if not probability:
         return images
@@ -97,14 +97,14 @@ def _shape(images: jax.Array, per_image: bool) -> tuple[int, ...]:
 def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
     """Draws from Beta(alpha, alpha), among 16,384 equally likely quantiles.
 
-    jax.random.beta draws by rejection in loops, which take XLA seconds to compile, twice in every training step.
+    jax.random.beta uses rejection loops, which take XLA seconds to compile, twice in every training step.
     """
     quantiles = betaincinv(alpha, alpha, (np.arange(QUANTILES) + 0.5) / QUANTILES)
     return jnp.asarray(quantiles, jnp.float32)[jax.random.randint(key, shape, 0, QUANTILES)]
 
 
 def _beside(number: jax.Array, x: jax.Array) -> jax.Array:
-    """One number, or one for each of [b], as something that x [b, ...] can be multiplied with."""
+    """One number, or one for each of [b], reshaped to broadcast against x [b, ...]."""
     return number.reshape(number.shape + (1,) * (x.ndim - 1))
 
 
@@ -122,7 +122,7 @@ def _span(key: jax.Array, size: int, fraction: jax.Array) -> jax.Array:
 
 
 def _spans(key: jax.Array, size: int, lengths: jax.Array) -> jax.Array:
-    """For each of [b] lengths a stretch of that many places that lies inside: bool [b, size]."""
+    """A random span of each length [b] within the size: bool [b, size]."""
     lengths = jnp.minimum(lengths, size)
     start = jnp.floor(jax.random.uniform(key, lengths.shape) * (size - lengths + 1))
     place = jnp.arange(size)

@@ -50,7 +50,7 @@ def restore_or_init(
 ) -> Start:
     """The state of the newest checkpoint that verifies, else a fresh one; either way in the shardings of `abstract`.
 
-    Corrupt checkpoints that are newer are logged and heartbeat away.
+    Corrupt checkpoints that are newer are logged and moved to `corrupt/`.
 
     Raises:
         CorruptCheckpointError: there are checkpoints, and none verifies; `restart_if_corrupt` starts over instead.

@@ -23,11 +23,11 @@ def test_a_topology_is_a_kind_and_a_layout() -> None:
     [
         ("v5e-16", "must be KIND:LAYOUT"),
         ("v5e:4x", "must be KIND:LAYOUT"),
-        ("v9:4x4", "'v9' is no kind of TPU known here; kinds are v4, v5e, v5p, v6e, tpu7x"),
+        ("v9:4x4", "'v9' is an unknown kind of TPU; kinds are v4, v5e, v5p, v6e, tpu7x"),
         ("v5e:4x4x4", "must have 2 lengths for this kind, e.g. v5e:4x4"),
         ("v4:4x4", "must have 3 lengths for this kind, e.g. v4:4x4x4"),
-        ("v5e:32x32", "asks for 1024 chips; v5e has 1 to 256"),
-        ("v6e:0x4", "asks for 0 chips"),
+        ("v5e:32x32", "has 1024 chips; v5e has 1 to 256"),
+        ("v6e:0x4", "has 0 chips"),
         ("v6e:3x4", "every length must be 1 or even"),
     ],
 )

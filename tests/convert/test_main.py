@@ -65,7 +65,7 @@ def test_the_command_converts_there_and_back(resnet18: pathlib.Path, tmp_path: p
 
 
 def test_bad_input_is_an_error_of_one_line(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert "error: give a file to read and one to write" in run(resnet18, code=2).stderr
+    assert "error: give an input and an output file" in run(resnet18, code=2).stderr
     bad = run(resnet18, tmp_path / "x.safetensors", "--model=resnet18", code=2).stderr
     assert bad.startswith("error: these weights do not fit resnet18; 2 shape mismatch: fc.")
     assert len(bad.splitlines()) == 1
@@ -88,9 +88,7 @@ def test_a_halvit_is_written_as_a_deit(tmp_path: pathlib.Path) -> None:
 def test_the_models_of_file_and_flags_must_agree(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
     source, target = tmp_path / "vit.safetensors", str(tmp_path / "x.safetensors")
     weights_file.save(source, "deit_tiny", variables_of("deit_tiny", **TINY), **TINY)
-    with pytest.raises(
-        ValueError, match=r"resnet18.safetensors does not say which model it is of; name it \(--model=NAME\)"
-    ):
+    with pytest.raises(ValueError, match=r"resnet18.safetensors does not name its model; give it \(--model=NAME\)"):
         convert(str(resnet18), target, name=None, to="jax", fields={})
     with pytest.raises(ValueError, match=r"vit.safetensors is of deit_tiny, not of deit_small"):
         convert(str(source), target, name="deit_small", to="torch", fields={})

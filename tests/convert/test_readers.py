@@ -91,9 +91,9 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: pathlib.Path) -> None:
 
 LIES = {
     "beyond the file": ({"a": entry([2], [0, 80])}, b"12345678", "offsets [0, 80], which are not two places among 8"),
-    "overlapping": ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, b"x" * 12, "b begins at byte 4"),
-    "the same twice": ({"a": entry([2], [0, 8]), "b": entry([2], [0, 8])}, b"x" * 8, "b begins at byte 0"),
-    "a gap": ({"a": entry([2], [4, 12])}, b"x" * 12, "a begins at byte 4, but the arrays before it end at 0"),
+    "overlapping": ({"a": entry([2], [0, 8]), "b": entry([2], [4, 12])}, b"x" * 12, "b starts at byte 4"),
+    "the same twice": ({"a": entry([2], [0, 8]), "b": entry([2], [0, 8])}, b"x" * 8, "b starts at byte 0"),
+    "a gap": ({"a": entry([2], [4, 12])}, b"x" * 12, "a starts at byte 4, but the arrays before it end at 0"),
     "left-over bytes": ({"a": entry([2], [0, 8])}, b"x" * 12, "its arrays end at byte 8 of 12"),
     "cut off": ({"a": entry([2], [0, 8])}, b"x" * 7, "not two places among 7 bytes"),
     "backwards": ({"a": entry([2], [8, 0])}, b"x" * 8, "offsets [8, 0]"),
@@ -126,7 +126,7 @@ LIES = {
 def test_a_header_that_lies_is_refused(kind: str, tmp_path: pathlib.Path) -> None:
     header, data, why = LIES[kind]
     path = lie(tmp_path / "x.safetensors", header, data)
-    with pytest.raises(ValueError, match=r"x.safetensors is no sound safetensors file: ") as error:
+    with pytest.raises(ValueError, match=r"x.safetensors is not a valid safetensors file: ") as error:
         readers.read(path)
     assert why in str(error.value)
     assert "\n" not in str(error.value)
@@ -136,8 +136,8 @@ def test_a_header_that_lies_is_refused(kind: str, tmp_path: pathlib.Path) -> Non
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "it is cut off"),
-        (b"\x02\0\0\0\0\0\0\0{", "it is cut off"),
+        (b"", "it is truncated"),
+        (b"\x02\0\0\0\0\0\0\0{", "it is truncated"),
         (struct.pack("<Q", 2**63) + b"{}", "its header would be 9223372036854775808 bytes long"),
         (struct.pack("<Q", 2**20 + 1) + b" " * (2**20 + 1), "its header would be 1048577 bytes long"),
         (pickle.dumps({"a": 1}), "it looks like a pickle"),
@@ -147,7 +147,7 @@ def test_a_header_that_lies_is_refused(kind: str, tmp_path: pathlib.Path) -> Non
 def test_what_is_no_safetensors_file_is_refused(content: bytes, why: str, tmp_path: pathlib.Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"x.safetensors is no sound safetensors file: ") as error:
+    with pytest.raises(ValueError, match=r"x.safetensors is not a valid safetensors file: ") as error:
         readers.read(path)
     assert why in str(error.value)
 

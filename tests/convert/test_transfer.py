@@ -78,7 +78,7 @@ def test_everything_that_does_not_fit_is_named(change: dict[str, Any], message: 
 
 
 def test_a_path_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=re.escape("init_exclude holds '^haed/', which is in no path of resnet18")):
+    with pytest.raises(ValueError, match=re.escape("init_exclude: '^haed/' matches no path of resnet18")):
         begin("resnet18", arrays_of("resnet18"), exclude=("^haed/",))
 
 

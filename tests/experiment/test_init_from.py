@@ -105,14 +105,14 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is no file"),
+        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is not a file"),
         (
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot initialise halvit_tiny; .* missing",
         ),
         ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
-        ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude holds 'haed', which is in no path"),
+        ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude: 'haed' matches no path"),
     ],
 )
 def test_a_wrong_init_from_is_refused_by_field(

@@ -220,11 +220,11 @@ def test_the_normalisation_of_the_teacher_comes_from_its_file_or_the_config(
 
 WRONG = {
     "task.name='distillation' needs a teacher; set teacher.init_from": {"teacher.init_from": ""},
-    "is for task.name='distillation', not 'classification'": {"task.name": "classification"},
+    "needs task.name='distillation', not 'classification'": {"task.name": "classification"},
     "task.name='teach' is not one of classification, distillation": {"task.name": "teach"},
     "distillation.kind='firm' is not one of hard, soft": {"distillation.kind": "firm"},
     "set model.distilled=True, distillation.alpha=1.0, or distillation.kind='soft'": {"model.distilled": False},
-    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many": {
+    "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must have the same number": {
         "distillation.qkv_weight": 1.0,
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (0,),
@@ -237,7 +237,7 @@ WRONG = {
         "distillation.teacher_layers": (1, 2),
     },
     "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
-    "teacher.init_from=/nowhere: /nowhere is no file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
+    "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
     "teacher.name='halvit_tny' is unknown; did you mean 'halvit_tiny'": {

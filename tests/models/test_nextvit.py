@@ -103,7 +103,7 @@ def test_blocks_have_the_parameters_of_the_official_ones() -> None:
 
 def test_a_stage_ends_with_a_transformer_block_and_has_one_in_every_period() -> None:
     model = create_model("nextvit_small", depths=(1, 1, 7, 2), periods=(0, 4, 3, 1))
-    assert [model.attends(stage) for stage in range(4)] == [
+    assert [model.is_transformer_block(stage) for stage in range(4)] == [
         [False],
         [True],
         [True, False, False, True, False, False, True],
@@ -221,7 +221,7 @@ def test_every_parameter_has_a_rule_of_its_shape(fields: dict[str, Any], folded:
         ({"depths": (3, 0, 10, 3)}, r"model.depths=\(3, 0, 10, 3\) must all be at least 1"),
         ({"reductions": (8, 4, 0, 1)}, r"model.reductions=\(8, 4, 0, 1\) must all be at least 1"),
         ({"stem_widths": (64, 0, 64, 64)}, r"model.stem_widths=\(64, 0, 64, 64\) must all be at least 1"),
-        ({"periods": (0, -2, 5, 3)}, r"model.periods\[1\]=-2 must not be negative; 0 stands for no transformer"),
+        ({"periods": (0, -2, 5, 3)}, r"model.periods\[1\]=-2 must not be negative"),
         ({"widths": (96, 200, 384, 768)}, r"model.head_width=32 does not divide model.widths\[1\]=200"),
         ({"widths": (64, 128, 384, 768)}, r"model.widths\[1\]=128 must be a multiple of 3 model.head_width=96"),
         ({"head_width": 0}, r"model.head_width=0 does not divide model.widths\[0\]=96"),

@@ -227,7 +227,7 @@ def test_remat_changes_neither_outputs_nor_gradients() -> None:
     ("overrides", "message"),
     [
         ({"depths": ()}, "model.depths=() must have a value for each stage"),
-        ({"strides": (4, 2)}, "model.strides=(4, 2) must have a value for each stage, as many as model.depths"),
+        ({"strides": (4, 2)}, "model.strides=(4, 2) must have a value for each stage of model.depths"),
         ({"depths": (2, 2, 0, 2)}, "model.depths=(2, 2, 0, 2) must be at least 1 in each stage"),
         ({"strides": (4, 1, 2, 2)}, "model.strides=(4, 1, 2, 2) must be at least 2 in all stages but the first"),
         ({"head_width": 48}, "model.head_width=48 does not divide model.widths=64"),

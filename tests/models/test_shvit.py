@@ -214,8 +214,8 @@ def test_there_is_a_distilled_model_of_each_size() -> None:
         ({"stem_strides": (2, 0)}, r"model.stem_strides=\(2, 0\) must all be at least 1"),
         ({"partial_dims": (32, 48, 321)}, "model.partial_dims=321 in a stage of model.widths 320; give 1 to 320"),
         ({"partial_dims": (32, 0, 68)}, "model.partial_dims=0 in a stage of model.widths 224; give 1 to 224"),
-        ({"widths": (132, 224, 320)}, "model.widths begins with 132, which must be a multiple of 8"),
-        ({"widths": (0, 224, 320)}, "model.widths begins with 0, which must be a multiple of 8"),
+        ({"widths": (132, 224, 320)}, r"model.widths\[0\]=132 must be a multiple of 8"),
+        ({"widths": (0, 224, 320)}, r"model.widths\[0\]=0 must be a multiple of 8"),
         ({"drop_path": 0.1}, "model.drop_path=0.1: shvit_s1 has no such field"),
     ],
 )

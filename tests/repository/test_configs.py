@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from halvit_jax.cli import app
 from halvit_jax.config import default_config, to_json, validate
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.teacher import abstract_task
+from halvit_jax.experiment.teacher import abstract_distillation
 from halvit_jax.models import create_model, partition_rules
 from halvit_jax.recipes import digits, imagenet
 from halvit_jax.training.optim import path_mask
@@ -155,7 +155,8 @@ def test_distillation_as_published_is_a_variant(entry: str, source: str, kind: s
     assert config.distillation.student_layers == layers
     assert config.num_epochs == 300
     config.teacher.init_from = "not there"
-    task = abstract_task(config, make_mesh(devices=jax.devices()[:1]))  # student, teacher and layers fit each other
+    # Student, teacher and layers fit each other.
+    task = abstract_distillation(config, make_mesh(devices=jax.devices()[:1]))
     assert task.constants["params"]
 
 

@@ -20,6 +20,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "models/family.py": ("models/test_contract.py", "models/test_own_family.py"),
     "models/partition.py": ("models/test_contract.py", "training/test_sharding.py"),
     "models/pvt_v2.py": ("models/test_pvt.py",),  # both versions are compared there
+    "layers/next_block.py": ("models/test_nextvit.py", "models/test_golden.py"),
     "layers/residual.py": ("models/test_resnet.py", "models/test_golden.py"),
     # All recipes are compared with their golden files.
     "recipes/digits.py": ("repository/test_configs.py",),

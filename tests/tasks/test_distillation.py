@@ -210,7 +210,7 @@ def test_only_training_differs_from_classification() -> None:
             "deit_tiny",
             {},
             SOFT | PAIRS | {"teacher_layers": (0,)},
-            "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must name as many layers",
+            "distillation.student_layers=(0, 1) and distillation.teacher_layers=(0,) must have the same number",
         ),
         ("deit_tiny", {}, SOFT | PAIRS, "distillation.teacher_layers has [2], but the teacher's are 0 to 1"),
         (
