@@ -45,7 +45,7 @@ def config(data_dir: str, **fields: object) -> "ConfigDict":  # noqa: F821
     """A digits run of 60 small steps with every source of state and randomness on."""
     from halvit_jax.recipes import digits
 
-    made = digits("halvit_tiny")
+    made = digits.vit("halvit_tiny")
     values = {
         "total_steps": STEPS,
         "loop.log_every": 1,
