@@ -23,7 +23,12 @@ Recorded = Callable[..., dict[str, Any]]
 
 def difference(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     assert config.keys() == base.keys()
-    return {name: value for name, value in config.items() if value != base[name]}
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if value != base[name]:
+            tree, _, field = name.rpartition(".")
+            (found.setdefault(tree, {}) if tree else found)[field] = value
+    return found
 
 
 @pytest.mark.parametrize("name", CONFIGS)
