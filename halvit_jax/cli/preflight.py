@@ -20,6 +20,7 @@ from halvit_jax.experiment import build, init_from, lock, tasks, teacher
 from halvit_jax.experiment import workdir as files
 from halvit_jax.protocols import ExitCode, PyTree
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.sharding import bytes_of
 from halvit_jax.training.step import abstract_batch
 from halvit_jax.trees import count, flatten
@@ -177,7 +178,7 @@ def _batches(data: Any) -> CheckResult:
 
 
 def _optimizer(config: ConfigDict, epoch: int, known: bool) -> CheckResult:
-    build.make_guard(**config.skip_updates)
+    make_guard(**config.skip_updates)
     if not known:  # then the length is unknown, and taken to be long
         config = config.copy_and_resolve_references()
         config.total_steps = UNKNOWN_LENGTH

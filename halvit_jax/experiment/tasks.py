@@ -16,7 +16,7 @@ def _classification(model: Any, config: ConfigDict) -> Classification:
 
 
 # config.task.name -> a function of the model and the config. A task with fields reads them from the config's sub-tree
-# of its own name. The teacher of a distillation is for training alone: see `build.training_task`.
+# of its own name. The teacher of a distillation is for training alone: see `teacher.build_distillation`.
 TASKS: dict[str, Callable[[Any, ConfigDict], Any]] = {
     "classification": _classification,
     "distillation": _classification,
