@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.detection.anchors import Anchors
+from halvit_jax.detection.anchors import Anchors, inside_flags
 from halvit_jax.detection.conventions import CONVENTIONS, Conventions
 from halvit_jax.detection.pyramid import NECKS, FeatureNorms, Maps
 from halvit_jax.layers.initializers import Dtype
@@ -83,6 +83,12 @@ class Detector(nn.Module):
         if self.feature_norms:
             maps = self.norms(maps)
         return self.pyramid(maps)
+
+    def usable(self, size: jax.Array, level_shapes: dict[int, tuple[int, int]], anchors: int) -> jax.Array:
+        """The anchors of an image that training may match, `anchors` at each position of all levels: bool [a]."""
+        if self.choices.anchors_of_canvas:
+            return jnp.ones(anchors * sum(rows * columns for rows, columns in level_shapes.values()), bool)
+        return inside_flags(size, level_shapes, anchors)
 
 
 def grids(anchors: Anchors, maps: Maps, canvas: Sequence[int], *, whole_steps: bool) -> list[np.ndarray]:

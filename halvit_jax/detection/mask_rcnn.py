@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from halvit_jax.detection.anchors import Anchors, inside_flags
+from halvit_jax.detection.anchors import Anchors
 from halvit_jax.detection.assign import NEITHER, Matching, assign
 from halvit_jax.detection.boxes import ROI_STD, RPN_STD, clip, decode, iou
 from halvit_jax.detection.detector import Detector, Losses, Truth, counted, grids, image_keys, shapes
@@ -170,9 +170,7 @@ class MaskRCNN(Detector):
             counts: jax.Array,
             key: jax.Array | None,
         ) -> jax.Array:
-            usable = jnp.broadcast_to(counts, every.shape[:1])
-            if not choices.anchors_of_canvas:
-                usable &= inside_flags(size, level_shapes, self.anchors.count)
+            usable = self.usable(size, level_shapes, self.anchors.count) & counts
             code = assign(iou(boxes, every), real, matching, usable)
             drawn = sample(code, key, n=self.rpn_samples, fraction=self.rpn_positives)
             code = jnp.where(drawn.positive, code[drawn.index], NEITHER)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from halvit_jax.detection.anchors import inside_flags, retinanet_anchors
+from halvit_jax.detection.anchors import retinanet_anchors
 from halvit_jax.detection.assign import NEITHER, Matching, assign
 from halvit_jax.detection.boxes import RPN_STD, clip, decode, iou
 from halvit_jax.detection.detector import Detector, Losses, Truth, counted, grids, shapes
@@ -79,9 +79,7 @@ class RetinaNet(Detector):
             size: jax.Array,
             counts: jax.Array,
         ) -> jax.Array:
-            usable = jnp.broadcast_to(counts, every.shape[:1])
-            if not choices.anchors_of_canvas:
-                usable &= inside_flags(size, level_shapes, self.anchors.count)
+            usable = self.usable(size, level_shapes, self.anchors.count) & counts
             code = assign(iou(boxes, every), real, matching, usable)
             targets, positive = box_targets(every, boxes, code, RPN_STD)
             labels = jnp.where(positive, label[jnp.maximum(code, 0)] if len(label) else 0, self.num_classes)
