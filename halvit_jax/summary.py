@@ -6,9 +6,9 @@ python -m halvit_jax.summary [--json | --markdown] [NAME...]
 with its baseline, the known model that it is derived from, deployed too. --markdown prints what docs/models.md holds.
 """
 
-import importlib.util
 import json
 import pathlib
+import runpy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -96,11 +96,9 @@ def configs_by_model(folder: pathlib.Path = CONFIGS) -> dict[str, str]:
     """{model: the config that trains it on ImageNet}, as after `--config=`; a file's default comes before variants."""
     found: dict[str, tuple[bool, str]] = {}
     for path in sorted(folder.glob("*.py")):
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        for variant in ("", *(name for group in getattr(module, "VARIANTS", ()) for name in group if name)):
-            config = module.get_config(variant) if variant else module.get_config()
+        module = runpy.run_path(str(path))
+        for variant in ("", *(name for group in module.get("VARIANTS", ()) for name in group if name)):
+            config = module["get_config"](*[variant] if variant else [])
             if config.data.name == "imagenet2012":
                 entry = bool(variant), f"configs/{path.name}{variant and ':'}{variant}"
                 found[config.model.name] = min(found.get(config.model.name, entry), entry, key=lambda each: each[0])

@@ -71,6 +71,18 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.fixture(scope="session")
+def done(finished: tuple[pathlib.Path, dict[str, Any]]) -> pathlib.Path:
+    """A workdir with checkpoints of the steps 4 and 8; only the second has a score."""
+    return finished[0]
+
+
+@pytest.fixture
+def workdir(done: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of it to be damaged."""
+    return shutil.copytree(done, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
 def golden() -> pathlib.Path:
     """The folder of reference outputs."""
     return GOLDEN

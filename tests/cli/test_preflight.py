@@ -22,18 +22,6 @@ def small(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
     return tiny(digits_dir, **{"loop.eval_every": 8, "recipe_batch_size": 0} | changes)
 
 
-@pytest.fixture(scope="module")
-def done(finished: tuple[pathlib.Path, dict[str, Any]]) -> pathlib.Path:
-    """A workdir with checkpoints of the steps 4 and 8; only the second has a score."""
-    return finished[0]
-
-
-@pytest.fixture
-def workdir(done: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it to be damaged."""
-    return shutil.copytree(done, tmp_path / "run")
-
-
 def tried(
     config: ConfigDict, workdir: pathlib.Path | None, capsys: Capsys, *, code: int = 2, whole: bool = False
 ) -> list[str]:

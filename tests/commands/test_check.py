@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import shutil
-from typing import Any
 
 import pytest
 from helpers.processes import run_command
@@ -18,18 +17,6 @@ from halvit_jax.training.checkpoint import manifest
 
 CHECK = "halvit_jax.check"
 Capsys = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def done(finished: tuple[pathlib.Path, dict[str, Any]]) -> pathlib.Path:
-    """A workdir with checkpoints of the steps 4 and 8; only the second has a score."""
-    return finished[0]
-
-
-@pytest.fixture
-def workdir(done: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A copy of it to be damaged."""
-    return shutil.copytree(done, tmp_path / "run")
 
 
 def verified(workdir: pathlib.Path, capsys: Capsys, *, code: int, files_only: bool = False) -> list[str]:

@@ -1,11 +1,9 @@
 """Files that could run code or unpack to more than they log: pickles, npz archives, and PyTorch's own."""
 
-import contextlib
 import pathlib
 import pickle
 import struct
 import sys
-import tracemalloc
 import types
 import zipfile
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.memory import peak
 
 from halvit_jax.convert import readers
 
@@ -27,17 +26,6 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return pathlib.Path.touch, (self.marker,)
-
-
-def peak(function: Any, *arguments: Any) -> int:
-    """The most memory, in bytes, that was held at once, beside what was held before."""
-    tracemalloc.start()
-    try:
-        with contextlib.suppress(ValueError):
-            function(*arguments)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.pth.tar", "x.bin", "x.pkl", "x.npy", "x.safetensors", "x.npz"])

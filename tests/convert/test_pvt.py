@@ -10,17 +10,9 @@ from helpers.official import Shapes, check_values_keep_their_places, official_sh
 from halvit_jax.convert import from_torch, shapes_of, torch_shapes
 from halvit_jax.convert.transfer import transfer
 from halvit_jax.models import create_model, transfer_rules
+from halvit_jax.models.pvt import TINY_SHAPE
 
-SMALL = {
-    "strides": (4, 2),
-    "widths": (16, 24),
-    "depths": (2, 1),
-    "head_width": 8,
-    "ffn_ratios": (2, 2),
-    "reductions": (2, 1),
-    "image_size": 32,
-    "num_classes": 5,
-}
+SMALL = TINY_SHAPE | {"depths": (2, 1), "num_classes": 5}
 
 
 def shallow(shapes: Shapes) -> Shapes:

@@ -6,12 +6,12 @@ import pathlib
 import pickle
 import random
 import struct
-import tracemalloc
 import types
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers.memory import peak
 
 from halvit_jax.convert import readers
 
@@ -27,17 +27,6 @@ def lie(path: pathlib.Path, header: Any, data: bytes = b"", length: int | None =
 
 def entry(shape: Any, offsets: Any, dtype: Any = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-
-
-def peak(function: Any, *arguments: Any) -> int:
-    """The most memory, in bytes, that was held at once, beside what was held before."""
-    tracemalloc.start()
-    try:
-        with contextlib.suppress(ValueError):
-            function(*arguments)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("dtype", readers.DTYPES.values(), ids=str)

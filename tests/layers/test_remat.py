@@ -1,43 +1,28 @@
 """Rematerialised blocks."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from helpers.blocks import block_input, small_block
 from helpers.jaxprs import count_remats
 
-from halvit_jax.layers.attention import SelfAttention
-from halvit_jax.layers.block import PreNormBlock
-from halvit_jax.layers.ffn import Mlp
 from halvit_jax.layers.remat import run_block
 from halvit_jax.trees import flatten
-
-D = 8
-
-
-def _block(**fields: float) -> PreNormBlock:
-    attention, ffn = functools.partial(SelfAttention, D, 2), functools.partial(Mlp, D, 2 * D)
-    return PreNormBlock(attention, ffn, 1e-6, fields.get("drop_path", 0.0), None)
-
-
-def _input() -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).standard_normal((3, 5, D)), jnp.float32)
 
 
 class _Net(nn.Module):
     remat: bool
 
     def setup(self) -> None:
-        self.block = _block(drop_path=0.5)
+        self.block = small_block(drop_path=0.5)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         return run_block(self.block, x, remat=self.remat, train=train)
 
 
 def test_remat_changes_neither_paths_nor_outputs_nor_gradients() -> None:
-    x = _input()
+    x = block_input()
     variables = _Net(False).init(jax.random.key(0), x, train=False)
     assert list(flatten(_Net(True).init(jax.random.key(0), x, train=False))) == list(flatten(variables))
 

@@ -16,20 +16,12 @@ from halvit_jax.layers.drop import DropPath
 from halvit_jax.layers.embed import resampled
 from halvit_jax.layers.ffn import Compact, gelu
 from halvit_jax.models import create_model
+from halvit_jax.models.pvt import TINY_SHAPE
 from halvit_jax.models.pvt_v2 import ConvMlp
 from halvit_jax.trees import flatten, map_paths, variable_shapes
 
 pytestmark = pytest.mark.slow  # what every family is held to by default stands in test_contract.py
-SMALL = {
-    "strides": (4, 2),
-    "widths": (16, 24),
-    "depths": (1, 1),
-    "head_width": 8,
-    "ffn_ratios": (2, 2),
-    "reductions": (2, 1),
-    "image_size": 32,
-    "num_classes": 5,
-}
+SMALL = TINY_SHAPE | {"num_classes": 5}
 ONE = SMALL | {"strides": (4,), "widths": (16,), "depths": (1,), "ffn_ratios": (2,), "reductions": (1,)}
 VERSIONS = ["pvt_tiny", "pvt_v2_b0"]
 

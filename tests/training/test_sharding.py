@@ -6,28 +6,14 @@ import numpy as np
 import pytest
 from helpers.runs import classification
 from helpers.shapes import shallow
+from helpers.states import CUBE, RULES, small_optimizer
 from helpers.tiers import KINDS, tiered
 from jax.sharding import PartitionSpec as P
 
-from halvit_jax.config import default_config
 from halvit_jax.models import list_models
-from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import bytes_of, check_batch_size, make_mesh, partition, to_devices, to_host
 from halvit_jax.training.state import abstract_state
 from halvit_jax.trees import flatten
-
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
-RULES = (
-    ("special/kernel$", ("tensor",)),
-    ("wide/kernel$", (None, ("tensor", "fsdp"))),
-    ("kernel$", ("fsdp", "tensor")),
-    ("conv", (None, None, None, "fsdp")),
-    ("bias$", ()),
-)
-
-
-def _optimizer() -> Optimizer:
-    return make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
 
 
 def _spec(path: str, *shape: int) -> P:
@@ -118,7 +104,7 @@ def test_an_array_that_no_rule_names_is_refused() -> None:
 @pytest.mark.parametrize("name", tiered(list_models(), KINDS))
 def test_the_partition_rules_of_every_model_shard_most_of_its_state(name: str) -> None:
     task = classification(shallow(name))
-    state = abstract_state(task, _optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
+    state = abstract_state(task, small_optimizer(), mesh=make_mesh(**CUBE), use_ema=True)
     params = flatten(state.params)
     followers = flatten(state)
     for path, leaf in params.items():

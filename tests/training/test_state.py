@@ -5,26 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers.states import CUBE, RULES, small_optimizer
 
-from halvit_jax.config import default_config
-from halvit_jax.training.optim import Optimizer, make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import TrainState, abstract_state, init_state
 from halvit_jax.trees import flatten
-
-RULES = (
-    ("special/kernel$", ("tensor",)),
-    ("wide/kernel$", (None, ("tensor", "fsdp"))),
-    ("kernel$", ("fsdp", "tensor")),
-    ("conv", (None, None, None, "fsdp")),
-    ("bias$", ()),
-)
-
-CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
-
-
-def _optimizer() -> Optimizer:
-    return make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
 
 
 class Noise:
@@ -38,8 +23,8 @@ class Noise:
 
 def _fresh(seed: int = 0, *, use_ema: bool = False, **sizes: int) -> tuple[TrainState, TrainState]:
     """The abstract state and the fresh one."""
-    abstract = abstract_state(Noise(), _optimizer(), mesh=make_mesh(**sizes), use_ema=use_ema)
-    return abstract, init_state(Noise(), _optimizer(), abstract, seed=seed, use_ema=use_ema)
+    abstract = abstract_state(Noise(), small_optimizer(), mesh=make_mesh(**sizes), use_ema=use_ema)
+    return abstract, init_state(Noise(), small_optimizer(), abstract, seed=seed, use_ema=use_ema)
 
 
 def test_a_fresh_state_is_created_in_its_shardings() -> None:
