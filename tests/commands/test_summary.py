@@ -1,5 +1,7 @@
 """The tables of `python -m halvit_jax.summary`."""
 
+from helpers.processes import run_command
+
 from halvit_jax import summary
 from halvit_jax.models import list_models
 
@@ -25,6 +27,11 @@ def test_the_table_has_every_figure() -> None:
     assert line.endswith("11.1M, top-1 77.3 (HaLViT, T)")
     lone = ROW | {"baseline": None, "published": None}
     assert summary.table([lone]).splitlines()[1].split() == ["halvit_tiny", *counts[:6]]
+
+
+def test_two_formats_at_once_are_refused() -> None:
+    error = run_command("halvit_jax.summary", "--json", "--markdown", code=2).stderr
+    assert error == "error: --json and --markdown: give one of them\n"
 
 
 def test_markdown_has_a_table_for_each_family() -> None:

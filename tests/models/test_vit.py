@@ -11,7 +11,7 @@ from helpers.runs import classification
 
 from halvit_jax.config import default_config
 from halvit_jax.layers import conv
-from halvit_jax.models import create_model, fold, list_models, partition_rules
+from halvit_jax.models import create_model, family_of, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
@@ -387,6 +387,11 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
 def test_impossible_fields_are_refused_by_name(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         create_model("halvit_tiny", **overrides)
+
+
+def test_a_model_of_no_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Dense is in none of models\.FAMILIES"):
+        family_of(nn.Dense(3))
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name_and_all_names() -> None:
