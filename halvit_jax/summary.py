@@ -3,7 +3,8 @@
 python -m halvit_jax.summary [--json | --markdown] [NAME...]
 
 "deployed" is the model at inference, with its batch normalisations and sums folded (`models.fold`). "saved" compares it
-with its baseline, the known model that it is derived from, deployed too. --markdown prints what docs/models.md holds.
+with its baseline, the known model that it is derived from, deployed too. --markdown prints the tables of
+docs/models.md.
 """
 
 import json
@@ -91,7 +92,7 @@ def markdown(rows: Mapping[str, dict[str, Any]]) -> str:
 
 
 def configs_by_model() -> dict[str, str]:
-    """{model: the config that trains it on ImageNet}, as after `--config=`; a file's default comes before variants."""
+    """{model: its ImageNet config}, as `--config=` takes it; a file's default comes before variants."""
     found: dict[str, tuple[bool, str]] = {}
     for name, path in config_files.FILES.items():
         module = runpy.run_path(str(path))

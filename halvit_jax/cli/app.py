@@ -91,7 +91,7 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
             name = argument.removeprefix("--config.").split("=")[0]
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name} is no field of the config; did you mean --config.{near}?")
+                raise ValueError(f"{name} is not a field of the config; did you mean --config.{near}?")
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
