@@ -85,10 +85,10 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
         yield
 
 
-def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a model with folded batch normalisations: the outputs of evaluation in fewer steps.
 
-    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. After a convolution (`conv1`
+    A normalisation multiplies by g = scale / sqrt(var + EPSILON) and adds bias - mean g. After a convolution (`conv1`
     and `norm1`, `conv` and `norm`, `shortcut/conv` and `shortcut_norm`) or a matrix (`dense` and `norm`), g is merged
     into the kernel and the rest into the bias. Elsewhere a scale and a bias replace the normalisation.
     """
@@ -99,7 +99,7 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
         for folder in folders:
             parent, found = parent[folder], found[folder]
         norm, moved = parent[name], found[name]
-        scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
+        scale = norm["scale"] / np.sqrt(moved["var"] + EPSILON)
         bias = norm["bias"] - moved["mean"] * scale
         before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
         before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
