@@ -53,7 +53,7 @@ def test_a_config_of_another_format_is_refused() -> None:
     [
         ("batch_size", 0, "batch_size=0 must be at least 1"),
         ("save.keep", 0, "save.keep=0 must be at least 1"),
-        ("watchdog.timeout", 0, "watchdog.timeout=0 must be a positive number of seconds"),
+        ("watchdog.timeout", 0.0, "watchdog.timeout=0.0 must be a positive number of seconds"),
         ("cluster.start_timeout", -1, "cluster.start_timeout=-1 must be a positive number of seconds"),
         ("seed", -1, "seed=-1 must not be negative"),
         ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
