@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import betaincinv
 
+from halvit_jax.layers.arrays import widen
+
 QUANTILES = 2**14
 ERASE_FILLS = ("noise", "zero")  # timm's "pixel" and torchvision's default
 
@@ -112,7 +114,8 @@ def _beside(number: jax.Array, x: jax.Array) -> jax.Array:
 
 def _blend(x: jax.Array, lam: jax.Array) -> jax.Array:
     lam = _beside(lam, x)
-    return (lam * x + (1.0 - lam) * x[::-1]).astype(x.dtype)
+    wide = widen(x)
+    return (lam * wide + (1.0 - lam) * wide[::-1]).astype(x.dtype)
 
 
 def _span(key: jax.Array, size: int, fraction: jax.Array) -> jax.Array:
