@@ -138,9 +138,8 @@ def test_a_block_changes_the_logits_before_and_the_weights_after_the_softmax(nam
 
     def before(logits: jax.Array, query: jax.Array) -> jax.Array:
         seen.update(logits=logits, query=query)
-        return (
-            0 * logits + jnp.where(jnp.arange(N) == 2, 40.0, 0.0).astype(logits.dtype)[None, None, None]
-        )  # everyone sees token 2 alone
+        alone = jnp.where(jnp.arange(N) == 2, 40.0, 0.0).astype(logits.dtype)  # everyone sees token 2 alone
+        return 0 * logits + alone[None, None, None]
 
     def after(weights: jax.Array) -> jax.Array:
         seen["weights"] = weights
