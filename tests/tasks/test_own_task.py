@@ -80,7 +80,11 @@ class StrokeWidth:
     def serving(self, variables: Any, *, folded: bool = True) -> ServingModel:
         del folded
         size = self._model.image_size
-        return ServingModel(lambda v, images: {"width": self._widths(v, images / 255.0)}, variables, (size, size))
+
+        def serve(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            return {"width": self._widths(variables, images.astype(jnp.float32) / 255.0)}
+
+        return ServingModel(serve, variables, (size, size))
 
     def decode(self, outputs: Any, info: DatasetInfo) -> list[dict[str, Any]]:
         del info
