@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import betaincinv
 
-from halvit_jax.layers.arrays import widen
-
 QUANTILES = 2**14
 ERASE_FILLS = ("noise", "zero")  # timm's "pixel" and torchvision's default
 
@@ -114,7 +112,7 @@ def _beside(number: jax.Array, x: jax.Array) -> jax.Array:
 
 def _blend(x: jax.Array, lam: jax.Array) -> jax.Array:
     lam = _beside(lam, x)
-    wide = widen(x)
+    wide = x.astype(lam.dtype)
     return (lam * wide + (1.0 - lam) * wide[::-1]).astype(x.dtype)
 
 
