@@ -66,6 +66,6 @@ def inside_flags(size: jax.Array, shapes: Mapping[int, tuple[int, int]], count: 
     flags = []
     for stride, (rows, columns) in shapes.items():
         used = -(-padded // stride)
-        inside = (jnp.arange(rows) < used[0])[:, None] & (jnp.arange(columns) < used[1])
+        inside = (jnp.arange(rows) < used[0])[:, None] & (jnp.arange(columns) < used[1])[None]
         flags.append(jnp.repeat(inside.reshape(-1), count))  # [h, w] -> [a]
     return jnp.concatenate(flags)

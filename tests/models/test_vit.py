@@ -90,7 +90,7 @@ def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
     with jax.enable_x64(True):
         tied, untied = (create_model(name, **SMALL, dtype="float64") for name in ("halvit_tiny", "deit_small"))
         params, images = _params(tied, np.float64), _images().astype(jnp.float64)
-        weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, CLASSES)))
+        weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, CLASSES)), jnp.float32)  # the logits' type
 
         def loss(model: VisionTransformer, params: dict[str, Any]) -> jax.Array:
             return jnp.sum(weights * model.apply({"params": params}, images, train=True))
@@ -183,7 +183,7 @@ def test_the_logits_of_each_classifier_are_available() -> None:
         create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images, method="head_logits"
     )
     for name, head in (("class", "head"), ("distill", "head_distill")):
-        expected = seen[name] @ params[head]["kernel"] + params[head]["bias"]
+        expected = seen[name] @ params[head]["kernel"] + params[head]["bias"][None]
         np.testing.assert_allclose(heads[name], expected, atol=1e-5)
     plain = create_model("deit_tiny", **SMALL)
     assert _apply(plain, _params(plain), images, method="head_logits").keys() == {"class"}
