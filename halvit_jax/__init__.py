@@ -24,7 +24,7 @@ __all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load
 
 
 def __getattr__(name: str) -> Any:
-    """JAX and the models are imported when they are first used, so that wrong flags are answered at once."""
+    """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
     if name == "capture":
         from halvit_jax.models.intermediates import capture
 
