@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.hub_server import COMMIT, TOKEN, Hub, serving
 from helpers.official import GOLDEN, official_shapes
-from helpers.pages import text_of
+from helpers.pages import DOCS, text_of
 
 import halvit_jax
 from halvit_jax.convert import from_torch, hub, readers
@@ -211,6 +211,6 @@ def test_a_repository_outside_the_table_must_name_its_model(small: str) -> None:
 
 
 def test_the_page_lists_every_repository_by_its_first_size() -> None:
-    page = text_of("docs/pytorch_weights.md")
+    page = text_of(DOCS / "pytorch_weights.md")
     families = {re.sub(r"(tiny|small|base|large|b\d|s\d).*", "", name) for name in hub.PUBLISHED}
     assert {family for family in families if family not in page} == set()
