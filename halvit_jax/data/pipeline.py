@@ -33,12 +33,12 @@ ONLY_HOST = Host()
 
 
 class Loaders(NamedTuple):
-    """The training loader, the evaluation loaders and the facts of the training set.
+    """The training loader (None without training), the evaluation loaders and the facts of the training set.
 
-    `evals` starts with "eval", by which the best checkpoint is chosen; the set `v2` of data.evals is "eval_v2".
+    Without training the facts are those of "eval". `evals` starts with "eval", by which the best checkpoint is chosen; the set `v2` of data.evals is "eval_v2".
     """
 
-    train: Loader
+    train: Loader | None
     evals: dict[str, Loader]
     info: DatasetInfo
 
@@ -72,8 +72,11 @@ def make_loaders(
     size: tuple[int, int],
     seed: int,
     host: Host = ONLY_HOST,
+    training: bool = True,
 ) -> Loaders:
     """The loaders of `config.data`, whose fields explain the keywords; `size` is (height, width) of the images.
+
+    Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
@@ -97,8 +100,12 @@ def make_loaders(
     )
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
-    train_source, eval_sources = open_sources(name, data_dir, root, train_split, eval_name, eval_split, evals)
+    split = train_split if training else None
+    train_source, eval_sources = open_sources(name, data_dir, root, split, eval_name, eval_split, evals)
     sizes = {"batch_size": batch_size, "bad_image_budget": bad_image_budget, "host": host}
+    loaders = {key: EvalLoader(source, for_evaluation, **sizes) for key, source in eval_sources.items()}
+    if train_source is None:
+        return Loaders(None, loaders, eval_sources["eval"].info)
     train = TrainLoader(
         train_source,
         for_training,
@@ -108,7 +115,6 @@ def make_loaders(
         repeated_aug=repeated_aug,
         **sizes,
     )
-    loaders = {key: EvalLoader(source, for_evaluation, **sizes) for key, source in eval_sources.items()}
     return Loaders(train, loaders, train_source.info)
 
 

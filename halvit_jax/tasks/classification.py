@@ -13,8 +13,8 @@ from halvit_jax.models import fold, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
 from halvit_jax.tasks import mixup
-from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
-from halvit_jax.tasks.metrics import MeanCollector, classification_sums
+from halvit_jax.tasks.losses import LOSSES, any_label_cross_entropy, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.metrics import MeanCollector, best_label, classification_sums
 from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
@@ -123,10 +123,17 @@ class Classification:
         return self.model.apply({"params": params, **model_state}, self.normalise(batch["image"]), train=False)
 
     def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
-        logits = self.predict(params, model_state, batch)
-        targets = smooth_one_hot(batch["label"], logits.shape[-1], 0.0)
-        return classification_sums(cross_entropy(logits, targets), logits, batch["label"], batch["mask"])
+        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number.
+
+        Where the data have several labels an image, `label` is bool [b, c]: an answer is right if it is any of them,
+        the loss is that of their summed probability, and an image without labels does not count (ImageNet-ReaL).
+        """
+        logits, label, mask = self.predict(params, model_state, batch), batch["label"], batch["mask"]
+        if label.ndim == 2:
+            loss = any_label_cross_entropy(logits, label)
+            return classification_sums(loss, logits, best_label(logits, label), mask & label.any(-1))
+        targets = smooth_one_hot(label, logits.shape[-1], 0.0)
+        return classification_sums(cross_entropy(logits, targets), logits, label, mask)
 
     def collector(self) -> MeanCollector:
         """The means over all examples."""
