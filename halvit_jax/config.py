@@ -25,6 +25,7 @@ def default_config() -> ConfigDict:
             "seed": 0,  # of initial values, order, augmentation and stochastic depth
             "batch_size": 128,  # examples per step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
             "recipe_batch_size": 0,  # the batch_size of the recipe; a different one is logged as a warning; 0 disables
+            "published_top1": 0.0,  # percent on imagenet2012 that the recipe's publication reports; 0: none
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
             "init_from": "",  # initial weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names

@@ -35,7 +35,8 @@ ONLY_HOST = Host()
 class Loaders(NamedTuple):
     """The training loader (None without training), the evaluation loaders and the facts of the training set.
 
-    Without training the facts are those of "eval". `evals` starts with "eval", by which the best checkpoint is chosen; the set `v2` of data.evals is "eval_v2".
+    Without training the facts are those of "eval". `evals` starts with "eval", by which the best checkpoint is chosen;
+    the set `v2` of data.evals is "eval_v2".
     """
 
     train: Loader | None

@@ -96,8 +96,10 @@ def input_size(task: Task) -> tuple[int, int]:
     return task.batch_spec()["image"].shape[:2]
 
 
-def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
+def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool = True) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
+
+    Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
@@ -107,7 +109,7 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
     given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
-    return data.make_loaders(**config.data, **given)
+    return data.make_loaders(**config.data, **given, training=training)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

@@ -7,6 +7,7 @@ file of the reference repositories says so is in `tests/golden/recipes.json`.
 from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
+from halvit_jax.recipes.published import top1
 
 
 def deit(model: str) -> ConfigDict:
@@ -18,6 +19,7 @@ def deit(model: str) -> ConfigDict:
     config = default_config()
     config.num_epochs = 300
     config.batch_size = config.recipe_batch_size = 1024
+    config.published_top1 = top1(model)
     config.loop.ema_decay = 0.99996
     config.model.name = model
     config.model.drop_path = 0.1
@@ -42,6 +44,7 @@ def deit(model: str) -> ConfigDict:
 def deit_distilled(model: str) -> ConfigDict:
     """DeiT's distillation: a second token and classifier learn the labels that a RegNetY-16GF predicts."""
     config = deit(model)
+    config.published_top1 = top1(model, DISTILLED)
     config.model.name = f"{model}_distilled"
     _set_teacher(config, "regnety_160", kind="hard", alpha=0.5)
     return config
@@ -54,6 +57,7 @@ def deit_384(model: str) -> ConfigDict:
     evaluation mode.
     """
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
+    config.published_top1 = top1(model, AT_384)
     config.optim.schedule = "constant"
     config.model.drop_path = 0.0
     return config
@@ -78,6 +82,7 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     the 2.5e-6 that the warm-up leads to.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.model.drop_path = drop_path
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
@@ -96,6 +101,7 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     "384" is fine-tuning at 384 pixels in windows of twelve, with resampled tables.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
@@ -138,6 +144,7 @@ def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     start of the warm-up and the floor differ from Swin's, and the evaluation crops.
     """
     config = swin(model, drop_path=drop_path, variant="" if variant == DISTILLED else variant)
+    config.published_top1 = top1(model, variant)
     if variant == AT_384:
         config.batch_size = config.recipe_batch_size = 256
         config.data.eval_crop, config.data.eval_resize = 0.875, "short_side"
@@ -165,6 +172,7 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
     if model not in SHVIT_DECAY:
         raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.batch_size = config.recipe_batch_size = 2048
     config.compute_dtype = "float32"
     config.model.drop_path = None
@@ -188,6 +196,7 @@ def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     shows another rate than that of S and L.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.batch_size = config.recipe_batch_size = 2048
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
