@@ -152,6 +152,8 @@ def _classification() -> dict[str, Any]:
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
         "mixup_switch": 0.5,  # probability of CutMix if both are on
         "mixup_mode": "batch",  # batch: one draw for the whole batch; elem: one for each image
+        "mix_group": 0,  # rows that share a draw and are partners, a GPU's batch in the references; 0: the whole batch
+        "norm_group": 0,  # rows of one statistic of BatchNorm, a GPU's batch in the references; 0: the whole batch
         "erase": 0.0,  # probability of random erasing
         "erase_fill": "noise",  # what fills the erased box: noise, or zero (the mean colour)
     }
@@ -276,6 +278,17 @@ def validate(config: ConfigDict) -> None:
             raise ValueError(f"{name}={config[name]} must not be negative")
     if not 0.0 <= config.loop.ema_decay < 1.0:
         raise ValueError(f"loop.ema_decay={config.loop.ema_decay} must lie in [0, 1)")
+    for name in ("mix_group", "norm_group"):
+        group = config.classification[name]
+        for field, rows in (
+            ("", config.batch_size),
+            (" / loop.accumulate", config.batch_size // config.loop.accumulate),
+        ):
+            if 0 < group < rows and rows % group:
+                raise ValueError(
+                    f"classification.{name}={group} does not divide batch_size{field} = {rows}; set it to a divisor of "
+                    "that, or to 0 for the whole batch"
+                )
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
     if config.task.name == "distillation" and not config.teacher.init_from:

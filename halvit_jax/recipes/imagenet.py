@@ -29,6 +29,7 @@ def deit(model: str) -> ConfigDict:
     config.classification.label_smoothing = 0.1
     config.classification.mixup = 0.8
     config.classification.cutmix = 1.0
+    config.classification.mix_group = 64 if model == "deit_base" else 256
     config.classification.erase = 0.25
     config.optim.name = "adamw"
     config.optim.learning_rate = 5e-4
@@ -57,6 +58,7 @@ def deit_384(model: str) -> ConfigDict:
     evaluation mode.
     """
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
+    config.classification.mix_group = 32
     config.published_top1 = top1(model, AT_384)
     config.optim.schedule = "constant"
     config.model.drop_path = 0.0
@@ -84,8 +86,10 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config = deit(model)
     config.published_top1 = top1(model, variant)
     config.model.drop_path = drop_path
+    config.classification.mix_group = 128
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
+        config.classification.mix_group = 32
         config.optim.floor = 5e-6
         config.model.drop_path = 0.0
     if variant == DISTILLED:
@@ -105,6 +109,7 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
+    config.classification.mix_group = 64 if model == "swin_base" else 128
     config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
@@ -127,6 +132,7 @@ def pvt(model: str) -> ConfigDict:
     """
     config = deit(model)
     config.loop.ema_decay = 0.0
+    config.classification.mix_group = 128
     if model.removesuffix("_hc") in PVT_LARGE:
         config.model.drop_path = 0.3
         config.optim.clip_norm = 1.0
@@ -148,6 +154,7 @@ def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     if variant == AT_384:
         config.batch_size = config.recipe_batch_size = 256
         config.data.eval_crop, config.data.eval_resize = 0.875, "short_side"
+        config.classification.mix_group = 16
         config.optim.warmup_start = 2.5e-7
         config.optim.floor = 2.5e-6
     if variant == DISTILLED:
@@ -176,6 +183,7 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
     config.batch_size = config.recipe_batch_size = 2048
     config.compute_dtype = "float32"
     config.model.drop_path = None
+    config.classification.norm_group = config.classification.mix_group = 256
     config.optim.learning_rate = 1e-3
     config.optim.weight_decay = SHVIT_DECAY[model]
     config.optim.clip_adaptive = 0.02
@@ -201,11 +209,13 @@ def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
+    config.classification.norm_group = config.classification.mix_group = 256
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
     if variant == AT_384:
         _fine_tune(config, batch_size=1024, learning_rate=1.5e-6 if model == "nextvit_base" else 5e-6)
+        config.classification.norm_group = config.classification.mix_group = 128
         config.optim.schedule = "constant"
         config.optim.warmup_epochs = 0.0
     return config

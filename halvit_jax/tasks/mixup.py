@@ -51,13 +51,25 @@ def mixup_or_cutmix(
     cutmix_alpha: float,
     switch: float,
     per_image: bool = False,
+    group: int = 0,
 ) -> tuple[jax.Array, jax.Array]:
     """CutMix with probability `switch`, else Mixup; an alpha of 0 disables that one.
 
-    The choice and its numbers are drawn for the batch, or for each image.
+    The choice and its numbers are drawn for the batch, or for each image. `group` rows in turn are mixed as a batch of
+    their own, with draws and partners of their own; 0, or no more rows than that: the whole batch.
+
+    Raises:
+        ValueError: `group` does not divide a larger batch.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, targets
+    count = count_groups("classification.mix_group", group, len(images))
+    if count > 1:
+        alphas = {"mixup_alpha": mixup_alpha, "cutmix_alpha": cutmix_alpha}
+        mix_group = functools.partial(mixup_or_cutmix, **alphas, switch=switch, per_image=per_image)
+        rows = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), (images, targets))
+        mixed = jax.vmap(mix_group)(jax.random.split(key, count), *rows)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), mixed)
     mix = functools.partial(mixup, images=images, targets=targets, alpha=mixup_alpha, per_image=per_image)
     cut = functools.partial(cutmix, images=images, targets=targets, alpha=cutmix_alpha, per_image=per_image)
     if not cutmix_alpha:
@@ -69,6 +81,19 @@ def mixup_or_cutmix(
     if not per_image:
         return jax.lax.cond(cuts, lambda: cut(key), lambda: mix(key))
     return tuple(jnp.where(_beside(cuts, a), a, b) for a, b in zip(cut(key), mix(key), strict=True))
+
+
+def count_groups(field: str, group: int, rows: int) -> int:
+    """Into how many groups of `group` rows a batch is cut; 1 where it has no more rows, or for 0.
+
+    Raises:
+        ValueError: they do not divide the batch.
+    """
+    if not 0 < group < rows:
+        return 1
+    if rows % group:
+        raise ValueError(f"{field}={group} must divide the {rows} rows of a batch, or a part of one; 0 is all of them")
+    return rows // group
 
 
 def random_erase(key: jax.Array, images: jax.Array, *, probability: float, fill: str = "noise") -> jax.Array:

@@ -124,13 +124,22 @@ def test_the_largest_batch_is_the_largest_that_fits(first: int) -> None:
         return {"fits": peak <= 1000, "memory": {"peak": peak, "usable": 1000, "code": 10}}
 
     report = {"batch_size": first, "batch_per_device": first // 8, "accumulate": 1, "bytes": {"state": 90, "batch": 7}}
-    assert aot_plan.largest_batch(report | compiled(first), compiled) == 768  # of 832 the peak is 1022
+    assert aot_plan.largest_batch(report | {"groups": []} | compiled(first), compiled) == 768  # of 832 it is 1022
     assert len(set(tried)) <= 1 + aot_plan.MAX_COMPILES
+    tried.clear()
+    assert (
+        aot_plan.largest_batch(
+            report | {"groups": [512, 256], "batch_size": 512, "batch_per_device": 64} | compiled(512), compiled
+        )
+        == 512
+    )
+    assert not any(size % 512 for size in tried)
 
 
 def test_no_batch_may_fit() -> None:
     memory = {"peak": 2000, "usable": 1000, "code": 0}
     report = {"batch_size": 64, "batch_per_device": 8, "accumulate": 1, "bytes": {"state": 1990, "batch": 1}}
+    report["groups"] = []
     never = {"fits": False, "memory": memory}
     assert aot_plan.largest_batch(report | never, lambda size: never) == 0
     silent = {"fits": False, "memory": memory | {"peak": None}}

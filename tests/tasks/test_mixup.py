@@ -78,6 +78,34 @@ def test_with_both_alphas_zero_nothing_changes() -> None:
     assert targets is TARGETS
 
 
+def test_a_group_of_rows_is_mixed_as_a_batch_of_its_own() -> None:
+    keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
+    images = jax.random.uniform(jax.random.key(3), (16, 8, 8, 1))
+    mixed, targets = mixup.mixup_or_cutmix(KEYS[0], images, jnp.eye(16), **keywords, group=4)
+    for number, key in enumerate(jax.random.split(KEYS[0], 4)):
+        rows = slice(4 * number, 4 * number + 4)
+        own, wanted = mixup.mixup_or_cutmix(key, images[rows], jnp.eye(16)[rows], **keywords)
+        np.testing.assert_allclose(mixed[rows], own, rtol=1e-6)
+        np.testing.assert_allclose(targets[rows], wanted, rtol=1e-6)
+    shares = np.asarray(targets).max(1).reshape(4, 4)
+    assert np.ptp(shares, axis=1).max() < 1e-6
+    assert len(set(shares[:, 0].round(4).tolist())) == 4
+
+
+@pytest.mark.parametrize("group", [0, 4, 7])
+def test_a_group_of_no_fewer_rows_is_the_whole_batch(group: int) -> None:
+    keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
+    whole = mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, **keywords)
+    jax.tree.map(
+        np.testing.assert_array_equal, mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, **keywords, group=group), whole
+    )
+
+
+def test_a_group_that_does_not_divide_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"classification.mix_group=3 must divide the 4 rows of a batch"):
+        mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, mixup_alpha=1.0, cutmix_alpha=0.0, switch=0.5, group=3)
+
+
 def test_an_alpha_of_zero_leaves_that_kind_out(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mixup", "cutmix"):
         monkeypatch.setattr(mixup, name, lambda key, *, alpha, name=name, **_: (name, alpha))
