@@ -248,7 +248,7 @@ def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.
 
 @pytest.mark.parametrize("way", WAYS)
 def test_evaluation_has_the_pixels_of_timms_transform_on_photographs(way: str, golden: pathlib.Path) -> None:
-    """Pillow rounds between the two passes of a resize and TensorFlow does not: a quarter of a grey level on average."""
+    """Pillow rounds between the two passes of a resize and TensorFlow does not: a quarter of a grey level."""
     fields = WAYS[way]
     resize = {"center": "short_side", "squash": "squash"}[fields.get("crop_mode", "center")]
     method, size = fields["interpolation"], (fields["input_size"],) * 2
