@@ -72,12 +72,13 @@ def make_loaders(
     batch_size: int,
     size: tuple[int, int],
     seed: int,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
     host: Host = ONLY_HOST,
     training: bool = True,
 ) -> Loaders:
     """The loaders of `config.data`, whose fields explain the keywords; `size` is (height, width) of the images.
 
-    Without `training` no training data are needed.
+    `mean` is that of the colours, for augmentation. Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -94,6 +95,7 @@ def make_loaders(
         color_jitter=color_jitter,
         method=interpolation,
         antialias=antialias,
+        mean=mean,
         on_bad_image=on_bad_image,
     )
     for_evaluation = eval_transform(

@@ -109,6 +109,7 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool =
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
     given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
+    given["mean"] = config.task.mean
     return data.make_loaders(**config.data, **given, training=training)
 
 

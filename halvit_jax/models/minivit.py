@@ -196,7 +196,7 @@ class SwinRepeat(nn.Module):
         y = self.windows.split(norm(name="attention_norm")(x))
         y = self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights)
         x = x + drop(self.windows.join(y), train=train)
-        x = norm(name="local_norm")(x)
+        x = nn.LayerNorm(swin.EPSILON, dtype=x.dtype, name="local_norm")(x)  # it is the residual from here on
         local_conv = Conv(x.shape[-1], LOCAL, groups=x.shape[-1], use_bias=True, dtype=self.dtype, name="local_conv")
         x = x + local_conv(x)
         x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)

@@ -58,6 +58,7 @@ def deit_384(model: str) -> ConfigDict:
     evaluation mode.
     """
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
+    config.init_positions = "torch"
     config.classification.mix_group = 32
     config.published_top1 = top1(model, AT_384)
     config.optim.schedule = "constant"
@@ -89,6 +90,7 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     config.classification.mix_group = 128
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
+        config.init_positions = "torch"
         config.classification.mix_group = 32
         config.optim.floor = 5e-6
         config.model.drop_path = 0.0
@@ -118,6 +120,7 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     if variant == AT_384:
         _squash(_fine_tune(config, batch_size=1024, learning_rate=2e-5))
         config.model.window_size = 12
+        config.init_positions = "torch"
         config.optim.warmup_epochs = 5.0
         config.optim.warmup_start = 4e-8
         config.optim.floor = 4e-7

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import betaincinv
 
 QUANTILES = 2**14
+ERASE_ATTEMPTS = 10  # timm's
 ERASE_FILLS = ("noise", "zero")  # timm's "pixel" and torchvision's default
 
 
@@ -99,18 +100,24 @@ def count_groups(field: str, group: int, rows: int) -> int:
 def random_erase(key: jax.Array, images: jax.Array, *, probability: float, fill: str = "noise") -> jax.Array:
     """Fill one box of an image with normal "noise" or with "zero", with this probability for each image.
 
-    The box covers 2 % to a third of the area at an aspect ratio of 0.3 to 3.3, drawn log-uniformly. A box larger than
-    the image is cut to its size (timm draws again; the difference is a few per cent of the boxes).
+    The box covers 2 % to a third of the area at an aspect ratio of 0.3 to 3.3, drawn log-uniformly. As in timm a box
+    that does not fit is drawn again, at most ten times, and then the image stays as it is.
     """
     if not probability:
         return images
     b, h, w, _ = images.shape
     happen_key, area_key, ratio_key, row_key, column_key, noise_key = jax.random.split(key, 6)
-    area = jax.random.uniform(area_key, (b,), minval=0.02, maxval=1 / 3) * h * w
-    ratio = jnp.exp(jax.random.uniform(ratio_key, (b,), minval=jnp.log(0.3), maxval=jnp.log(1 / 0.3)))
-    rows = _spans(row_key, h, jnp.round(jnp.sqrt(area * ratio)))
-    columns = _spans(column_key, w, jnp.round(jnp.sqrt(area / ratio)))
-    happens = jax.random.bernoulli(happen_key, probability, (b,))
+    draws = (b, ERASE_ATTEMPTS)
+    area = jax.random.uniform(area_key, draws, minval=0.02, maxval=1 / 3) * h * w
+    ratio = jnp.exp(jax.random.uniform(ratio_key, draws, minval=jnp.log(0.3), maxval=jnp.log(1 / 0.3)))
+    heights, widths = jnp.round(jnp.sqrt(area * ratio)), jnp.round(jnp.sqrt(area / ratio))
+    fits = (heights < h) & (widths < w)
+    first = jnp.argmax(fits, axis=1, keepdims=True)  # the first True
+    rows, columns = (
+        _spans(key, size, jnp.take_along_axis(lengths, first, axis=1)[:, 0])
+        for key, size, lengths in ((row_key, h, heights), (column_key, w, widths))
+    )
+    happens = jax.random.bernoulli(happen_key, probability, (b,)) & fits.any(axis=1)
     box = happens[:, None, None] & rows[:, :, None] & columns[:, None, :]  # [b, h, w]
     filling = jax.random.normal(noise_key, images.shape, images.dtype) if fill == "noise" else jnp.zeros_like(images)
     return jnp.where(box[..., None], filling, images)
@@ -149,7 +156,6 @@ def _span(key: jax.Array, size: int, fraction: jax.Array) -> jax.Array:
 
 def _spans(key: jax.Array, size: int, lengths: jax.Array) -> jax.Array:
     """A random span of each length [b] within the size: bool [b, size]."""
-    lengths = jnp.minimum(lengths, size)
     start = jnp.floor(jax.random.uniform(key, lengths.shape) * (size - lengths + 1))
     place = jnp.arange(size, dtype=start.dtype)[None]
     return (place >= start[:, None]) & (place < (start + lengths)[:, None])

@@ -126,9 +126,20 @@ def test_augmentations_come_in_the_order_of_the_fields() -> None:
         image = tf.constant(images(train(crop="random_resized"), range(i, i + 1))[0])
         image = ops.random_flip(image, ops.fold_in(seed(i), 1))
         image = ops.random_shift(image, ops.fold_in(seed(i), 2), pixels=2)
-        image = AUGMENTATIONS["color_jitter"][2](image, ops.fold_in(seed(i), 4))
         image = augment.rand_augment(image, ops.fold_in(seed(i), 3), interpolation="bilinear")
+        image = AUGMENTATIONS["color_jitter"][2](image, ops.fold_in(seed(i), 4))
         np.testing.assert_array_equal(found[i], image)
+
+
+def test_rand_augment_fills_with_the_mean_of_the_data() -> None:
+    black, found = tf.io.encode_png(np.zeros((SIZE, SIZE, 3), np.uint8)), []
+    for mean, fill in (((0.485, 0.456, 0.406), (124, 116, 104)), ((0.5, 0.25, 1.0), (128, 64, 255))):
+        found.append(images(train(policy="rand-m10-p1", mean=mean), range(8), black))
+        policy = augment.parse_policy("rand-m10-p1", interpolation="bilinear", fill=fill)
+        for i in range(8):
+            expected = policy(tf.zeros((SIZE, SIZE, 3), tf.uint8), ops.fold_in(seed(i), 3))
+            np.testing.assert_array_equal(found[-1][i], expected)
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("on_bad_image", tiered(["error", "replace"], {"error"}))

@@ -194,13 +194,31 @@ def test_erased_boxes_have_timms_areas_and_aspects_and_reach_every_place(erased:
     areas = heights * widths / SIZE**2
     assert areas.min() >= 0.02 * 0.85  # rounding to whole pixels
     assert areas.max() <= 1 / 3 * 1.05
-    inside = (heights < SIZE) & (widths < SIZE)  # a box cut to the image's size has lost its aspect
-    ratios = (heights / widths)[inside]
+    assert max(heights.max(), widths.max()) < SIZE  # a longer box is drawn again
+    ratios = heights / widths
     assert 0.25 < ratios.min() < 0.4
     assert 2.5 < ratios.max() < 4.0
     assert np.log(ratios).mean() == pytest.approx(0.0, abs=0.1)
     assert boxes.any((0, 1)).all()
     assert boxes.any((0, 2)).all()
+
+
+def test_a_box_that_never_fits_erases_nothing() -> None:
+    flat = jnp.full((64, 1, 400, 3), 100.0)  # every box is at least a pixel high
+    np.testing.assert_array_equal(mixup.random_erase(KEYS[0], flat, probability=1.0), flat)
+
+
+def test_a_box_that_does_not_fit_is_drawn_again() -> None:
+    """On an image of 1 to 8 few boxes fit at the first attempt; after ten more images are erased than after one."""
+    narrow = jnp.full((DRAWS, 20, 160, 3), 100.0)
+    counts = []
+    for attempts in (1, mixup.ERASE_ATTEMPTS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mixup, "ERASE_ATTEMPTS", attempts)
+            erased = jax.jit(lambda: mixup.random_erase(KEYS[0], narrow, probability=1.0))()
+        counts.append(float((erased != 100.0).any((1, 2, 3)).mean()))
+    assert counts[0] < 0.9
+    assert counts[1] > 0.99
 
 
 def test_erasing_with_probability_zero_changes_nothing() -> None:
