@@ -81,10 +81,13 @@ def test_with_both_alphas_zero_nothing_changes() -> None:
 def test_a_group_of_rows_is_mixed_as_a_batch_of_its_own() -> None:
     keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
     images = jax.random.uniform(jax.random.key(3), (16, 8, 8, 1))
-    mixed, targets = mixup.mixup_or_cutmix(KEYS[0], images, jnp.eye(16), **keywords, group=4)
+    mix = jax.jit(lambda *arrays: mixup.mixup_or_cutmix(*arrays, **keywords))
+    mixed, targets = jax.jit(lambda *arrays: mixup.mixup_or_cutmix(*arrays, **keywords, group=4))(
+        KEYS[0], images, jnp.eye(16)
+    )
     for number, key in enumerate(jax.random.split(KEYS[0], 4)):
         rows = slice(4 * number, 4 * number + 4)
-        own, wanted = mixup.mixup_or_cutmix(key, images[rows], jnp.eye(16)[rows], **keywords)
+        own, wanted = mix(key, images[rows], jnp.eye(16)[rows])
         np.testing.assert_allclose(mixed[rows], own, rtol=1e-6)
         np.testing.assert_allclose(targets[rows], wanted, rtol=1e-6)
     shares = np.asarray(targets).max(1).reshape(4, 4)
