@@ -73,7 +73,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         step=build.build_train_step(config, task, optimizer),
         state=state,
         constants=task.constants,
-        batch=abstract_batch(mesh, task.batch_spec(), batch_size=config.batch_size),
+        batch=abstract_batch(mesh, build.training_spec(config, task), batch_size=config.batch_size),
         untied=untied,
     )
 

@@ -96,6 +96,15 @@ def input_size(task: Task) -> tuple[int, int]:
     return task.batch_spec()["image"].shape[:2]
 
 
+def training_spec(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """`Task.batch_spec` of the training batches, whose images have `data.train_size` pixels if that is set."""
+    spec, side = task.batch_spec(), config.data.train_size
+    if side:
+        image = spec["image"]
+        spec["image"] = jax.ShapeDtypeStruct((side, side, *image.shape[2:]), image.dtype)
+    return spec
+
+
 def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool = True) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
 

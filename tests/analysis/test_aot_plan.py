@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.configs import load
 from helpers.plans import EIGHT, GIBIBYTE, OUT_OF_MEMORY, FakeLowered, digits_config, prepared
 from helpers.shapes import shallow
 from jax.sharding import NamedSharding
@@ -41,6 +42,10 @@ def test_bytes_of_a_small_model_are_those_counted_by_hand(fsdp: int) -> None:
     assert 0 <= parts["optimizer"] - 2 * by_hand < 16  # and its counters
     assert parts["other_state"] == 4  # the step
     assert aot_plan.shard_bytes(subject.batch) == 128 // 8 * (8 * 8 * 3 + 4 + 1 + 4)
+
+
+def test_the_step_is_that_of_images_of_the_training_size() -> None:
+    assert prepared(load("resnet:18,v2")).batch["image"].shape == (1024, 176, 176, 3)
 
 
 def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
