@@ -186,11 +186,11 @@ class SwinBlock(nn.Module):
 
         def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
-            return windows.mask(logits + position_bias().astype(logits.dtype))
+            return windows.mask(logits + position_bias().astype(logits.dtype)[None])
 
         y = self.attention(name="attention")(windows.split(norm(name="attention_norm")(x)), logits_fn=logits_fn)
-        x = x + drop(windows.join(y), train=train)
-        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train)
+        x = x + drop(windows.join(y), train=train).astype(x.dtype)
+        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train).astype(x.dtype)
         sow(self, "hidden", x)
         return x
 
