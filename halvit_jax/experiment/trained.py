@@ -31,8 +31,8 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path) -> Trained:
-    """The newest checkpoint of a run, to compute in float32.
+def load_trained(workdir: str | pathlib.Path, *, ema: bool = True) -> Trained:
+    """The newest checkpoint of a run, to compute in float32; without `ema` the raw weights even if it has averages.
 
     Raises:
         ValueError: no run or no checkpoint here, or one that does not fit its own config.
@@ -42,7 +42,7 @@ def load_trained(workdir: str | pathlib.Path) -> Trained:
     config.compute_dtype = "float32"
     task = build_task(config)
     state = restore_newest(task, config, workdir)
-    variables = state.ema or state.trained
+    variables = (ema and state.ema) or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 

@@ -72,10 +72,21 @@ def check_every_parameter_learns(name: str) -> None:
 
 
 def check_bfloat16_is_close_to_float32(name: str) -> None:
-    """And not the same."""
+    """And not the same; the logits are not rounded to bfloat16."""
     exact, rough = (logits_of(tiny_model(name, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert rough.dtype == jnp.float32
+    assert bool((rough != rough.astype(jnp.bfloat16)).any())
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(exact.std())
+
+
+def check_the_residual_is_float32_where_the_field_says_so(name: str) -> None:
+    """The outputs of all blocks, while the branches compute in bfloat16."""
+    for wide, dtype in ((True, jnp.float32), (False, jnp.bfloat16), (None, jnp.bfloat16)):
+        model = tiny_model(name, dtype="bfloat16", **{} if wide is None else {"residual_float32": wide})
+        blocks = jax.eval_shape(lambda v: capture(model, v, images_of(model), ("blocks",)), variables_of(model))  # noqa: B023
+        leaves = jax.tree.leaves(blocks)
+        assert leaves
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
 
 
 def check_another_resolution_and_no_head(name: str) -> None:
