@@ -56,14 +56,14 @@ def build_evaluation(config: ConfigDict) -> Evaluation:
 
 
 def published_lines(config: ConfigDict, results: Mapping[str, Mapping[str, float | None]]) -> list[str]:
-    """A line for each result on the published data set: the measured top-1 beside `config.published_top1`."""
-    if not config.published_top1 or (config.data.eval_name or config.data.name) != PUBLISHED_ON:
-        return []
-    measured = {name: 100 * (results[name].get("top1") or 0.0) for name in ("eval", "ema_eval") if name in results}
-    return [
-        f"{name}  top1 {top1:.2f}%, published {config.published_top1:.2f}% ({top1 - config.published_top1:+.2f})"
-        for name, top1 in measured.items()
-    ]
+    """The measured top-1 of each result beside `config.published_top1`, and the difference on the same data set."""
+    published, lines = config.published_top1, []
+    same = (config.data.eval_name or config.data.name) == PUBLISHED_ON
+    for name, metrics in results.items() if published else ():
+        top1 = 100 * (metrics.get("top1") or 0.0)
+        beside = f"({top1 - published:+.2f})" if same and name in ("eval", "ema_eval") else f"on {PUBLISHED_ON}"
+        lines.append(f"{name}  top1 {top1:.2f}%, published {published:.2f}% {beside}")
+    return lines
 
 
 def _state(task: Any, mesh: Mesh, loaded: Transfer) -> TrainState:

@@ -52,7 +52,8 @@ def test_groups_are_normalised_each_by_itself_and_the_averages_move_to_the_mean_
         y, changed = _norm(x, variables, train=True)
     parts = np.asarray(x, np.float64).reshape(3, -1, C)
     mean, var = parts.mean(1, keepdims=True), parts.var(1, keepdims=True)
-    scaled = (parts - mean) / np.sqrt(var + 1e-5) * variables["params"]["scale"] + variables["params"]["bias"]
+    scale, bias = (np.asarray(variables["params"][name]) for name in ("scale", "bias"))
+    scaled = (parts - mean) / np.sqrt(var + 1e-5) * scale + bias
     np.testing.assert_allclose(y, scaled.reshape(shape), rtol=1e-4, atol=1e-5)
     old, new = variables["batch_stats"], changed["batch_stats"]
     np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * mean.mean(0)[0], rtol=1e-5, atol=1e-6)

@@ -36,6 +36,12 @@ def test_the_residual_is_float32_where_the_field_says_so(name: str) -> None:
     contract.check_the_residual_is_float32_where_the_field_says_so(name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("deit_tiny", 64), ("swin_tiny", 112), ("pvt_tiny", 64)])
+def test_a_float32_residual_is_closer_to_float32(name: str, size: int) -> None:
+    contract.check_a_float32_residual_is_closer_to_float32(name, size)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_another_resolution_and_no_head(name: str) -> None:
     contract.check_another_resolution_and_no_head(name)
