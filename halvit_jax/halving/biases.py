@@ -32,7 +32,10 @@ def query_bias(tied: TiedHeads, heads: Heads, given: np.ndarray, centred: np.nda
     """The bias [d] of the tied attention's own queries with the effect of the given one: C^h b_h = Wk_h bq_h."""
     _, c = _columns(tied, heads)
     targets = heads.key @ given.astype(np.float64).reshape(len(c), -1, 1)
-    found = [_ridge(each.T @ centred @ each, each.T @ centred @ target[:, 0]) for each, target in zip(c, targets, strict=True)]
+    found = [
+        _ridge(each.T @ centred @ each, each.T @ centred @ target[:, 0])
+        for each, target in zip(c, targets, strict=True)
+    ]
     return np.concatenate(found)
 
 

@@ -2,8 +2,8 @@
 
     min |ffn(norm(x)) - y|^2 / var(y)        Adam, cosine; small batches of tokens x with the teacher's outputs y
 
-The batch of a step is a function of (seed, step), so a fit that stops and goes on ends with the same values. It is split
-over the devices; the parameters are whole on each.
+The batch of a step is a function of (seed, step), so a fit that stops and goes on ends with the same values. It is
+split over the devices; the parameters are whole on each.
 
 Shapes: `m` tokens, `s` steps, `t` tokens of a step, `d` width.
 """
@@ -58,7 +58,8 @@ def fit(
     Args:
         layer: what is fitted; equal functions are compiled once.
         start: initial parameters, or the state of a stopped fit.
-        inputs, targets: tokens [m, d].
+        inputs: tokens [m, d].
+        targets: the teacher's outputs [m, d].
         steps: length of the fit.
         batch: tokens of a step, a multiple of the devices.
         learning_rate: peak, at the first step.
