@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from halvit_jax.halving.vit import COVARIANCES, Settings
 from halvit_jax.models.minivit import MiniDeit
 from halvit_jax.models.resnet import ResNet
 from halvit_jax.models.vit import VisionTransformer
@@ -68,3 +69,15 @@ def check_images(model: VisionTransformer, number: int, size: tuple[int, int]) -
             f"images={number} with {tokens} tokens each cannot determine covariances of width {model.width}; give at "
             f"least {needed}, better ten times as many"
         )
+
+
+def check_settings(settings: Settings, devices: int) -> None:
+    """Raise a ValueError unless the settings are possible on so many devices, which share each batch."""
+    if settings.covariance not in COVARIANCES:
+        raise ValueError(f"covariance={settings.covariance!r} is not one of {', '.join(COVARIANCES)}")
+    for field, least in {"rounds": 0, "fit_steps": 0, "fit_batch": 1, "batch": 1}.items():
+        if getattr(settings, field) < least:
+            raise ValueError(f"{field}={getattr(settings, field)} must be at least {least}")
+    for field in ("fit_batch", "batch"):
+        if getattr(settings, field) % devices:
+            raise ValueError(f"{field}={getattr(settings, field)} does not divide over {devices} devices")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from halvit_jax.halving.checks import check_images, check_pair, check_teacher
+from halvit_jax.halving.checks import check_images, check_pair, check_settings, check_teacher
 from halvit_jax.halving.vit import HalvedBlock, Settings, assembled, halved_blocks
 from halvit_jax.models.vit import TIED, VisionTransformer
 
@@ -43,6 +43,7 @@ def halve(
     check_pair(model, student)
     check_images(model, len(images), images.shape[1:3])
     given = Settings(**settings)
+    check_settings(given, 1)
     batches = (np.asarray(images[first : first + given.batch]) for first in range(0, len(images), given.batch))
     blocks: list[HalvedBlock] = []
     for block in halved_blocks(model, student, variables["params"], batches, given):
