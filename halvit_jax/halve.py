@@ -50,16 +50,12 @@ def main(argv: list[str]) -> None:
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out={out} is in a folder that does not exist; create {out.absolute().parent}")
         from halvit_jax.experiment import halve  # slow: imports the trainer
-        from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
 
         settings = {"fit_steps": given.fit_steps, "rounds": given.rounds, "covariance": given.covariance}
         job = halve.prepare(given.config, source=given.teacher, images=given.images, **settings)
-        preemption = PreemptionHandler()
-        try:
-            with preemption.install():
-                result = halve.run(job, out, preemption=preemption, log=lambda text: print(text, flush=True))
-        except halve.Interrupted:
-            app.stopped(f"{preemption.name}: the same command goes on from there")
+        result = halve.run(job, out, log=lambda text: print(text, flush=True))
+    if "stopped" in result:
+        app.stopped(f"{result['stopped']}: the same command goes on from there")
     print(json.dumps({name: value for name, value in result.items() if name != "blocks"}))
 
 

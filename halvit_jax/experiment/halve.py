@@ -45,10 +45,6 @@ class Job(NamedTuple):
     loaders: Any
 
 
-class Interrupted(Exception):  # noqa: N818
-    """A stop was requested; the progress is saved."""
-
-
 def prepare(config: ConfigDict, *, source: str, images: int, **settings: Any) -> Job:
     """The parts of a halving of the teacher `source` ("": that of the config) into the model of the config.
 
@@ -82,45 +78,50 @@ def prepare(config: ConfigDict, *, source: str, images: int, **settings: Any) ->
     return Job(config, student, known, teacher.variables["params"], images, given, mesh, loaders)
 
 
-def run(
-    job: Job, out: pathlib.Path, *, preemption: PreemptionHandler, log: Callable[[str], None] = print
-) -> dict[str, Any]:
+def run(job: Job, out: pathlib.Path, *, log: Callable[[str], None]) -> dict[str, Any]:
     """Halve, write the weight file `out`, and return {"top1_before", "top1_after", "params", "sha256", "blocks", ...}.
 
-    The accuracies are those on the config's evaluation set.
+    The accuracies are those on the config's evaluation set. Asked to stop by a signal, it saves what is done and
+    returns {"stopped": the signal's name}.
 
     Raises:
-        Interrupted: a stop was requested.
         ValueError: the progress beside `out` is of another halving.
     """
-    started = time.perf_counter()
-    progress = _Progress(out, _key(job))
+    progress, preemption = _Progress(out, _key(job)), PreemptionHandler()
     try:
-        before = _top1(job, job.teacher, job.params, preemption)
-        log(f"teacher: {count(job.params):,} parameters, top-1 {before:.2%}")
-        for number, block in enumerate(progress.blocks):
-            log(line(number, block))
-        halved = vit.halved_blocks(
-            job.teacher.model,
-            job.student.model,
-            job.params,
-            _images(job),
-            job.settings,
-            done=len(progress.blocks),
-            unfinished=progress.unfinished,
-            sharding=NamedSharding(job.mesh, BATCH),
-            stop=lambda: bool(preemption.name),
-        )
-        for block in halved:
-            log(line(len(progress.blocks), block))
-            progress.add(block)
-        params = vit.assembled(job.params, progress.blocks)
-        after = _top1(job, job.student, params, preemption)
+        with preemption.install():
+            return _run(job, out, progress, preemption, log)
     except vit.Stopped as stopped:
         progress.save(stopped.unfinished)
-        raise Interrupted from None
     except PreemptedError:
-        raise Interrupted from None
+        pass  # between two parts: all that is done is saved
+    return {"stopped": preemption.name}
+
+
+def _run(
+    job: Job, out: pathlib.Path, progress: "_Progress", preemption: PreemptionHandler, log: Callable[[str], None]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    before = _top1(job, job.teacher, job.params, preemption)
+    log(f"teacher: {count(job.params):,} parameters, top-1 {before:.2%}")
+    for number, block in enumerate(progress.blocks):
+        log(line(number, block))
+    halved = vit.halved_blocks(
+        job.teacher.model,
+        job.student.model,
+        job.params,
+        _images(job),
+        job.settings,
+        done=len(progress.blocks),
+        unfinished=progress.unfinished,
+        sharding=NamedSharding(job.mesh, BATCH),
+        stop=lambda: bool(preemption.name),
+    )
+    for block in halved:
+        log(line(len(progress.blocks), block))
+        progress.add(block)
+    params = vit.assembled(job.params, progress.blocks)
+    after = _top1(job, job.student, params, preemption)
     save_trained(out, Trained(job.student, (params, {}), job.config, job.loaders.info))
     progress.remove()
     log(f"student: {count(params):,} parameters, top-1 {after:.2%}")
