@@ -1,4 +1,4 @@
-"""Benchmark of halving on the embedded digits: accuracy against steps for halved students and for others of their shape.
+"""Benchmark of halving on the embedded digits: accuracy against steps, beside other students of the same shape.
 
 `python -m halvit_jax.bench --what=halve` calls `measure`, `table` and `plot`. The teacher is README's untied ViT, of
 docs/distillation.md. A cell is a run of `main` in a folder of its own; finished ones are not repeated, others resume.
@@ -18,9 +18,7 @@ from halvit_jax.experiment.tasks import build_task
 from halvit_jax.recipes import digits
 
 Train = Callable[[ConfigDict, pathlib.Path], Any]  # trains a config in a workdir to the end, as `main` does
-Halve = Callable[
-    [ConfigDict, pathlib.Path], dict[str, Any]
-]  # writes a weight file and returns `experiment.halve.run`'s
+Halve = Callable[[ConfigDict, pathlib.Path], dict[str, Any]]  # writes a weight file, as `experiment.halve.run`
 
 STEPS = (50, 100, 200, 440)
 TEACHER_STEPS = 2200
