@@ -66,8 +66,8 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
-    `name` with `overrides`.
+    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; or a PyTorch state in a .safetensors, .npz or .pth
+    file, of the model `name` with `overrides`.
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 

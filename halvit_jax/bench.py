@@ -5,6 +5,7 @@ python -m halvit_jax.bench --config=configs/NAME.py --batch=8          the task,
 python -m halvit_jax.bench --what=input [--batch=64]
 python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
 python -m halvit_jax.bench --what=halve [--workdir=runs/halve] [--seeds=3] [--plot=FILE.svg]
+python -m halvit_jax.bench --what=signs [--workdir=runs/signs] [--seeds=5]
 
 One device works, however many there are. The models take turns within every round, so that drift of a shared machine
 hits all of them alike; figures are medians over the rounds. A training step is forward, backward and update.
@@ -35,16 +36,16 @@ STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule, which no figure depends on
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    flags.DEFINE_enum("what", "models", list(BENCHMARKS), "Models, the input pipeline, families, or halving.")
+    flags.DEFINE_enum("what", "models", list(BENCHMARKS), "What to measure.")
     config_flags.DEFINE_config_file("config", None, "File of configs/ to benchmark instead of --models.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
     flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
-    flags.DEFINE_string("workdir", None, "Folder for the runs of families or halving; else runs/WHAT.")
+    flags.DEFINE_string("workdir", None, "Folder for the runs of families, halving or signs; else runs/WHAT.")
     flags.DEFINE_string("plot", None, "Of halving: a .svg or .png file for the picture.")
-    flags.DEFINE_integer("seeds", 3, "Runs of each family, or of each cell of halving.", lower_bound=1)
+    flags.DEFINE_integer("seeds", 3, "Runs of each family, or of each row of halving or signs.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Length of each run of the families.", lower_bound=1)
     flags.DEFINE_list("families", [], "The families to measure; without it one or two of each kind.")
 
@@ -264,12 +265,30 @@ def report_halve(rows: list[dict[str, Any]], given: Any) -> None:
         print(f"accuracy against steps: {given.plot}")
 
 
+def measure_signs(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
+    """One row for each choice of the signs of a HaLViT's norms."""
+    del configs
+    from halvit_jax import main
+    from halvit_jax.analysis import norm_signs
+
+    return norm_signs.measure(_workdir(given), train=main.run_experiment, seeds=given.seeds)
+
+
+def report_signs(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure_signs` as a table."""
+    del given
+    from halvit_jax.analysis import norm_signs
+
+    print(norm_signs.table(rows))
+
+
 # --what -> a function of the flags and their configs that measures rows, and one that prints them.
 BENCHMARKS: dict[str, tuple[Callable[..., list[dict[str, Any]]], Callable[..., None]]] = {
     "models": (lambda given, configs: measure(configs, repeats=given.repeats), report_models),
     "input": (measure_input, report_input),
     "families": (measure_families, report_families),
     "halve": (measure_halve, report_halve),
+    "signs": (measure_signs, report_signs),
 }
 
 
