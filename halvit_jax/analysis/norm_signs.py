@@ -1,8 +1,8 @@
 """Whether a HaLViT learns faster if its feed-forward layers may contract from the start.
 
 `python -m halvit_jax.bench --what=signs` calls `measure` and `table`. With positive scales of the norm before it the
-Jacobian of a tied feed-forward layer is positive semidefinite nearly everywhere (see `halving.ffn`). Here half or all of
-these scales start at -1. The runs of a seed start from the same values but for the signs.
+Jacobian of a tied feed-forward layer is positive semidefinite nearly everywhere (see `halving.ffn`). Here half or all
+of these scales start at -1. The runs of a seed start from the same values but for the signs.
 """
 
 import json

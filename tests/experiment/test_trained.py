@@ -39,7 +39,7 @@ def test_a_file_of_a_trained_model_serves_as_its_workdir(done: pathlib.Path, tmp
 def test_a_file_without_its_config_is_refused(done: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path, arrays = tmp_path / "weights.safetensors", {"a": np.zeros(1, np.float32)}
     readers.write(path, arrays, {})
-    with pytest.raises(ValueError, match="has no config inside; give the workdir of a run"):
+    with pytest.raises(ValueError, match="has no config of a run inside; give the workdir of one"):
         load_trained(path)
     readers.write(path, arrays, {"config": (done / "config.json").read_text()})
     with pytest.raises(ValueError, match="is no file of halvit_jax, although it has a config inside"):

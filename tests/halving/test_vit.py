@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers.halving import Teacher, written_out
+from helpers.tiers import tiered
 from jax.sharding import NamedSharding
 
 from halvit_jax.halving import vit
@@ -32,7 +33,9 @@ def halved(teacher: Teacher, images: np.ndarray, tied: dict[str, Any], **options
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"distilled": True}, {"attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", tiered([{}, {"distilled": True}, {"attention_bias": True}], [{"distilled": True}]), ids=str
+)
 def test_a_tied_teacher_written_out_is_recovered(fields: dict[str, Any], images: np.ndarray) -> None:
     teacher = written_out(**fields)
     tied = TIED | {"attention_bias": fields.get("attention_bias", False)}
@@ -69,7 +72,8 @@ def test_the_fit_and_the_data_lower_the_errors(untied: Teacher, images: np.ndarr
     bare = halved(untied, images, TIED, settings=SETTINGS._replace(fit_steps=0, covariance="identity"))
     for block, other in zip(fitted, bare, strict=True):
         assert block.attention.after < other.attention.after
-        assert block.ffn.after < block.ffn.before == pytest.approx(other.ffn.after, rel=0.5)
+        assert block.ffn.after < block.ffn.before
+        assert other.ffn.after == other.ffn.before  # without a step
 
 
 def stop_at(call: int) -> Callable[[], bool]:
@@ -77,7 +81,7 @@ def stop_at(call: int) -> Callable[[], bool]:
     return lambda: next(answers)
 
 
-@pytest.mark.parametrize("call", [1, 2, 3, 4])
+@pytest.mark.parametrize("call", tiered([1, 2, 3, 4], {3}))
 def test_a_stopped_halving_goes_on_to_the_same_values(call: int, untied: Teacher, images: np.ndarray) -> None:
     """Asked before a block, behind its attention, in its fit, and before the next block."""
     whole = halved(untied, images, TIED)
