@@ -12,15 +12,29 @@ maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from flax import linen as nn
+if TYPE_CHECKING:
+    import numpy as np
+    from flax import linen as nn
 
-from halvit_jax.models import create_model, fold, list_models
-from halvit_jax.models.intermediates import capture
+    from halvit_jax.models import create_model, fold, list_models
+    from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "halve", "list_models", "load", "to_torch"]
+
+
+def __getattr__(name: str) -> Any:
+    """JAX and the models are imported when they are first used, so that wrong flags are answered at once."""
+    if name == "capture":
+        from halvit_jax.models.intermediates import capture
+
+        return capture
+    if name in ("create_model", "fold", "list_models"):
+        from halvit_jax import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -36,7 +50,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
 
 def to_torch(
     name: str, variables: Mapping[str, Any], *, as_deit: bool = False, **overrides: Any
-) -> dict[str, np.ndarray]:
+) -> "dict[str, np.ndarray]":
     """The PyTorch state of the model `name`; with `as_deit`, a HaLViT as the plain DeiT that gives the same logits.
 
     Raises:
@@ -48,8 +62,8 @@ def to_torch(
 
 
 def halve(
-    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
+    model: "nn.Module", variables: Mapping[str, Any], images: "np.ndarray", **options: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
     """A trained DeiT as a HaLViT of the same shape, tied to what it computes on some normalised images [b, h, w, 3].
 
     Without labels. See `halvit_jax.halving.halve.halve` for the options, such as `fit_steps=1500` and `ffn="dense"`.
@@ -62,7 +76,9 @@ def halve(
     return halving.halve(model, variables, images, **options)
 
 
-def load(source: str | os.PathLike[str], name: str | None = None, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    source: str | os.PathLike[str], name: str | None = None, **overrides: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
@@ -82,6 +98,7 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables
     from halvit_jax.convert import readers, weights_file
+    from halvit_jax.models import create_model
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables
