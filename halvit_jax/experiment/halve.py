@@ -29,6 +29,7 @@ from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
 from halvit_jax.training.sharding import BATCH
 from halvit_jax.trees import count, flatten, sha256, unflatten
 
+MOST_AT_ONCE = 128  # images; their activations, not the tokens of all images, would be the peak of the memory
 PROGRESS = ".progress.safetensors"  # behind the name of the weight file
 
 
@@ -49,7 +50,7 @@ def prepare(config: ConfigDict, *, source: str, images: int, **settings: Any) ->
     """The parts of a halving of the teacher `source` ("": that of the config) into the model of the config.
 
     Args:
-        config: model, data, batch size, seed, mesh and teacher count.
+        config: its model, data, batch size, seed, mesh and teacher are used.
         source: a workdir or a weight file.
         images: number of calibration images.
         settings: fields of `vit.Settings`.
@@ -66,8 +67,10 @@ def prepare(config: ConfigDict, *, source: str, images: int, **settings: Any) ->
     teacher, _ = load_teacher(config, student)
     checks.check_pair(teacher.model, student.model)
     checks.check_images(student.model, images, build.input_size(student))
-    given = vit.Settings(**settings, batch=config.batch_size, seed=config.seed)
-    checks.check_settings(given, mesh.shape["data"] * mesh.shape["fsdp"])
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = devices * max(min(config.batch_size, MOST_AT_ONCE) // devices, 1)
+    given = vit.Settings(**settings, batch=batch, seed=config.seed)
+    checks.check_settings(given, devices)
     for field in ("mean", "std"):
         own, known = tuple(config.task[field]), tuple(float(value) for value in getattr(teacher, field))
         if own != known:

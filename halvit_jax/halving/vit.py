@@ -85,7 +85,7 @@ def halved_blocks(
         teacher: a model.
         student: another one; `checks.check_pair` lets both pass.
         params: the teacher's.
-        images: batches of normalised images [b, h, w, 3], each of at most `settings.batch`.
+        images: batches of normalised images [b, h, w, 3], of any size.
         settings: how.
         done: blocks that exist already.
         unfinished: what a stopped call has left of block `done`.
@@ -151,7 +151,7 @@ class _Layers:
 
     def embed(self, params: PyTree, images: np.ndarray) -> np.ndarray:
         """The inputs [b, n, d] of the first block."""
-        return self._batched(self._embed, params, images)
+        return np.concatenate([self._batched(self._embed, params, batch) for batch in self._batches(images)])
 
     def run_block(self, params: PyTree, tokens: np.ndarray) -> _Run:
         """The teacher's block, and the covariances of its attention's inputs."""

@@ -22,7 +22,7 @@ def logits(model: Any, params: Any, images: np.ndarray) -> np.ndarray:
 
 
 def batches(images: np.ndarray) -> Iterator[np.ndarray]:
-    return (images[first : first + 16] for first in range(0, len(images), 16))  # the last is of eight
+    return (images[first : first + 24] for first in range(0, len(images), 24))  # the last is of 16
 
 
 def halved(teacher: Teacher, images: np.ndarray, tied: dict[str, Any], **options: Any) -> list[vit.HalvedBlock]:
