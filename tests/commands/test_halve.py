@@ -30,7 +30,7 @@ def test_halve_stopped_by_sigterm_exits_with_75_and_resumes(
     arguments += ["--config.model.num_heads=2", "--fit_steps=2000"]
     process = Started(HALVE, *arguments, stdout=log)
     deadline = time.monotonic() + 120
-    while "block 0" not in log.read_text():
+    while not log.exists() or "block 0" not in log.read_text():
         assert time.monotonic() < deadline
         assert process.poll() is None, log.read_text()
         time.sleep(0.02)
@@ -49,7 +49,7 @@ def test_halve_stopped_by_sigterm_exits_with_75_and_resumes(
         (["--out=x.safetensors"], "give both --config=configs/NAME.py and --out=FILE.safetensors"),
         (["--out=x.npz"], "--out=x.npz must end in .safetensors"),
         (["--out=/nowhere/x.safetensors"], "is in a folder that does not exist; create /nowhere"),
-        (["--out=x.safetensors", "--teacher=nowhere"], "teacher.init_from=nowhere does not say which model"),
+        (["--out=x.safetensors", "--teacher=nowhere"], "teacher.init_from=nowhere does not name its model"),
         (["--out=x.safetensors", "--images=0"], "--images"),
         (["--out=x.safetensors", "runs/vit_digits"], "flags look like --teacher=runs/vit_digits"),
     ],
