@@ -18,23 +18,38 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
-    from halvit_jax.models import create_model, fold, list_models
+    from halvit_jax.models import fold, list_models
     from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "halve", "list_models", "load", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
-    """JAX and the models are imported when they are first used, so that wrong flags are answered at once."""
+    """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
     if name == "capture":
         from halvit_jax.models.intermediates import capture
 
         return capture
-    if name in ("create_model", "fold", "list_models"):
+    if name in ("fold", "list_models"):
         from halvit_jax import models
 
         return getattr(models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
+    """The model `name` as a flax.linen.Module; its size is in the family's table, and `fields` change it.
+
+    With `pretrained`, `load` of its published weights on the Hub, or of that source: (model, variables).
+
+    Raises:
+        ValueError: no such model, fields that do not fit it, or no published weights.
+    """
+    from halvit_jax import models
+
+    if pretrained:
+        return load(pretrained if isinstance(pretrained, str) else f"hf://{name}", name, **fields)
+    return models.create_model(name, **fields)
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -82,8 +97,9 @@ def load(
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; or a PyTorch state in a .safetensors, .npz or .pth
-    file, of the model `name` with `overrides`.
+    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; a PyTorch state in a .safetensors, .npz or .pth
+    file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see
+    `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 
@@ -98,7 +114,6 @@ def load(
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables
     from halvit_jax.convert import readers, weights_file
-    from halvit_jax.models import create_model
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

@@ -1,6 +1,8 @@
 """Trained models loaded from their workdirs."""
 
 import pathlib
+import re
+import shutil
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from helpers.runs import Finished
 import halvit_jax
 from halvit_jax.convert import readers
 from halvit_jax.experiment.trained import load_trained, save_trained
+from halvit_jax.experiment.workdir import CONFIG_FILE
 from halvit_jax.trees import sha256
 
 
@@ -44,3 +47,14 @@ def test_a_file_without_its_config_is_refused(done: pathlib.Path, tmp_path: path
     readers.write(path, arrays, {"config": (done / "config.json").read_text()})
     with pytest.raises(ValueError, match="is no file of halvit_jax, although it has a config inside"):
         load_trained(path)
+
+
+def test_a_workdir_without_a_checkpoint_is_refused(finished: Finished, tmp_path: pathlib.Path) -> None:
+    shutil.copy(finished[0] / CONFIG_FILE, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no checkpoint yet")):
+        halvit_jax.load(tmp_path)
+
+
+def test_an_unknown_function_of_the_package_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'halvit_jax' has no attribute 'fit'"):
+        _ = halvit_jax.fit
