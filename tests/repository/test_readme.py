@@ -39,6 +39,10 @@ RUN = {
     f"{MAIN} --config=configs/distill_digits.py --workdir=runs/distill_digits": SHORT,
     f"{MAIN} --config=configs/distill_digits.py --workdir=runs/hard": SHORT,
     f"{MAIN} --config=configs/distill_digits.py:soft --workdir=runs/soft": SHORT,
+    "python -m halvit_jax.halve --config=configs/halve_digits.py --out=runs/halve_digits.safetensors": (
+        "--images=64 --fit_steps=4"
+    ),
+    f"{MAIN} --config=configs/halve_digits.py --workdir=runs/halve_digits": SHORT,
     f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/guarded --config.skip_updates.norm_factor=20": SHORT,
     f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/seed1 --config.seed=1 --config.save.keep=3": SHORT,
     f"{MAIN} --config=configs/digits.py:shvit --workdir=runs/shvit_digits": SHORT,
@@ -116,6 +120,12 @@ NEEDS = {
         "prepared flowers, DeiT's weights, PyTorch"
     ),
     f"{CHECK} --config=configs/halvit_tiny.py --workdir=DIR": IMAGENET,
+    "python -m halvit_jax.bench --what=halve --plot=docs/images/halve.svg": "an hour",
+    "python -m halvit_jax.bench --what=signs --seeds=5": "half an hour",
+    "python -m halvit_jax.halve --config=configs/halvit_tiny.py --teacher=deit_small.pth "
+    "--config.teacher.name=deit_small --images=1000 --fit_steps=0 --out=runs/deit_small_attention.safetensors": (
+        "prepared ImageNet, DeiT's weights, PyTorch"
+    ),
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4": "jax[tpu]",
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 --config.batch_size=4096": "jax[tpu]",
     "python -m halvit_jax.convert deit_tiny.pth deit_tiny.safetensors --model=deit_tiny": "DeiT's weights, PyTorch",
