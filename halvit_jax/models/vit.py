@@ -253,6 +253,7 @@ FAMILY = Family(
     transfer_rules=TRANSFER_RULES,
     tiny=TINY_SHAPE,
     fold=fold,
+    neck="plain",
     published={
         "halvit_tiny": Published(77.3, "HaLViT, T, 300 epochs", params="11.1M"),
         "halvit_small": Published(81.3, "HaLViT, M, 300 epochs", params="43.0M"),
