@@ -119,15 +119,16 @@ class Task(Protocol):
 class ServingModel:
     """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
 
-    apply: Callable[[PyTree, Array], PyTree]  # (variables, images) -> outputs
+    apply: Callable[..., PyTree]  # (variables, images) -> outputs; after the images what else `inputs` names
     variables: PyTree
     input_size: tuple[int, int]  # height and width of the images
     capture: Callable[[PyTree, Array], Mapping[str, Mapping[str, Array]]] | None = None
     """(variables, images) -> {kind: {layer: array}} of the intermediates, where the model sows them."""
+    inputs: tuple[str, ...] = ("image",)  # what it reads of a batch, in this order
 
-    def __call__(self, images: Array) -> PyTree:
+    def __call__(self, *inputs: Array) -> PyTree:
         """The outputs."""
-        return self.apply(self.variables, images)
+        return self.apply(self.variables, *inputs)
 
 
 class Servable(Protocol):
