@@ -1,10 +1,10 @@
 """All config fields, with defaults and one line each, and the checks between fields.
 
-A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
-`classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
-Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
-`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks relations between sub-trees. The
-tree is locked: unknown names are refused.
+A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `instances` of
+make_detection_loaders, `task` with `classification` of Classification, to which `distillation` adds for Distillation,
+`loop` of loop.train, `save` of Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of
+process_group, `watchdog` of Watchdog, `skip_updates` of make_guard. Each constructor checks its own values; `validate`
+checks relations between sub-trees. The tree is locked: unknown names are refused.
 """
 
 import json
@@ -32,6 +32,7 @@ def default_config() -> ConfigDict:
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
+            "instances": _instances(),
             "task": _task(),
             "classification": _classification(),
             "distillation": _distillation(),
@@ -131,6 +132,27 @@ def _data() -> dict[str, Any]:
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
         "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
         "shuffle_buffer": 16384,  # records in memory to draw from, over all virtual shards
+    }
+
+
+def _instances() -> dict[str, Any]:
+    """The data of detection, for task.name detection, which does not read `data`."""
+    return {
+        "name": "coco",  # coco: annotation files in COCO's JSON and folders of images; or digits_scenes (embedded)
+        "root": "",  # coco: folder that the four paths below start from
+        "data_dir": "",  # digits_scenes: folder it is written to; "" is TFDS's default, ~/tensorflow_datasets
+        "train_annotations": "annotations/instances_train2017.json",
+        "eval_annotations": "annotations/instances_val2017.json",
+        "train_images": "train2017",
+        "eval_images": "val2017",
+        "canvases": ((800, 1344), (1344, 800)),  # (height, width) of batches; an image goes to the smallest that fits
+        "short_side": 800,  # of resized images; 0: images keep their size
+        "long_side": 1333,  # of resized images, at most
+        "train_short_sides": (),  # in training one of them is drawn for each image; () is short_side
+        "flip": True,  # random horizontal flip
+        "max_objects": 100,  # rows for objects; an image with more is an error
+        "keep_empty": False,  # also train on images without objects
+        "masks": True,  # with masks of the objects; without, the files need no segmentation
     }
 
 
