@@ -99,6 +99,8 @@ def input_size(task: Task) -> tuple[int, int]:
 def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
 
+    Those of detection come from `config.instances`, whose canvases are their sizes.
+
     Raises:
         ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
     """
@@ -106,8 +108,10 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
-    return data.make_loaders(**config.data, **given)
+    given = {"batch_size": config.batch_size, "seed": config.seed, "host": host}
+    if config.task.name == "detection":
+        return data.make_detection_loaders(**config.instances, **given)
+    return data.make_loaders(**config.data, size=size, **given)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:
