@@ -259,8 +259,8 @@ def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name:
         ({"momentum": -0.5}, "optim.momentum=-0.5 must lie in [0, 1)"),
         ({"layer_decay": 0.0}, "optim.layer_decay=0.0 must be above 0"),
         ({"layer_decay": 1.5}, "optim.layer_decay=1.5 must not be above 1"),
-        ({"no_decay": ("bias$", "(")}, "optim.no_decay holds '(', no regular expression"),
-        ({"layers": ("[",)}, "optim.layers holds '[', no regular expression"),
+        ({"no_decay": ("bias$", "(")}, "optim.no_decay holds '(', which is not a regular expression"),
+        ({"layers": ("[",)}, "optim.layers holds '[', which is not a regular expression"),
         ({"warmup_epochs": -1.0}, "optim.warmup_epochs=-1.0 must not be negative"),
         ({"warmup_steps": -1}, "optim.warmup_steps=-1 must not be negative"),
         (
