@@ -11,7 +11,7 @@ from halvit_jax.data import scenes
 from halvit_jax.data.coco import CROWD, CocoIndex, read_index
 from halvit_jax.data.instance_loaders import make_detection_loaders
 
-FEW = {"train": (1, 12), "val": (2, 6)}
+FEW = {"train": (1, 20), "val": (2, 6)}
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +80,17 @@ def test_loaders_prepare_the_scenes_by_their_name(few: pathlib.Path) -> None:
 
 
 def test_a_crowd_is_one_annotation_of_twelve_digits() -> None:
-    crowds = [
-        (made.image.shape[:2], entry)
-        for made in (scenes.scene("train", number) for number in range(12))
-        for entry in made.annotations
-        if entry["iscrowd"]
-    ]
-    assert crowds
-    for shape, entry in crowds:
-        assert entry["segmentation"]["size"] == list(shape)
-        assert sum(entry["segmentation"]["counts"][1::2]) == entry["area"]
+    made = (scenes.scene("train", number) for number in range(100))
+    image, crowd = next((one.image, entry) for one in made for entry in one.annotations if entry["iscrowd"])
+    runs = crowd["segmentation"]
+    assert runs["size"] == list(image.shape[:2])
+    mask = np.repeat(np.arange(len(runs["counts"])) % 2, runs["counts"]).reshape(runs["size"][::-1]).T
+    assert mask.sum() == crowd["area"]
+    rows, columns = np.nonzero(mask)
+    x, y, width, height = crowd["bbox"]
+    assert (columns.min(), rows.min()) == (x, y)
+    assert (columns.max(), rows.max()) == (x + width - 1, y + height - 1)
+    assert height > 2 * scenes.CROWD_HEIGHT
 
 
 @pytest.mark.slow  # it draws all 1,200 images
