@@ -104,7 +104,7 @@ class TrainPlan:
         for canvas, group in enumerate(self._groups):
             order = _stream(self._seed, epoch, PERMUTE, canvas).permutation(group)
             whole = len(group) // self._batch_size
-            batches += [(canvas, part) for part in order[: whole * self._batch_size].reshape(whole, -1)]
+            batches += [(canvas, part) for part in order[: whole * self._batch_size].reshape(whole, self._batch_size)]
         order = _stream(self._seed, epoch, SHUFFLE, 0).permutation(len(batches))
         return [batches[n] for n in order]
 

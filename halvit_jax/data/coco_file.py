@@ -114,7 +114,8 @@ def read_boxes(annotations: list[Any]) -> np.ndarray:
 
 def read_areas(annotations: list[Any], boxes: np.ndarray) -> np.ndarray:
     """The area of all annotations, float64 [o]; where a file gives none, that of the box."""
-    areas = np.array([entry.get("area", np.prod(box)) for entry, box in zip(annotations, boxes, strict=True)])
+    of_boxes = (boxes[:, 2] * boxes[:, 3]).tolist()
+    areas = np.array([entry.get("area", of_box) for entry, of_box in zip(annotations, of_boxes, strict=True)])
     if areas.dtype.kind not in "iuf" or not np.isfinite(areas).all():
         number = next(e["id"] for e in annotations if not np.isfinite(_number(e.get("area", 0))))
         raise ValueError(f"annotation {number} has an area that is no finite number")

@@ -130,8 +130,8 @@ class TrainInstances:
             reasons = {reason: int(found.sum()) for reason, found in self.left_out.items()} | index.dropped
             counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
             raise ValueError(
-                f"{index.file} has no image to train on; of its {len(index.names):,} images and their objects were left "
-                f"out: {counts}"
+                f"{index.file} has no image to train on; of its {len(index.names):,} images and their objects were "
+                f"left out: {counts}"
             )
         self.rows, self.used, self._flip, self._host = rows, used, flip, host
         self._short_sides, self._long_side = short_sides, long_side

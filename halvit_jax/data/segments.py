@@ -13,6 +13,7 @@ import numpy as np
 from halvit_jax.data import rle
 
 Polygons = list[np.ndarray]  # x, y, x, y, ... each
+DECIMALS = 3  # of a coordinate below 8192, that float32 holds
 NO_POLYGON = "polygons of fewer than 3 points or of an odd number of coordinates, left out"
 
 
@@ -27,9 +28,14 @@ class Segments:
     run_starts: np.ndarray  # int64 [o + 1]
 
     def polygons(self, number: int) -> Polygons:
-        """The polygons of an object; none where it is an RLE."""
+        """The polygons of an object, float64; none where it is an RLE.
+
+        Rounded, so that the two decimals of COCO's files come back exactly: what lies on the border between two pixels
+        stays there.
+        """
         first, end = self.polygon_starts[number : number + 2]
-        return [self.points[self.point_starts[n] : self.point_starts[n + 1]] for n in range(first, end)]
+        parts = (self.points[self.point_starts[n] : self.point_starts[n + 1]] for n in range(first, end))
+        return [np.round(part.astype(np.float64), DECIMALS) for part in parts]
 
     def draw(self, number: int, height: int, width: int) -> np.ndarray:
         """The mask of an object on its image, uint8 [h, w]."""
