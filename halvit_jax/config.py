@@ -217,6 +217,7 @@ def _detection() -> dict[str, Any]:
         "box_nms": 0.5,  # IoU above which detections of a class suppress each other
         "score_threshold": 0.05,  # of detections
         "detections": 100,  # of an image, at most
+        "metric_backend": "pycocotools",  # what computes COCO's metrics: pycocotools, or faster_coco_eval
         "candidates": 2048,  # detections before suppression, of all classes
         "test_candidates": optional(int),  # of a level, before suppression: 1000 anchors, RetinaNet: with their class
         # Mask R-CNN

@@ -43,6 +43,7 @@ class Loader(Protocol):
 
     num_examples: int
     steps_per_epoch: int
+    info: DatasetInfo  # of the data set that it reads
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The batches from global step `start_step` on: endless in training, one pass in evaluation."""
@@ -106,8 +107,8 @@ class Task(Protocol):
         """Arrays that an evaluation keeps of one batch: sums, or one row an example."""
         ...
 
-    def collector(self) -> Collector:
-        """A new collector for one evaluation."""
+    def collector(self, info: DatasetInfo) -> Collector:
+        """A new collector for one evaluation, on the data set of `info`."""
         ...
 
     def summary_images(self, batch: Batch) -> dict[str, Array]:

@@ -97,6 +97,7 @@ def make_detection_loaders(
     index = rows["train"].index
     extra = {"category_ids": list(index.category_ids), "eval_annotations": rows["eval"].index.file}
     info = DatasetInfo(list(index.class_names), train.num_examples, name, extra)
+    train.info = evaluation.info = info
     return Loaders(train, {"eval": evaluation}, info)
 
 

@@ -14,10 +14,11 @@ import numpy as np
 from flax import linen as nn
 
 from halvit_jax.detection import create_detector
-from halvit_jax.detection.boxes import rescale
+from halvit_jax.detection.paste import paste, paste_torchvision
 from halvit_jax.models import family_of, partition_rules, transfer_rules
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
 from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
+from halvit_jax.tasks.coco_collector import CocoCollector
 from halvit_jax.tasks.drawing import draw
 from halvit_jax.trees import Rules, TransferRules, flatten
 
@@ -43,6 +44,7 @@ class Detection:
         canvases: (height, width) of the batches; the first one is that of `batch_spec`.
         max_objects: g.
         detector: a key of `detection.DETECTORS`.
+        metric_backend: a key of `detection.coco_metric.BACKENDS`, of the evaluation.
         fields: those of the detector; None leaves a default. An empty `neck`: that of the backbone's family.
     """
 
@@ -57,6 +59,7 @@ class Detection:
         canvases: Sequence[tuple[int, int]],
         max_objects: int,
         detector: str = "mask_rcnn",
+        metric_backend: str = "pycocotools",
         **fields: Any,
     ) -> None:
         if model.num_classes:
@@ -68,6 +71,7 @@ class Detection:
         fields["neck"] = fields.get("neck") or family.neck
         fields["feature_norms"] = family.feature_norms
         self.model = create_detector(detector, model, dtype=model.dtype, **fields)
+        self.metric_backend = metric_backend
         self.detector, self.max_objects = detector, max_objects
         self.canvases = [(int(height), int(width)) for height, width in canvases]
         self.constants: PyTree = {}
@@ -136,8 +140,14 @@ class Detection:
         return Loss(loss, dict(new_state), {**sums, "examples": examples})
 
     def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """The detections of every image, boxes in pixels of its file."""
+        """The detections of every image, boxes in pixels of the canvas."""
         return self._detect({"params": params, **model_state}, *(batch[name] for name in SERVED))
+
+    def collector(self, info: DatasetInfo) -> CocoCollector:
+        """COCO's metrics over all images of the annotation file of `info`."""
+        drawing = paste if self.model.conventions == "mmdet" else paste_torchvision
+        files = info.extra["eval_annotations"], info.extra["category_ids"]
+        return CocoCollector(*files, masks=self.masks, backend=self.metric_backend, paste=drawing)
 
     def summary_images(self, batch: Batch) -> dict[str, jax.Array]:
         """The first images of a batch with their objects."""
@@ -159,18 +169,33 @@ class Detection:
             )
 
     def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:
-        """Images on a canvas, their sizes there and in their files -> detections; norms stay as they are."""
+        """Images on a canvas and their sizes there -> detections; norms stay as they are."""
         del folded
         return ServingModel(self._detect, variables, self.canvases[0], inputs=SERVED)
 
-    def _detect(
-        self, variables: PyTree, images: jax.Array, size: jax.Array, original: jax.Array
-    ) -> dict[str, jax.Array]:
-        """`boxes` [b, d, 4] in pixels of the file, `scores`, `labels`, `valid` [b, d], `masks` [b, d, 28, 28], ..."""
-        found = self.model.apply(variables, self.normalise(images), size)
-        # Rows that only fill a batch have no size.
-        boxes = rescale(found["boxes"], jnp.maximum(size, 1)[:, None], original[:, None])
-        return {**found, "boxes": boxes, "original": original}
+    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
+        """The detections of each image: {"detections": [{"class", "score", "box": [x1, y1, x2, y2]}, ...]}.
+
+        Boxes are in pixels of the canvas.
+        """
+        rows = {name: np.asarray(outputs[name]) for name in ("boxes", "scores", "labels", "valid")}
+        return [{"detections": _listed(row, info)} for row in _rows(rows)]
+
+    def _detect(self, variables: PyTree, images: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
+        """`boxes` [b, d, 4], `scores`, `labels`, `valid` [b, d], `masks` [b, d, 28, 28], `truncated` [b]."""
+        return self.model.apply(variables, self.normalise(images), size)
 
 
-SERVED = ("image", "size", "original")
+def _rows(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)]
+
+
+def _listed(row: Mapping[str, np.ndarray], info: DatasetInfo) -> list[dict[str, Any]]:
+    kept = row["valid"].astype(bool)
+    return [
+        {"class": info.class_names[int(label)], "score": float(score), "box": [float(side) for side in box]}
+        for label, score, box in zip(row["labels"][kept], row["scores"][kept], row["boxes"][kept], strict=True)
+    ]
+
+
+SERVED = ("image", "size")
