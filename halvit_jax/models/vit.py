@@ -11,7 +11,6 @@ Shapes: `b` batch, `h w` space, `n` tokens, `d` width, `p` patch size.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax

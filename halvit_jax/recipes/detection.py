@@ -73,7 +73,13 @@ def scenes(detector: str, backbone: str) -> ConfigDict:
     config.instances.flip = False
     config.instances.max_objects = 32
     config.detection.update(
-        detector=detector, num_classes=10, train_norms=True, width=64, test_candidates=200, detections=50, candidates=512
+        detector=detector,
+        num_classes=10,
+        train_norms=True,
+        width=64,
+        test_candidates=200,
+        detections=50,
+        candidates=512,
     )
     if detector == "mask_rcnn":
         config.detection.update(

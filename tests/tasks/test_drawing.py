@@ -23,6 +23,8 @@ def test_an_outline_lies_inside_of_its_box_and_a_mask_fills_its_part() -> None:
 
 
 def test_boxes_without_masks_are_outlined_alone() -> None:
-    drawn = draw(jnp.zeros((1, 8, 8, 3)), jnp.asarray([[[1.0, 1, 7, 7]]]), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool))
+    drawn = draw(
+        jnp.zeros((1, 8, 8, 3)), jnp.asarray([[[1.0, 1, 7, 7]]]), jnp.zeros((1, 1), int), jnp.ones((1, 1), bool)
+    )
     assert not drawn[0, 3:5, 3:5].any()
     assert drawn[0, 1, 1].any()
