@@ -74,7 +74,7 @@ class ModelBenchmark:
         self.peak_bytes = _peak_bytes(self._step)
         variables = {"params": self._state.params, **self._state.model_state}
         self._infer = self._inference(task.serving(variables, folded=False))
-        has_norms = bool(self._state.model_state)
+        has_norms = bool(self._state.model_state) and config.task.name != "detection"  # whose norms are not folded
         self.infer_folded = self._inference(task.serving(variables)) if has_norms else None
 
     def infer(self) -> None:
@@ -89,13 +89,16 @@ class ModelBenchmark:
     def _inference(self, serving: Any) -> Callable[[], None]:
         """A function that runs one batch of inference to the end."""
         variables = jax.tree.map(jnp.copy, serving.variables)  # training donates the state's own
-        images = self._batch["image"]
-        compiled = jax.jit(serving.apply).lower(variables, images).compile()
-        return lambda: jax.block_until_ready(compiled(variables, images))
+        given = [self._batch[name] for name in serving.inputs]
+        compiled = jax.jit(serving.apply).lower(variables, *given).compile()
+        return lambda: jax.block_until_ready(compiled(variables, *given))
 
 
 def random_batch(spec: Mapping[str, ArraySpec], batch_size: int) -> dict[str, Array]:
-    """Random images and numbers, labels of 0 and masks of True, in the shapes of `Task.batch_spec()`."""
+    """Random images and numbers, labels of 0 and masks of True, in the shapes of `Task.batch_spec()`.
+
+    Of detection: images that fill their canvas, with boxes of all sizes.
+    """
     rng = np.random.default_rng(0)
 
     def values(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -105,7 +108,13 @@ def random_batch(spec: Mapping[str, ArraySpec], batch_size: int) -> dict[str, Ar
             return rng.standard_normal(shape).astype(dtype)
         return np.full(shape, dtype.kind == "b", dtype)
 
-    return {name: jnp.asarray(values((batch_size, *one.shape), np.dtype(one.dtype))) for name, one in spec.items()}
+    batch = {name: values((batch_size, *one.shape), np.dtype(one.dtype)) for name, one in spec.items()}
+    if "boxes" in spec:
+        sides = np.array(spec["image"].shape[:2], np.int32)
+        batch["size"], batch["original"] = (np.tile(sides, (batch_size, 1)) for _ in range(2))
+        ends = np.sort(rng.random((*batch["boxes"].shape[:-1], 2, 2)), -2) * sides[::-1]
+        batch["boxes"] = ends.reshape(batch["boxes"].shape).astype(np.float32)
+    return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def config_of(name: str, *, batch: int, dtype: str) -> ConfigDict:
@@ -160,7 +169,7 @@ def configs_to_measure(given: Any) -> dict[str, ConfigDict]:
     else:
         config = given.config.copy_and_resolve_references()
         config.batch_size, config.compute_dtype = given.batch, given.dtype
-        configs = {config.model.name: config}
+        configs = {tasks.model_name(config): config}
     for config in configs.values():
         tasks.build_task(config)
     return configs

@@ -1,10 +1,10 @@
 """All config fields, with defaults and one line each, and the checks between fields.
 
-A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `task` with
-`classification` of Classification, to which `distillation` adds for Distillation, `loop` of loop.train, `save` of
-Checkpointer, `optim` of make_optimizer, `mesh` of make_mesh, `cluster` of process_group, `watchdog` of Watchdog,
-`skip_updates` of make_guard. Each constructor checks its own values; `validate` checks relations between sub-trees. The
-tree is locked: unknown names are refused.
+A sub-tree is the keyword list of one constructor: `model` of create_model, `data` of make_loaders, `instances` of
+make_detection_loaders, `task` with `classification` of Classification, to which `distillation` adds for Distillation,
+or with `detection` of Detection, `loop` of loop.train, `save` of Checkpointer, `optim` of make_optimizer, `mesh` of
+make_mesh, `cluster` of process_group, `watchdog` of Watchdog, `skip_updates` of make_guard. Each constructor checks its
+own values; `validate` checks relations between sub-trees. The tree is locked: unknown names are refused.
 """
 
 import json
@@ -37,10 +37,12 @@ def default_config() -> ConfigDict:
             "matmul_precision": "highest",  # of products if compute_dtype is float32: default (fast), high or highest
             "model": _model(),
             "data": _data(),
+            "instances": _instances(),
             "task": _task(),
             "classification": _classification(),
             "distillation": _distillation(),
             "teacher": _teacher(),
+            "detection": _detection(),
             "loop": _loop(),
             "save": _save(),
             "optim": _optim(),
@@ -140,9 +142,30 @@ def _data() -> dict[str, Any]:
     }
 
 
+def _instances() -> dict[str, Any]:
+    """The data of detection, for task.name detection, which does not read `data`."""
+    return {
+        "name": "coco",  # coco: annotation files in COCO's JSON and folders of images; or digits_scenes (embedded)
+        "root": "",  # coco: folder that the four paths below start from
+        "data_dir": "",  # digits_scenes: folder it is written to; "" is TFDS's default, ~/tensorflow_datasets
+        "train_annotations": "annotations/instances_train2017.json",
+        "eval_annotations": "annotations/instances_val2017.json",
+        "train_images": "train2017",
+        "eval_images": "val2017",
+        "canvases": ((800, 1344), (1344, 800)),  # (height, width) of batches; an image goes to the smallest that fits
+        "short_side": 800,  # of resized images; 0: images keep their size
+        "long_side": 1333,  # of resized images, at most
+        "train_short_sides": (),  # in training one of them is drawn for each image; () is short_side
+        "flip": True,  # random horizontal flip
+        "max_objects": 100,  # rows for objects; an image with more is an error
+        "keep_empty": False,  # also train on images without objects
+        "masks": True,  # with masks of the objects; without, the files need no segmentation
+    }
+
+
 def _task() -> dict[str, Any]:
     return {
-        "name": "classification",  # classification, or distillation: classification with a teacher
+        "name": "classification",  # classification, distillation (classification with a teacher) or detection
         "mean": IMAGENET_MEAN,  # of each colour channel, for pixel values in [0, 1]
         "std": IMAGENET_STD,
     }
@@ -188,6 +211,40 @@ def _teacher() -> dict[str, Any]:
     }
 
 
+def _detection() -> dict[str, Any]:
+    """The detector, for task.name detection, on the backbone of `model`; None leaves a field at its default."""
+    optional = config_dict.placeholder
+    return {
+        "detector": "mask_rcnn",  # mask_rcnn or retinanet
+        "num_classes": 80,  # of objects; model.num_classes is 0, because a backbone has no classifier
+        "conventions": "mmdet",  # the choices on which libraries differ: mmdet or torchvision
+        "neck": "",  # fpn, shvit, plain or plain4; "": that of the backbone's family
+        "train_norms": False,  # whether the backbone's BatchNorms train; else they use the statistics they have
+        "width": 256,  # channels of the pyramid and the convolutions behind it
+        "anchor_scale": optional(float),  # side of the (smallest) square anchor / stride; Mask R-CNN: 8, RetinaNet: 4
+        "box_nms": 0.5,  # IoU above which detections of a class suppress each other
+        "score_threshold": 0.05,  # of detections
+        "detections": 100,  # of an image, at most
+        "metric_backend": "pycocotools",  # what computes COCO's metrics: pycocotools, or faster_coco_eval
+        "candidates": 2048,  # detections before suppression, of all classes
+        "test_candidates": optional(int),  # of a level, before suppression: 1000 anchors, RetinaNet: with their class
+        # Mask R-CNN
+        "masks": optional(bool),  # False: Faster R-CNN
+        "hidden": optional(int),  # width of the box head; 1024
+        "mask_depth": optional(int),  # convolutions of the mask head; 4
+        "train_candidates": optional(int),  # anchors of a level, before suppression, in training; 2000
+        "train_proposals": optional(int),  # boxes that pass to the second stage, in training; 1000
+        "test_proposals": optional(int),  # the same in evaluation; 1000
+        "rpn_samples": optional(int),  # anchors of an image in the first stage's losses; 256
+        "rpn_positives": optional(float),  # largest fraction of them with an object; 0.5
+        "rpn_nms": optional(float),  # IoU above which proposals suppress each other; 0.7
+        "roi_samples": optional(int),  # proposals of an image in the second stage's losses; 512
+        "roi_positives": optional(float),  # largest fraction of them with an object; 0.25
+        # RetinaNet
+        "head_depth": optional(int),  # convolutions before each output; 4
+    }
+
+
 def _loop() -> dict[str, Any]:
     return {
         "log_every": 50,  # steps between two points of the training curves
@@ -226,9 +283,11 @@ def _optim() -> dict[str, Any]:
         "no_clip_adaptive": (r"^head/",),  # paths without it
         "schedule": "cosine",  # cosine, cosine_after_warmup, step or constant, after a linear warm-up
         "warmup_epochs": 5.0,
+        "warmup_steps": 0,  # in place of warmup_epochs, where above 0
         "warmup_start": 1e-6,  # learning rate of the first step; not scaled with the batch
         "floor": 1e-5,  # final learning rate of cosine; not scaled with the batch
         "step_epochs": 30.0,  # step: epochs between two reductions
+        "milestones": (),  # step: the epochs of the reductions, in place of every step_epochs
         "step_factor": 0.1,  # step: factor of a reduction
     }
 
@@ -303,11 +362,18 @@ def validate(config: ConfigDict) -> None:
             "task.name='distillation' needs a teacher; set teacher.init_from to a workdir or a weight file, or "
             "task.name='classification'"
         )
-    if config.task.name == "classification" and config.teacher.init_from:
+    if config.task.name in ("classification", "detection") and config.teacher.init_from:
         raise ValueError(
-            f"teacher.init_from={config.teacher.init_from} needs task.name='distillation', not 'classification'; "
+            f"teacher.init_from={config.teacher.init_from} needs task.name='distillation', not {config.task.name!r}; "
             "change one of them"
         )
+    if config.task.name == "detection":
+        wanted = config.detection.detector == "mask_rcnn" and config.detection.masks is not False
+        if wanted and not config.instances.masks:
+            raise ValueError(
+                "instances.masks=False leaves nothing to learn masks from; set detection.masks=False too, or "
+                "detection.detector='retinanet'"
+            )
 
 
 def to_json(config: ConfigDict) -> str:

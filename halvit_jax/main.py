@@ -37,6 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
+    flags.DEFINE_string("detections", None, "With --mode=eval: a file to write, in the form of COCO's results.")
     flags.DEFINE_bool("restart_if_corrupt", False, "Start over if every checkpoint is corrupt.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile, counted from 0.")
     distributed.define_flags()
@@ -58,6 +59,13 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"--step={values.step} is for --mode=eval with a --workdir; training resumes from the newest checkpoint"
             )
+        if values.detections is not None:
+            if values.mode != "eval" or values.workdir is None or values.config.task.name != "detection":
+                raise ValueError(
+                    f"--detections={values.detections} is for --mode=eval of task.name='detection' with a --workdir"
+                )
+            if not pathlib.Path(values.detections).absolute().parent.is_dir():
+                raise ValueError(f"--detections={values.detections} is in a folder that does not exist; create it")
         if values.profile is not None:
             from halvit_jax.training.profiling import parse_range
 
@@ -73,6 +81,7 @@ def main(argv: list[str]) -> None:
         pathlib.Path(values.workdir),
         mode=values.mode,
         step=values.step,
+        detections=values.detections,
         restart_if_corrupt=values.restart_if_corrupt,
         profile=profile,
         processes=processes,
@@ -85,11 +94,14 @@ def run_experiment(
     *,
     mode: str = "train",
     step: int | None = None,
+    detections: str | None = None,
     restart_if_corrupt: bool = False,
     profile: "ProfileRange | None" = None,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
+
+    An evaluation of detection writes those of the EMA, if there is one, to the file `detections`.
 
     Bad input ends the program with one line and exit code 2, before anything is compiled.
     """
@@ -106,7 +118,7 @@ def run_experiment(
             if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.acquire(workdir))
         if mode == "eval":
-            return _evaluate(config, workdir, run, step)
+            return _evaluate(config, workdir, run, step, detections)
         return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
@@ -151,7 +163,9 @@ def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any]) -> 
     report.log(json.dumps(result))
 
 
-def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
+def _evaluate(
+    config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None, detections: str | None
+) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
@@ -165,10 +179,21 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
                 + ("; or leave out --workdir to evaluate the weights of init_from" if config.init_from else "")
             )
         report = _make_report(config, workdir, run)
+    collectors: dict[str, Any] = {}
     with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
-            run.task, restored.state, run.loaders.evals, mesh=run.mesh, report=report, **handlers
+            run.task,
+            restored.state,
+            run.loaders.evals,
+            mesh=run.mesh,
+            report=report,
+            collected=collectors.__setitem__,
+            **handlers,
         )
+    if detections is not None and distributed.is_first():
+        found = loop.primary(collectors).detections
+        pathlib.Path(detections).write_text(json.dumps(found) + "\n")
+        report.log(f"{detections}: {len(found):,} detections")
     checkpointer.close()
     _log_evaluation(config, report, result)
     return result

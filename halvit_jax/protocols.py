@@ -43,6 +43,7 @@ class Loader(Protocol):
 
     num_examples: int
     steps_per_epoch: int
+    info: DatasetInfo  # of the data set that it reads
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """The batches from global step `start_step` on: endless in training, one pass in evaluation."""
@@ -106,8 +107,8 @@ class Task(Protocol):
         """Arrays that an evaluation keeps of one batch: sums, or one row an example."""
         ...
 
-    def collector(self) -> Collector:
-        """A new collector for one evaluation."""
+    def collector(self, info: DatasetInfo) -> Collector:
+        """A new collector for one evaluation, on the data set of `info`."""
         ...
 
     def summary_images(self, batch: Batch) -> dict[str, Array]:
@@ -119,15 +120,16 @@ class Task(Protocol):
 class ServingModel:
     """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
 
-    apply: Callable[[PyTree, Array], PyTree]  # (variables, images) -> outputs
+    apply: Callable[..., PyTree]  # (variables, images) -> outputs; after the images what else `inputs` names
     variables: PyTree
     input_size: tuple[int, int]  # height and width of the images
     capture: Callable[[PyTree, Array], Mapping[str, Mapping[str, Array]]] | None = None
     """(variables, images) -> {kind: {layer: array}} of the intermediates, where the model sows them."""
+    inputs: tuple[str, ...] = ("image",)  # what it reads of a batch, in this order
 
-    def __call__(self, images: Array) -> PyTree:
+    def __call__(self, *inputs: Array) -> PyTree:
         """The outputs."""
-        return self.apply(self.variables, images)
+        return self.apply(self.variables, *inputs)
 
 
 class Servable(Protocol):

@@ -2,6 +2,8 @@
 
 python -m halvit_jax.summary [--json | --markdown] [NAME...]
 
+A detector is `mask_rcnn_BACKBONE` or `retinanet_BACKBONE`, with COCO's 80 classes; of it only parameters are counted.
+
 "deployed" is the model at inference, with its batch normalisations and sums folded (`models.fold`). "saved" compares it
 with its baseline, the known model that it is derived from, deployed too. --markdown prints the tables of
 docs/models.md.
@@ -14,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from halvit_jax.analysis.counts import summarize
+from halvit_jax.analysis.counts import list_detectors, summarize
 from halvit_jax.cli import app, config_files
 from halvit_jax.models import FAMILIES, list_models
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> None:
     with app.report_user_errors():
         if given.json and given.markdown:
             raise ValueError("--json and --markdown: give one of them")
-        rows = {name: summarize(name) for name in argv[1:] or list_models()}
+        rows = {name: summarize(name) for name in argv[1:] or [*list_models(), *list_detectors()]}
     if given.json:
         print("\n".join(json.dumps(row) for row in rows.values()))
     else:
@@ -58,6 +60,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     columns = "{:<26} {:>12} {:>13} {:>8} {:>12} {:>8} {:>6} {:>7} {:>7}  {:<17} {}"
     lines = [columns.format(*HEADINGS)]
     for row in rows:
+        if "backbone" in row:
+            lines.append(columns.format(row["model"], f"{row['params']:,}", *[""] * 9))
+            continue
         counts = f"{row['params']:,}", f"{row['params_without_head']:,}", f"{row['gmacs']:.3f}"
         deployed = f"{row['params_deployed']:,}", f"{row['gmacs_deployed']:.3f}"
         saved = [f"{row[key]:.1f} %" if row["baseline"] else "" for key in ("params_saved", "gmacs_saved")]

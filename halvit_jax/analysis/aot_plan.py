@@ -81,6 +81,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
 def untied_fields(model: Any) -> dict[str, Any]:
     """Overrides that make a HaLViT the untied model of equal shape; {} if nothing is tied."""
     fields: dict[str, Any] = {}
+    model = getattr(model, "backbone", model)
     if getattr(model, "attention", None) == "tied":
         fields |= {"attention": "full", "attention_bias": True}  # biases as in DeiT
     if getattr(model, "ffn", None) == "tied":
@@ -100,7 +101,7 @@ def plan(target: CompileTarget) -> dict[str, Any]:
     if target.constants:
         parts["constants"] = shard_bytes(target.constants)
     report = {
-        "model": config.model.name,
+        "model": tasks.model_name(config),
         "topology": str(topology),
         "devices": mesh.size,
         "hosts": target.hosts,

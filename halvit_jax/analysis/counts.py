@@ -7,8 +7,11 @@ import jax
 from flax import linen as nn
 
 from halvit_jax.analysis.macs import count_macs
+from halvit_jax.experiment.tasks import build_task
 from halvit_jax.layers import conv
 from halvit_jax.models import baseline_of, create_model, family_of
+from halvit_jax.recipes import detection
+from halvit_jax.recipes.detection import DETECTORS
 from halvit_jax.trees import count, variable_shapes
 
 
@@ -23,8 +26,12 @@ class Counts(NamedTuple):
 def summarize(name: str) -> dict[str, Any]:
     """Counts of one model, as it is trained and with its batch normalisations folded: {"model", "params", ...}.
 
-    "params_saved" and "gmacs_saved" are in percent of the baseline's, both folded; None without a baseline.
+    "params_saved" and "gmacs_saved" are in percent of the baseline's, both folded; None without a baseline. A detector
+    has "params", and "backbone", "params_backbone".
     """
+    for detector in DETECTORS:
+        if name.startswith(f"{detector}_"):
+            return _summarize_detector(detector, name.removeprefix(f"{detector}_"))
     model, baseline = create_model(name), baseline_of(name)
     trained, deployed = counts_of(model), counts_of(_folded(model))
     saved = _saved(deployed, counts_of(_folded(create_model(baseline)))) if baseline else (None, None)
@@ -43,6 +50,20 @@ def summarize(name: str) -> dict[str, Any]:
         "gmacs_saved": saved[1],
         "published": published and {key: value for key, value in published._asdict().items() if value},
     }
+
+
+def list_detectors() -> list[str]:
+    """The detectors that recipes train: mask_rcnn_<backbone> and retinanet_<backbone>."""
+    return [f"{detector}_{backbone}" for detector, backbones in DETECTORS.items() for backbone in backbones]
+
+
+def _summarize_detector(detector: str, backbone: str) -> dict[str, Any]:
+    """Counts of a detector with COCO's classes, its backbone and the norms on its maps taken together."""
+    config = detection.coco(detector, backbone)
+    params, _ = jax.eval_shape(build_task(config).init, jax.random.key(0))
+    of_backbone = count(params["backbone"]) + count(params.get("norms", {}))
+    name = f"{detector}_{backbone}"
+    return {"model": name, "params": count(params), "backbone": backbone, "params_backbone": of_backbone}
 
 
 @functools.cache

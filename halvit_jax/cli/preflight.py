@@ -131,7 +131,7 @@ def _model(config: ConfigDict) -> CheckResult:
     params, _ = jax.eval_shape(lambda: task.init(jax.random.key(0)))
     size = "x".join(map(str, build.input_size(task)))
     dtype = tasks.compute_dtype(config.compute_dtype)
-    return CheckResult(f"{config.model.name}, {count(params):,} parameters, images of {size}, {dtype}", task)
+    return CheckResult(f"{tasks.model_name(config)}, {count(params):,} parameters, images of {size}, {dtype}", task)
 
 
 def _devices(config: ConfigDict) -> CheckResult:

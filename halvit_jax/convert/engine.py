@@ -15,6 +15,10 @@ import numpy as np
 Shapes = Mapping[str, tuple[int, ...]]
 
 
+def _behind_zeros(array: np.ndarray, rows: int) -> np.ndarray:
+    return np.concatenate([np.zeros((rows, *array.shape[1:]), array.dtype), array])
+
+
 class Layout(NamedTuple):
     """The layout of an array here and in PyTorch; each function undoes the other."""
 
@@ -31,6 +35,21 @@ LAYOUTS: dict[str, Layout] = {
     "pointwise": Layout(lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),  # [o, i, 1, 1] -> [i, o]
     "token": Layout(lambda a: a[0, 0], lambda a: a[None, None]),  # [1, 1, d] -> [d]
     "position": Layout(lambda a: a[0], lambda a: a[None]),  # [1, n, d] -> [n, d]
+    # Detectors: [o, i 7 7] -> [7 7 i, o], of features pooled to 7 x 7; a transposed convolution [i, o, h, w] -> [h, w,
+    # i, o]; and what torchvision has of a class 0, the background, which is the last one here, or has no box and mask.
+    "pooled": Layout(
+        lambda a: a.reshape(len(a), -1, 7, 7).transpose(2, 3, 1, 0).reshape(-1, len(a)),
+        lambda a: a.reshape(7, 7, -1, a.shape[1]).transpose(3, 2, 0, 1).reshape(a.shape[1], -1),
+    ),
+    "transposed": Layout(lambda a: a.transpose(2, 3, 0, 1), lambda a: a.transpose(2, 3, 0, 1)),
+    "background_first": Layout(lambda a: np.roll(a, -1, 0).T, lambda a: np.roll(a.T, 1, 0)),
+    "background_first_bias": Layout(lambda a: np.roll(a, -1), lambda a: np.roll(a, 1)),
+    "background_boxes": Layout(lambda a: a[4:].T, lambda a: _behind_zeros(a.T, 4)),
+    "background_boxes_bias": Layout(lambda a: a[4:], lambda a: _behind_zeros(a, 4)),
+    "background_masks": Layout(
+        lambda a: a[1:].transpose(2, 3, 1, 0), lambda a: _behind_zeros(a.transpose(3, 2, 0, 1), 1)
+    ),
+    "background_masks_bias": Layout(lambda a: a[1:], lambda a: _behind_zeros(a, 1)),
 }
 # PyTorch's buffers, which are not kept. A counter of updates is ignored when read and 0 when written. A cache that
 # follows from the fields, such as indices, is ignored when read and not written.

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halvit_jax.convert import engine, readers, rules_of, shapes_of, weights_file
+from halvit_jax.convert import detectors, engine, readers, rules_of, shapes_of, weights_file
 from halvit_jax.layers.embed import resampled
 from halvit_jax.models import transfer_rules
 from halvit_jax.trees import TransferRules, flatten
@@ -47,7 +47,8 @@ class Transfer(NamedTuple):
 def read_for(path: str | os.PathLike[str], name: str, model: Any, *, ema: bool = False) -> dict[str, np.ndarray]:
     """The arrays of a weight file under our paths: {"params/head/bias": array}.
 
-    A PyTorch state is read with the names of `model`; it may differ from it as far as `transfer` allows.
+    A PyTorch state is read with the names of `model`; it may differ from it as far as `transfer` allows. That of a
+    detector may be a detector's or its backbone's.
 
     Raises:
         ValueError: an unreadable file, and every entry that is not an array of such a model, by name.
@@ -56,9 +57,21 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any, *, ema: bool =
     stored = weights_file.from_weights(weights)
     if stored is not None:
         return flatten(stored.variables)
+    if hasattr(model, "backbone") and detectors.library_of(weights.arrays):
+        wanted = detectors.shapes_of(model)
+        free = {path for path in wanted if not path.split("/", 1)[1].startswith("backbone/")}
+        return detectors.from_torch_arrays(name, model, weights.arrays, wanted, free=free)
+    model = getattr(model, "backbone", model)
     wanted = shapes_of(model.clone(num_classes=model.num_classes or 1))  # the state may have a classifier
     free = {path for path in wanted if _kind(path, transfer_rules(model))}
     return engine.from_torch_arrays(name, rules_of(name, model), weights.arrays, wanted, free=free)
+
+
+def below_backbone(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a backbone under the paths that they have in a detector; those of a detector as they are."""
+    if any(_bare(path).startswith("backbone/") for path in arrays):
+        return dict(arrays)
+    return {"/backbone/".join(path.split("/", 1)): array for path, array in arrays.items()}
 
 
 def transfer(

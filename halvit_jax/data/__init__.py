@@ -1,10 +1,20 @@
 """Data: from sources to batches. The one package that imports TensorFlow."""
 
+from halvit_jax.data.instance_loaders import make_detection_loaders
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.transforms import eval_transform, read_image, write_png
 
-__all__ = ["Host", "eval_transform", "hide_accelerators", "make_loaders", "open_source", "read_image", "write_png"]
+__all__ = [
+    "Host",
+    "eval_transform",
+    "hide_accelerators",
+    "make_detection_loaders",
+    "make_loaders",
+    "open_source",
+    "read_image",
+    "write_png",
+]
 
 
 def hide_accelerators() -> None:

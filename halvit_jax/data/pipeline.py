@@ -155,7 +155,7 @@ class TrainLoader:
         self._rows_per_shard = batch_size // self._shards  # of a global batch
         self._budget = bad_image_budget
         self._buffer = max(shuffle_buffer // self._shards, 1)
-        self.num_examples = source.info.num_examples
+        self.info, self.num_examples = source.info, source.info.num_examples
         self.steps_per_epoch = self.num_examples // self._shards // self._rows_per_shard
         if not self.steps_per_epoch:
             raise ValueError(
@@ -240,7 +240,7 @@ class EvalLoader:
         self._source, self._transform, self._host = source, transform, host
         self._budget = bad_image_budget
         self._rows = batch_size // host.count
-        self.num_examples = source.info.num_examples
+        self.info, self.num_examples = source.info, source.info.num_examples
         self.steps_per_epoch = math.ceil(math.ceil(self.num_examples / host.count) / self._rows)
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:

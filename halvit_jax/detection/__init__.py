@@ -8,6 +8,7 @@ from halvit_jax.detection.anchors import Anchors, inside_flags, retinanet_anchor
 from halvit_jax.detection.assign import Matching, assign
 from halvit_jax.detection.boxes import area, clip, decode, encode, iof, iou, rescale
 from halvit_jax.detection.conventions import CONVENTIONS, MMDET, TORCHVISION, Conventions
+from halvit_jax.detection.create import DETECTORS, create_detector
 from halvit_jax.detection.detector import Detector, Losses
 from halvit_jax.detection.losses import focal, sigmoid_cross_entropy, smooth_l1, softmax_cross_entropy
 from halvit_jax.detection.mask_rcnn import MaskRCNN
@@ -21,6 +22,7 @@ from halvit_jax.detection.targets import box_targets, mask_targets
 
 __all__ = [
     "CONVENTIONS",
+    "DETECTORS",
     "MMDET",
     "TORCHVISION",
     "Anchors",
@@ -36,6 +38,7 @@ __all__ = [
     "box_targets",
     "class_nms",
     "clip",
+    "create_detector",
     "decode",
     "encode",
     "focal",

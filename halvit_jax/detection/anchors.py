@@ -50,9 +50,9 @@ class Anchors:
         return (shifts + self.base(stride)).reshape(-1, 4)  # [h, w, k, 4] -> [a, 4]
 
 
-def retinanet_anchors(*, rounded: bool = False) -> Anchors:
+def retinanet_anchors(scale: float = 4.0, *, rounded: bool = False) -> Anchors:
     """Three scales an octave for each of the three ratios (Lin et al. 2017, arXiv 1708.02002, section 4)."""
-    return Anchors(scales=tuple(4 * 2 ** (i / 3) for i in range(3)), rounded=rounded)
+    return Anchors(scales=tuple(scale * 2 ** (i / 3) for i in range(3)), rounded=rounded)
 
 
 def inside_flags(size: jax.Array, shapes: Mapping[int, tuple[int, int]], count: int) -> jax.Array:

@@ -58,9 +58,9 @@ class Detector(nn.Module):
         for field, allowed in (("neck", NECKS), ("conventions", CONVENTIONS)):
             if getattr(self, field) not in allowed:
                 given = getattr(self, field)
-                raise ValueError(f"detector.{field}={given!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"detection.{field}={given!r} is not one of {', '.join(allowed)}")
         if self.num_classes < 1:
-            raise ValueError(f"detector.num_classes={self.num_classes} must be at least 1")
+            raise ValueError(f"detection.num_classes={self.num_classes} must be at least 1")
         super().__post_init__()
 
     @property

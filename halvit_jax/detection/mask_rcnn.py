@@ -42,6 +42,7 @@ class MaskRCNN(Detector):
     hidden: int = 1024  # width of the box head
     mask_depth: int = 4  # convolutions of the mask head
     masks: bool = True  # without them it is Faster R-CNN
+    anchor_scale: float = 8.0  # side of the square anchor / stride
     train_candidates: int = 2000  # of each level, before suppression
     train_proposals: int = 1000
     test_candidates: int = 1000
@@ -58,7 +59,7 @@ class MaskRCNN(Detector):
 
     def setup(self) -> None:
         super().setup()
-        self.anchors = Anchors(rounded=self.choices.round_anchors)
+        self.anchors = Anchors((self.anchor_scale,), rounded=self.choices.round_anchors)
         self.rpn = RPNHead(self.width, self.anchors.count, self.dtype)
         self.box_head = BoxHead(self.num_classes, self.hidden, self.dtype)
         if self.masks:

@@ -46,10 +46,10 @@ class FPN(nn.Module):
 
 
 class PlainPyramid(nn.Module):
-    """A pyramid of the one map of a plain ViT, enlarged bilinearly.
+    """A pyramid of the one map of a plain ViT, of stride 16 or 8, enlarged bilinearly.
 
-    Laterals for the strides 4, 8 and 16 of a stride-16 map and an FPN of them; the strides 32 and 64 by subsampling.
-    `pooled=True` has a fourth lateral on the map pooled by 2, and one stride less by subsampling. With `extra="conv"`
+    Laterals for the strides from 4 to the map's own and an FPN of them; further strides up to 64 by subsampling.
+    `pooled=True` has one more lateral on the map pooled by 2, and one stride less by subsampling. With `extra="conv"`
     the strides are RetinaNet's, 8 to 128: it needs `pooled`.
 
     A 1x1 convolution commutes with bilinear enlargement, whose weights sum to 1, so laterals come before it.
@@ -63,14 +63,13 @@ class PlainPyramid(nn.Module):
     @nn.compact
     def __call__(self, maps: Mapping[int, jax.Array]) -> Maps:
         if self.extra == "conv" and not self.pooled:
-            raise ValueError("RetinaNet's strides start at 8, for which a plain backbone needs detector.neck='plain4'")
+            raise ValueError("RetinaNet's strides start at 8, for which a plain backbone needs detection.neck='plain4'")
         ((stride, x),) = maps.items()
-        laterals, last = {}, x
-        for factor in (4, 2, 1):
-            if self.extra == "conv" and factor == 4:
-                continue
-            lateral = _conv(self.width, dtype=self.dtype, name=f"lateral{stride // factor}")(x)
-            laterals[stride // factor] = _enlarge(lateral, factor)
+        laterals, last, first = {}, x, 8 if self.extra == "conv" else 4
+        for wanted in (4, 8, 16):
+            if first <= wanted <= stride:
+                lateral = _conv(self.width, dtype=self.dtype, name=f"lateral{wanted}")(x)
+                laterals[wanted] = _enlarge(lateral, stride // wanted)
         if self.pooled:
             last = nn.max_pool(x, (2, 2), (2, 2), [(0, n % 2) for n in x.shape[1:3]])
             laterals[2 * stride] = _conv(self.width, dtype=self.dtype, name=f"lateral{2 * stride}")(last)

@@ -31,6 +31,7 @@ class RetinaNet(Detector):
     """
 
     head_depth: int = 4  # convolutions before each output
+    anchor_scale: float = 4.0  # side of the smallest square anchor / stride
     test_candidates: int = 1000  # (anchor, class) pairs of each level, before suppression
     box_nms: float = 0.5  # IoU above which detections of a class suppress each other
     score_threshold: float = 0.05
@@ -41,7 +42,7 @@ class RetinaNet(Detector):
 
     def setup(self) -> None:
         super().setup()
-        self.anchors = retinanet_anchors(rounded=self.choices.round_anchors)
+        self.anchors = retinanet_anchors(self.anchor_scale, rounded=self.choices.round_anchors)
         self.head = RetinaNetHead(self.num_classes, self.width, self.head_depth, self.anchors.count, dtype=self.dtype)
 
     def __call__(self, images: jax.Array, size: jax.Array) -> dict[str, jax.Array]:

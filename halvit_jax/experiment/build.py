@@ -108,7 +108,8 @@ def training_spec(config: ConfigDict, task: Task) -> dict[str, Any]:
 def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool = True) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
 
-    Without `training` no training data are needed.
+    Without `training` no training data are needed. Those of detection come from `config.instances`, whose canvases are
+    their sizes.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -117,9 +118,10 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool =
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
-    given["mean"] = config.task.mean
-    return data.make_loaders(**config.data, **given, training=training)
+    given = {"batch_size": config.batch_size, "seed": config.seed, "host": host}
+    if config.task.name == "detection":
+        return data.make_detection_loaders(**config.instances, **given)
+    return data.make_loaders(**config.data, size=size, mean=config.task.mean, **given, training=training)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from halvit_jax.convert.transfer import Transfer, read_for, transfer
+from halvit_jax.convert.transfer import Transfer, below_backbone, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.experiment.workdir import INIT_FROM_FILE
 from halvit_jax.protocols import Task
@@ -79,6 +79,8 @@ def read(
             raise ValueError("this task loads weights from a workdir only")
         else:
             arrays = read_for(source, name, model, ema=ema)
+        if hasattr(model, "backbone"):
+            arrays = below_backbone(arrays)
         return transfer(name, arrays, shapes, rules, exclude=exclude, positions=positions)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

@@ -9,10 +9,16 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax.models import create_model
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.tasks.detection import Detection
 
 
 def _classification(model: Any, config: ConfigDict) -> Classification:
     return Classification(model, mean=config.task.mean, std=config.task.std, **config.classification)
+
+
+def _detection(model: Any, config: ConfigDict) -> Detection:
+    images = {"canvases": config.instances.canvases, "max_objects": config.instances.max_objects}
+    return Detection(model, mean=config.task.mean, std=config.task.std, **images, **config.detection)
 
 
 # config.task.name -> a function of the model and the config. A task with fields reads them from the config's sub-tree
@@ -20,6 +26,7 @@ def _classification(model: Any, config: ConfigDict) -> Classification:
 TASKS: dict[str, Callable[[Any, ConfigDict], Any]] = {
     "classification": _classification,
     "distillation": _classification,
+    "detection": _detection,
 }
 
 
@@ -52,3 +59,8 @@ def compute_dtype(name: str) -> str:
     if name != "auto":
         return name
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def model_name(config: ConfigDict) -> str:
+    """What the run trains, as `python -m halvit_jax.summary` lists it: a detector's name begins with its kind."""
+    return f"{config.detection.detector}_{config.model.name}" if config.task.name == "detection" else config.model.name

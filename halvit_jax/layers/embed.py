@@ -47,11 +47,13 @@ class PositionEmbedding(nn.Module):
     """Add a position to every token: learned (normal, 0.02), fixed sine-cosine of the grid, or none.
 
     x: [b, n, d]; the last u v tokens are those of a grid, row by row. Tokens before them (a class token) have their own
-    positions if learned, none if fixed. Learned positions are resampled to another grid.
+    positions if learned, none if fixed; the table has them even where the tokens are left out. Learned positions are
+    resampled to another grid.
     """
 
     kind: str  # a key of POSITIONS
     grid: tuple[int, int]  # u, v of the learned table
+    before: int = 0  # positions of the learned table for tokens before the grid
 
     @nn.compact
     def __call__(self, x: jax.Array, grid: tuple[int, int] | None = None) -> jax.Array:
@@ -60,8 +62,8 @@ class PositionEmbedding(nn.Module):
         if self.kind == "none":
             return x
         if self.kind == "learned":
-            table = self.param("embedding", normal_02, (extra + math.prod(self.grid), d))
-            return x + resampled(table, self.grid, grid).astype(x.dtype)[None]
+            table = self.param("embedding", normal_02, (self.before + math.prod(self.grid), d))
+            return x + resampled(table, self.grid, grid)[self.before - extra :].astype(x.dtype)[None]
         return x + jnp.asarray(np.pad(sincos_2d(grid, d), ((extra, 0), (0, 0))), x.dtype)[None]
 
 

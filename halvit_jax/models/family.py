@@ -34,6 +34,8 @@ class Family:
         fold: folds the batch normalisations of the model's variables, for inference.
         published: {model name: its published result}.
         baselines: {model name: name of the model it is derived from and compared with}.
+        neck: what a detector makes its pyramid of the model's maps with, a key of `detection.pyramid.NECKS`.
+        feature_norms: a detector normalises the maps, because they are not normalised by the model.
     """
 
     model: type[nn.Module]
@@ -44,6 +46,8 @@ class Family:
     fold: Callable[[Mapping[str, Any]], dict[str, Any]] = batch_norm.fold
     published: Mapping[str, Published] = dataclasses.field(default_factory=dict)
     baselines: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    neck: str = "fpn"
+    feature_norms: bool = False
 
     @property
     def field_types(self) -> dict[str, Any]:

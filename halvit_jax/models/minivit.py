@@ -227,6 +227,7 @@ DEIT_FAMILY = Family(
     partition_rules=PARTITION_RULES,
     transfer_rules=vit.TRANSFER_RULES,
     tiny=vit.FAMILY.tiny,
+    neck="plain",
     published={
         "mini_deit_tiny": Published(73.0, "MiniViT, 300 epochs, distilled"),
         "mini_deit_small": Published(80.9, "MiniViT, 300 epochs, distilled"),
@@ -246,6 +247,7 @@ SWIN_FAMILY = Family(
     partition_rules=PARTITION_RULES,
     transfer_rules=swin.TRANSFER_RULES,
     tiny=swin.FAMILY.tiny | {"shares": (2, 2)},
+    feature_norms=True,
     published={
         "mini_swin_tiny": Published(81.3, "MiniViT, 300 epochs, distilled"),
         "mini_swin_small": Published(83.9, "MiniViT, 300 epochs, distilled"),

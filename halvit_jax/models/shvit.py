@@ -281,6 +281,7 @@ FAMILY = Family(
     sizes=SIZES,
     partition_rules=PARTITION_RULES,
     transfer_rules=TRANSFER_RULES,
+    neck="shvit",
     tiny={
         "depths": (1, 1),
         "widths": (16, 24),

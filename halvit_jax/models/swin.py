@@ -225,6 +225,7 @@ FAMILY = Family(
     partition_rules=PARTITION_RULES,
     transfer_rules=TRANSFER_RULES,
     tiny={"width": 32, "depths": (2, 2), "head_width": 16, "window_size": 4, "image_size": 32},
+    feature_norms=True,
     published={
         "swin_tiny": Published(81.3, "Swin Transformer, 300 epochs"),
         "swin_small": Published(83.0, "Swin Transformer, 300 epochs"),

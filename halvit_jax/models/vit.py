@@ -11,7 +11,6 @@ Shapes: `b` batch, `h w` space, `n` tokens, `d` width, `p` patch size.
 """
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -114,12 +113,8 @@ class VisionTransformer(nn.Module):
 
     def setup(self) -> None:
         self.embed = PatchEmbed(self.width, self.patch_size, dtype=self.dtype)
-        if self.pool == "token":
-            self.class_token = self.param("class_token", normal_02, (self.width,))
-        if self.distilled:
-            self.distill_token = self.param("distill_token", normal_02, (self.width,))
         grid = (self.image_size // self.patch_size,) * 2
-        self.add_position = PositionEmbedding(self.position, grid, name="position")
+        self.add_position = PositionEmbedding(self.position, grid, len(self._names_before), name="position")
         self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
@@ -142,7 +137,7 @@ class VisionTransformer(nn.Module):
                 f"images of {images.shape[1]}x{images.shape[2]} for a model built for {self.image_size}x"
                 f"{self.image_size}; set model.image_size"
             )
-        x = self._tokens(images, train)
+        x = self._tokens(images, train, before=True)
         out = {"class": x[:, 0] if self.pool == "token" else x.mean(axis=1)}
         if self.distilled:
             out["distill"] = x[:, 1]
@@ -155,12 +150,21 @@ class VisionTransformer(nn.Module):
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
         """The normalised tokens of the image as a map: [b, h, w, 3] -> {p: [b, h / p, w / p, d]}.
 
-        Any h and w that p divides; positions are resampled. `frozen_norms`: see `norms_in_evaluation`.
+        Any h and w that p divides; positions are resampled. There is no class token, whose position stays unused.
+        `frozen_norms`: see `norms_in_evaluation`.
         """
         with norms_in_evaluation(frozen_norms):
-            x = self._tokens(images, train)
-        grid = self._grid(images)
-        return {self.patch_size: x[:, x.shape[1] - math.prod(grid) :].reshape(x.shape[0], *grid, -1)}
+            x = self._tokens(images, train, before=False)
+        return {self.patch_size: x.reshape(x.shape[0], *self._grid(images), -1)}
+
+    @property
+    def _names_before(self) -> list[str]:
+        """The tokens that stand before those of the image."""
+        return ["class_token"] * (self.pool == "token") + ["distill_token"] * self.distilled
+
+    @nn.compact  # made only where they are used, so that a detector's backbone has none
+    def _tokens_before(self) -> jax.Array:
+        return jnp.stack([self.param(name, normal_02, (self.width,)) for name in self._names_before])  # [t, d]
 
     def layers(self) -> tuple[nn.LayerNorm, nn.Module, nn.Module]:
         """A norm, the attention and the feed-forward layer of a block, by themselves; those of all blocks are alike."""
@@ -202,19 +206,18 @@ class VisionTransformer(nn.Module):
             x = run_block(block, x, remat=self.remat, train=train)
         return x
 
-    def embed_tokens(self, images: jax.Array) -> jax.Array:
-        """The input [b, n, d] of the first block; the last tokens are those of the image."""
+    def embed_tokens(self, images: jax.Array, *, before: bool = True) -> jax.Array:
+        """The input [b, n, d] of the first block; `before` the tokens of the image those of class and distillation."""
         x, grid = self.embed(images), self._grid(images)
         x = x.astype(jnp.float32) if self.residual_float32 else x
-        if self.pool == "token":
-            tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
-            tokens = jnp.stack(tokens).astype(x.dtype)
+        if before and self._names_before:
+            tokens = self._tokens_before().astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
         return self.add_position(x, grid)
 
-    def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        """Normalised tokens [b, n, d]; the last of them are those of the image."""
-        return self.norm(self._run_blocks(self.embed_tokens(images), self._grid(images), train))
+    def _tokens(self, images: jax.Array, train: bool, *, before: bool) -> jax.Array:
+        """Normalised tokens [b, n, d] of the image, and `before` them those of class and distillation if any."""
+        return self.norm(self._run_blocks(self.embed_tokens(images, before=before), self._grid(images), train))
 
 
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}
@@ -260,6 +263,7 @@ FAMILY = Family(
     transfer_rules=TRANSFER_RULES,
     tiny=TINY_SHAPE,
     fold=fold,
+    neck="plain",
     published={
         "halvit_tiny": Published(77.3, "HaLViT, T, 300 epochs", params="11.1M"),
         "halvit_small": Published(81.3, "HaLViT, M, 300 epochs", params="43.0M"),

@@ -143,7 +143,7 @@ class Classification:
         targets = smooth_one_hot(label, logits.shape[-1], 0.0)
         return classification_sums(cross_entropy(logits, targets), logits, label, mask)
 
-    def collector(self) -> MeanCollector:
+    def collector(self, info: DatasetInfo) -> MeanCollector:
         """The means over all examples."""
         return MeanCollector()
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from halvit_jax.protocols import Batch, Loader, PyTree, Task
+from halvit_jax.protocols import Batch, Collector, Loader, PyTree, Task
 from halvit_jax.training.fault_tolerance.preemption import STOP, PreemptionHandler
 from halvit_jax.training.sharding import to_devices, to_host
 from halvit_jax.training.step import EvalReport, make_eval_step
@@ -25,17 +25,18 @@ def evaluate(
     *,
     preemption: PreemptionHandler,
     heartbeat: Callable[[], None] = lambda: None,
+    collected: Callable[[Collector], None] = lambda collector: None,
 ) -> Metrics:
     """The task's metrics over all examples of the loader, for variables {"params": ..., "model_state": ...}.
 
     The scores of each global batch are gathered to every host, and each host computes the metrics for itself.
-    `heartbeat` is called after every batch.
+    `heartbeat` is called after every batch, `collected` at the end, with what has the scores of all batches.
 
     Raises:
         PreemptedError: a host was asked to stop.
         RuntimeError: the masks of the batches do not sum to the number of examples that the loader announced.
     """
-    eval_step, spec, collector = make_eval_step(task), task.batch_spec(), task.collector()
+    eval_step, spec, collector = make_eval_step(task), task.batch_spec(), task.collector(loader.info)
     variables = (variables["params"], variables["model_state"])
     examples, before = 0, None
 
@@ -56,7 +57,9 @@ def evaluate(
     examples += 0 if before is None else collect(before)
     if examples != loader.num_examples:
         raise RuntimeError(f"scored {examples} examples where the split holds {loader.num_examples}")
-    return collector.result()
+    metrics = collector.result()
+    collected(collector)
+    return metrics
 
 
 class _Scored(NamedTuple):

@@ -4,6 +4,7 @@ restore or initialise -> for each step: batch, train step, check the step before
 """
 
 import collections
+import functools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from halvit_jax.protocols import Array, Loader, PyTree, Task
+from halvit_jax.protocols import Array, Collector, Loader, PyTree, Task
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.evaluate import Metrics, PreemptedError, evaluate
@@ -224,10 +225,12 @@ def evaluate_state(
     report: Report,
     preemption: PreemptionHandler,
     watchdog: Watchdog,
+    collected: Callable[[str, Collector], None] = lambda name, collector: None,
 ) -> dict[str, Metrics]:
     """Metrics on every evaluation set, for the parameters and for their EMA if there is one.
 
     {"eval": ..., "ema_eval": ..., "eval_other": ..., "ema_eval_other": ...} for the sets "eval" and "eval_other".
+    `collected` gets each name and what has collected the scores of all its batches.
 
     Raises:
         PreemptedError: a host was asked to stop.
@@ -246,6 +249,7 @@ def evaluate_state(
                         mesh,
                         preemption=preemption,
                         heartbeat=lambda: watchdog.heartbeat("evaluating", step),
+                        collected=functools.partial(collected, prefix + name),
                     )
         for name, metrics in results.items():
             report.evaluation(step, name, metrics)

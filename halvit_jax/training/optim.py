@@ -5,6 +5,7 @@ where the schedule starts and ends, and how the learning rate scales with the ba
 """
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -47,9 +48,11 @@ def make_optimizer(
     no_clip_adaptive: Sequence[str],
     schedule: str,
     warmup_epochs: float,
+    warmup_steps: int,
     warmup_start: float,
     floor: float,
     step_epochs: float,
+    milestones: Sequence[float],
     step_factor: float,
     batch_size: int,
     steps_per_epoch: int,
@@ -90,9 +93,11 @@ def make_optimizer(
         schedule,
         peak=learning_rate * factor,
         warmup_epochs=warmup_epochs,
+        warmup_steps=warmup_steps,
         warmup_start=warmup_start,
         floor=floor,
         step_epochs=step_epochs,
+        milestones=milestones,
         step_factor=step_factor,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
@@ -129,9 +134,11 @@ def make_schedule(
     *,
     peak: float,
     warmup_epochs: float,
+    warmup_steps: int,
     warmup_start: float,
     floor: float,
     step_epochs: float,
+    milestones: Sequence[float],
     step_factor: float,
     steps_per_epoch: int,
     total_steps: int,
@@ -140,40 +147,51 @@ def make_schedule(
 
     cosine:               floor + (peak - floor) (1 + cos(pi step / total_steps)) / 2, counted from step 0, as in timm
     cosine_after_warmup:  the same, counted from the end of the warm-up, as in torchvision
-    step:                 peak * step_factor ** (number of whole `step_epochs` passed)
+    step:                 peak * step_factor ** (number of `milestones` passed, else of whole `step_epochs`)
     constant:             peak
+
+    The warm-up takes `warmup_steps`, or `warmup_epochs` where that is 0; `milestones` are in epochs.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
     """
-    least = {"warmup_epochs": warmup_epochs, "warmup_start": warmup_start, "floor": floor}
+    least = {"warmup_epochs": warmup_epochs, "warmup_steps": warmup_steps}
+    least |= {"warmup_start": warmup_start, "floor": floor}
     _check("must not be negative", {key: (value, value >= 0) for key, value in least.items()})
     positive = {"step_epochs": step_epochs, "step_factor": step_factor}
     _check("must be above 0", {key: (value, value > 0) for key, value in positive.items()})
-    warmup_steps = round(warmup_epochs * steps_per_epoch)
+    if any(later <= earlier for earlier, later in itertools.pairwise((0.0, *milestones))):
+        raise ValueError(f"optim.milestones={tuple(milestones)} must be epochs above 0 that increase")
+    given = f"warmup_steps={warmup_steps}" if warmup_steps else f"warmup_epochs={warmup_epochs}"
+    warmup = warmup_steps or round(warmup_epochs * steps_per_epoch)
+
+    def reductions(step: Array) -> Array:
+        if milestones:
+            return sum(step >= round(epoch * steps_per_epoch) for epoch in milestones)
+        return jnp.floor(step / (step_epochs * steps_per_epoch))
 
     def cosine(step: Array, total: int) -> Array:
         return floor + (peak - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * step / total))
 
     bodies = {
         "cosine": lambda step: cosine(step, total_steps),
-        "cosine_after_warmup": lambda step: cosine(step - warmup_steps, total_steps - warmup_steps),
-        "step": lambda step: peak * step_factor ** jnp.floor(step / (step_epochs * steps_per_epoch)),
+        "cosine_after_warmup": lambda step: cosine(step - warmup, total_steps - warmup),
+        "step": lambda step: peak * step_factor ** reductions(step),
         "constant": lambda step: jnp.asarray(peak),
     }
     _check_choice("schedule", kind, bodies)
-    if warmup_steps >= total_steps:
+    if warmup >= total_steps:
         raise ValueError(
-            f"optim.warmup_epochs={warmup_epochs} are {warmup_steps} steps of {total_steps} in all; "
-            "lower optim.warmup_epochs or train longer"
+            f"optim.{given} are {warmup} steps of {total_steps} in all; lower optim.{given.partition('=')[0]} or train "
+            "longer"
         )
     body = bodies[kind]
 
     def rate(step: Array) -> Array:
         step = jnp.minimum(step, total_steps)
         passed = step.astype(float)
-        rising = warmup_start + (peak - warmup_start) * passed / max(warmup_steps, 1)
-        return jnp.where(step < warmup_steps, rising, body(passed))
+        rising = warmup_start + (peak - warmup_start) * passed / max(warmup, 1)
+        return jnp.where(step < warmup, rising, body(passed))
 
     return rate
 

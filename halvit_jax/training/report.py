@@ -105,7 +105,7 @@ class Report:
         """The metrics of one evaluation, as `name`/..., in the curves and as a printed line; None is undefined."""
         points = {f"{name}/{key}": value for key, value in scalars.items() if value is not None}
         self._write(self._writer.write_scalars, step, points)
-        self.log(f"step {step}  {name}  " + "  ".join(self._pretty(key, value) for key, value in scalars.items()))
+        self.log(f"step {step}  {name}  {self._summary(scalars)}")
 
     @property
     def images_per_s(self) -> float | None:
@@ -115,7 +115,7 @@ class Report:
     def result(self, result: Mapping[str, Any], workdir: pathlib.Path) -> None:
         """The result of a run as a short table, and the commands to use it."""
         scores = {name: value for name, value in result.items() if isinstance(value, Mapping)}
-        rows = [(name, "  ".join(self._pretty(*item) for item in score.items())) for name, score in scores.items()]
+        rows = [(name, self._summary(score)) for name, score in scores.items()]
         rows += [("parameters", f"{result['params']:,}"), ("steps", f"{result['step']:,}")]
         if result["images_per_s"]:
             rows.append(("training speed", f"{result['images_per_s']:,.0f} images/s"))
@@ -153,6 +153,10 @@ class Report:
             print(f"\r\033[K[{bar}] {self._line}", end="", flush=True)
         else:
             print(self._line, flush=True)
+
+    def _summary(self, scalars: Mapping[str, float | None]) -> str:
+        """All metrics but those of parts, such as `box_ap/person`."""
+        return "  ".join(self._pretty(key, value) for key, value in scalars.items() if "/" not in key)
 
     def _pretty(self, name: str, value: float | None) -> str:
         if value is None:

@@ -243,5 +243,5 @@ def test_faster_rcnn_has_no_masks() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("neck", "bifpn"), ("conventions", "yolo"), ("num_classes", 0)])
 def test_unknown_choices_are_refused_by_field(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"detector\.{field}={value!r}"):
+    with pytest.raises(ValueError, match=rf"detection\.{field}={value!r}"):
         _model(RetinaNet, **{field: value})

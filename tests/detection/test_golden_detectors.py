@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import detector_states
 
+from halvit_jax.convert import detectors
 from halvit_jax.detection.boxes import rescale
 from halvit_jax.detection.mask_rcnn import MaskRCNN
 from halvit_jax.detection.paste import paste, paste_torchvision
 from halvit_jax.detection.retinanet import RetinaNet
 from halvit_jax.models import create_model
-from halvit_jax.trees import flatten
+from halvit_jax.trees import flatten, unflatten
 
 TEST = {
     "test_candidates": 150,
@@ -34,9 +34,14 @@ ALL_SAMPLES = {
 }
 
 
-def _variables(info: Any, reference_weights: Any, table: Any, first: int = 4) -> tuple[Any, dict[str, str]]:
+def _variables(info: Any, reference_weights: Any, model: Any) -> tuple[Any, dict[str, str]]:
+    """Our variables by the package's converter, and {their name: our path below `params`}."""
     state = {name: reference_weights.weights(name, tuple(shape)) for name, shape in info["state"].items()}
-    return detector_states.variables(state, table, first)
+    wanted = detectors.shapes_of(model)
+    variables = unflatten(detectors.from_torch_arrays("resnet18", model, state, wanted))
+    rules = detectors.rules("resnet18", model, detectors.library_of(state), wanted)
+    found = {name: rule.path(name) for name in state for rule in reversed(rules) if rule.path(name) in wanted}
+    return variables, {name: path.removeprefix("params/") for name, path in found.items()}
 
 
 def _images(reference_weights: Any, n: int, canvas: list[int]) -> jax.Array:
@@ -87,10 +92,10 @@ def _check_norms(expected: dict[str, float], paths: dict[str, str], gradients: d
 @pytest.mark.slow
 def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_inference")
-    variables, _ = _variables(info, reference_weights, detector_states.MMDET)
     images = _images(reference_weights, 2, info["canvas"])
     size = jnp.asarray(info["image_shapes"])
     model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **TEST)
+    variables, _ = _variables(info, reference_weights, model)
 
     def run(variables: Any, images: jax.Array) -> Any:
         maps = model.apply(variables, images, size, train=False, method="features")
@@ -122,9 +127,9 @@ def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> No
 
 def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_training")
-    variables, paths = _variables(info, reference_weights, detector_states.MMDET)
     images = _images(reference_weights, 2, info["canvas"])
     model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **ALL_SAMPLES)
+    variables, paths = _variables(info, reference_weights, model)
     made, gradients = _losses_and_gradients(model, variables, images, _truth(arrays, info))
     names = {
         "rpn_class": "loss_rpn_cls",
@@ -142,9 +147,9 @@ def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: 
 @pytest.mark.slow
 def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
-    variables, _ = _variables(info, reference_weights, detector_states.TORCHVISION)
     images = _images(reference_weights, 1, info["canvas"])
     model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **TEST, conventions="torchvision")
+    variables, _ = _variables(info, reference_weights, model)
     found = jax.jit(model.apply)(variables, images, jnp.asarray([info["canvas"]]))
     assert found["valid"].all()
     np.testing.assert_array_equal(found["labels"][0] + 1, arrays["labels"])
@@ -158,10 +163,10 @@ def test_golden_detections_of_torchvisions_mask_rcnn(case: Any, reference_weight
 @pytest.mark.slow
 def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("torchvision_mask_rcnn")
-    variables, paths = _variables(info, reference_weights, detector_states.TORCHVISION)
+    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **ALL_SAMPLES, conventions="torchvision")
+    variables, paths = _variables(info, reference_weights, model)
     info = info["training"]
     images = _images(reference_weights, 2, info["canvas"])
-    model = MaskRCNN(create_model("resnet18", num_classes=0), **SMALL, **ALL_SAMPLES, conventions="torchvision")
     truth = _truth(arrays, info)
     truth["label"] -= truth["real"].astype(jnp.int32)  # number 0 is their background
     made, gradients = _losses_and_gradients(model, variables, images, truth)
@@ -180,7 +185,6 @@ def test_golden_losses_and_gradients_of_torchvisions_mask_rcnn(case: Any, refere
 @pytest.mark.slow
 def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
     info, arrays = case("retinanet")
-    variables, paths = _variables(info, reference_weights, detector_states.MMDET, first=8)
     images = _images(reference_weights, 2, info["canvas"])
     model = RetinaNet(
         create_model("resnet18", num_classes=0),
@@ -190,6 +194,7 @@ def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
         test_candidates=100,
         detections=25,
     )
+    variables, paths = _variables(info, reference_weights, model)
     truth = _truth(arrays, info, masks=False)
     made, gradients = _losses_and_gradients(model, variables, images, truth)
     for ours, theirs in {"class": "loss_cls", "box": "loss_bbox"}.items():

@@ -83,6 +83,18 @@ def test_laterals_of_a_plain_backbone_may_come_before_enlargement() -> None:
     }
 
 
+def test_a_plain_backbone_of_stride_8_has_the_standard_strides_too() -> None:
+    neck = PlainPyramid(6)
+    shapes = jax.eval_shape(lambda x: neck.init_with_output(jax.random.key(0), {8: x})[0], jnp.zeros((1, 24, 16, 3)))
+    assert {s: shape.shape[1:3] for s, shape in shapes.items()} == {
+        4: (48, 32),
+        8: (24, 16),
+        16: (12, 8),
+        32: (6, 4),
+        64: (3, 2),
+    }
+
+
 @pytest.mark.parametrize("extra", ["pool", "conv"])
 def test_a_plain_backbone_with_four_laterals(extra: str) -> None:
     neck = NECKS["plain4"](8, extra=extra)

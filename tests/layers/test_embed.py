@@ -47,7 +47,7 @@ def test_patch_embedding_starts_like_pytorch_uniform_within_one_over_the_root_of
 @pytest.mark.parametrize("extra", [0, 1])
 def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: int) -> None:
     x = _images(2, extra + 15, D)
-    layer = PositionEmbedding("learned", GRID)
+    layer = PositionEmbedding("learned", GRID, extra)
     variables = layer.init(jax.random.key(0), x)
     table = variables["params"]["embedding"]
     assert table.shape == (extra + 15, D)
@@ -106,12 +106,14 @@ def test_the_sine_cosine_table_exists_at_the_smallest_width() -> None:
 
 def test_learned_positions_are_resampled_to_another_grid_and_those_of_tokens_kept() -> None:
     table = np.random.default_rng(0).standard_normal((1 + 16, D)).astype(np.float32)
-    layer, x = PositionEmbedding("learned", (4, 4)), jnp.zeros((2, 1 + 12, D))
+    layer, x = PositionEmbedding("learned", (4, 4), 1), jnp.zeros((2, 1 + 12, D))
     added = np.asarray(layer.apply({"params": {"embedding": table}}, x, (2, 6)))
     np.testing.assert_array_equal(added[:, 0], table[[0, 0]])
     expected = jax.image.resize(table[1:].reshape(4, 4, D), (2, 6, D), "bicubic").reshape(12, D)
     np.testing.assert_allclose(added[0, 1:], expected, atol=1e-6)
     np.testing.assert_array_equal(layer.apply({"params": {"embedding": table}}, jnp.zeros((1, 17, D)))[0], table)
+    alone = layer.apply({"params": {"embedding": table}}, x[:, 1:], (2, 6))
+    np.testing.assert_array_equal(alone, added[:, 1:])  # a token that is left out does not move the others
 
 
 def test_sine_cosine_positions_are_those_of_the_given_grid() -> None:

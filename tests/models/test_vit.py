@@ -148,6 +148,9 @@ def test_features_are_a_map_of_the_image_without_the_class_token(pool: str) -> N
     pooled = _apply(model, params, _images())
     means = features[8].mean((1, 2))
     assert np.allclose(pooled, means, atol=1e-6) == (pool == "mean")
+    made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False, method="features"), _images())
+    assert made["params"].keys() == params.keys() - {"class_token"}
+    assert made["params"]["position"]["embedding"].shape == params["position"]["embedding"].shape
 
 
 def test_a_distilled_model_answers_with_the_mean_of_its_classifiers() -> None:

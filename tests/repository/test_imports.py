@@ -22,10 +22,11 @@ PACKAGES: dict[str, set[str] | None] = {
     "recipes": {"ml_collections", "halvit_jax.config"},
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
-    "detection": NUMERIC | {"halvit_jax.layers"},
+    "detection": NUMERIC | {f"{OURS}.{name}" for name in ("layers", "protocols", "text")} | {"pycocotools"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
-    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols", "halvit_jax.text"},
+    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "pycocotools"}
+    | {f"{OURS}.{name}" for name in ("protocols", "text")},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
     | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},
     # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.

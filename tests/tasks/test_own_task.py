@@ -67,7 +67,7 @@ class StrokeWidth:
         del model_state
         return {"found": self._widths({"params": params}, images), "true": stroke_width(images)}
 
-    def collector(self) -> "Ranks":
+    def collector(self, info: Any) -> "Ranks":
         return Ranks()
 
     def summary_images(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

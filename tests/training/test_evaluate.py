@@ -21,6 +21,7 @@ class Batches:
 
     num_examples = 21
     steps_per_epoch = 3
+    info = None
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         for start in range(8 * start_step, 24, 8):
@@ -39,7 +40,7 @@ class Task:
     def score(self, params: Any, model_state: Any, batch: dict[str, jax.Array]) -> jax.Array:
         return params["w"] * batch["image"] + model_state["b"]
 
-    def collector(self) -> "Values":
+    def collector(self, info: Any) -> "Values":
         return Values()
 
 
@@ -107,7 +108,7 @@ from halvit_jax.training.sharding import make_mesh
 
 class Rows:
     "Each process has its half of 13 examples: batches of 4 rows a process, the last of them padded."
-    num_examples, steps_per_epoch = 13, 2
+    num_examples, steps_per_epoch, info = 13, 2, None
     def batches(self, start_step=0):
         for step in range(2):
             rows = 8 * step + 4 * rank + np.arange(4)
@@ -119,7 +120,7 @@ class Task:
         return {"value": one((), "float32"), "mask": one((), "bool")}
     def score(self, params, model_state, batch):
         return {"doubled": 2 * batch["value"]}
-    def collector(self):
+    def collector(self, info):
         return Doubled()
 
 class Doubled:

@@ -75,7 +75,7 @@ class Regression:
         outputs = batch["x"] @ params["w"]
         return {"score": -jnp.sum((outputs - batch["y"]) ** 2), "examples": jnp.sum(batch["mask"])}
 
-    def collector(self) -> MeanCollector:
+    def collector(self, info: Any) -> MeanCollector:
         return MeanCollector()
 
     def summary_images(self, batch: Any) -> dict[str, jax.Array]:
@@ -90,6 +90,7 @@ class Batches:
 
     num_examples = 2 * BATCH
     steps_per_epoch = 10**6
+    info = None
 
     def __init__(self, trouble: dict[int, str] | None = None, then: dict[int, Any] | None = None) -> None:
         self._trouble, self._then = trouble or {}, then or {}

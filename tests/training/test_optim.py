@@ -51,6 +51,14 @@ def test_warm_up_rises_in_equal_steps_and_the_end_stays_at_the_floor() -> None:
     np.testing.assert_allclose(schedule(jnp.array([last, last + 1, 2 * last])), 1e-5, rtol=1e-4)
 
 
+def test_detections_schedule_falls_at_given_epochs_after_a_warm_up_in_steps() -> None:
+    fields = {"schedule": "step", "milestones": (8, 11), "warmup_steps": 500, "warmup_start": 2e-7, "step_factor": 0.1}
+    optimizer = _optimizer(epochs=12, batch_size=16, **PLAIN | fields | {"learning_rate": 2e-4})
+    epochs = np.array([0, 250 / STEPS_PER_EPOCH, 500 / STEPS_PER_EPOCH, 7.99, 8, 10.99, 11, 12])
+    expected = [2e-7, 1.001e-4, 2e-4, 2e-4, 2e-5, 2e-5, 2e-6, 2e-6]
+    np.testing.assert_allclose(_rates(optimizer, epochs), expected, rtol=1e-4)
+
+
 def test_the_batch_scales_the_peak_and_neither_start_nor_floor() -> None:
     places = np.array([0, 5, 300])
     peak = 1e-5 + 0.5 * (2e-3 - 1e-5) * (1 + np.cos(np.pi * 5 / 300))
@@ -254,6 +262,12 @@ def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name:
         ({"no_decay": ("bias$", "(")}, "optim.no_decay holds '(', which is not a regular expression"),
         ({"layers": ("[",)}, "optim.layers holds '[', which is not a regular expression"),
         ({"warmup_epochs": -1.0}, "optim.warmup_epochs=-1.0 must not be negative"),
+        ({"warmup_steps": -1}, "optim.warmup_steps=-1 must not be negative"),
+        (
+            {"warmup_steps": 375300},
+            "optim.warmup_steps=375300 are 375300 steps of 375300 in all; lower optim.warmup_steps or train longer",
+        ),
+        ({"milestones": (11, 8)}, r"optim.milestones=(11, 8) must be epochs above 0 that increase"),
         ({"floor": -1.0}, "optim.floor=-1.0 must not be negative"),
         ({"step_epochs": 0.0}, "optim.step_epochs=0.0 must be above 0"),
     ],

@@ -1,0 +1,201 @@
+"""Object detection and instance segmentation: images on canvases and their boxes in, detections out.
+
+Shapes: `b` batch, `h w` canvas, `g` rows for objects, `d` detections of an image, `r` side of a cut-out mask.
+"""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from halvit_jax.detection import create_detector
+from halvit_jax.detection.paste import paste, paste_torchvision
+from halvit_jax.models import family_of, partition_rules, transfer_rules
+from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
+from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
+from halvit_jax.tasks.coco_collector import CocoCollector
+from halvit_jax.tasks.drawing import draw
+from halvit_jax.trees import Rules, TransferRules, flatten
+
+CROP = 112  # r
+INIT_SIDE = 128  # pixels of the images that parameters are made with; their shapes do not depend on it
+PICTURES = 4  # images that are drawn
+OWN = r"(pyramid|norms|rpn|box_head|mask_head|head)/"  # a detector's parameters outside of its backbone
+PARTITION_RULES: Rules = (
+    (rf"(?<!backbone/){OWN}.*fc1/kernel$", COLUMNS),
+    (rf"(?<!backbone/){OWN}.*fc2/kernel$", ROWS),
+    (r"(?<!backbone/)box_head/(score|delta)/kernel$", COLUMNS),
+    (rf"(?<!backbone/){OWN}.*kernel$", FILTERS),
+    VECTORS,
+)
+
+
+class Detection:
+    """Mask R-CNN or RetinaNet on a backbone, a `Task` that is `Servable`.
+
+    Args:
+        model: the backbone, without a classifier: `model.features` -> {stride: map}.
+        mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
+        canvases: (height, width) of the batches; the first one is that of `batch_spec`.
+        max_objects: g.
+        detector: a key of `detection.DETECTORS`.
+        metric_backend: a key of `detection.coco_metric.BACKENDS`, of the evaluation.
+        fields: those of the detector; None leaves a default. An empty `neck`: that of the backbone's family.
+    """
+
+    units: Mapping[str, str] = {"rpn_positives": "%", "roi_positives": "%", "positives": "%", "proposal_recall": "%"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        canvases: Sequence[tuple[int, int]],
+        max_objects: int,
+        detector: str = "mask_rcnn",
+        metric_backend: str = "pycocotools",
+        **fields: Any,
+    ) -> None:
+        if model.num_classes:
+            raise ValueError(
+                f"model.num_classes={model.num_classes} must be 0 for task.name='detection'; the number of classes of "
+                "a detector is detection.num_classes"
+            )
+        family = family_of(model)
+        fields["neck"] = fields.get("neck") or family.neck
+        fields["feature_norms"] = family.feature_norms
+        self.model = create_detector(detector, model, dtype=model.dtype, **fields)
+        self.metric_backend = metric_backend
+        self.detector, self.max_objects = detector, max_objects
+        self.canvases = [(int(height), int(width)) for height, width in canvases]
+        self.constants: PyTree = {}
+        self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))
+        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self.masks = bool(getattr(self.model, "masks", False))
+        self.primary_metric = "mask_ap" if self.masks else "box_ap"
+        self.progress_metrics = ("loss", "proposal_recall")
+
+    @functools.cached_property
+    def transfer_rules(self) -> TransferRules:
+        """The backbone's rules; what is the detector's own, or a classifier's alone, need not be in both."""
+        backbone = self.model.backbone
+        images = jnp.zeros((1, backbone.image_size, backbone.image_size, 3))
+        used, whole = (
+            flatten(jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, train=False, method=method), images))
+            for method in ("features", "__call__")
+        )
+        left_out = tuple((f"^backbone/{re.escape(path.split('/', 1)[1])}$", "head") for path in whole.keys() - used)
+        own = tuple((re.sub(r"^\^", "^backbone/", pattern), kind) for pattern, kind in transfer_rules(backbone))
+        return ((rf"^{OWN}", "head"), *sorted(left_out), *own)
+
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """A uint8 image on the first canvas, its sizes and number, its objects and its mask."""
+        g = self.max_objects
+        shapes = {
+            "image": ((*self.canvases[0], 3), "uint8"),
+            "size": ((2,), "int32"),
+            "original": ((2,), "int32"),
+            "image_id": ((), "int32"),
+            "boxes": ((g, 4), "float32"),
+            "label": ((g,), "int32"),
+            "real": ((g,), "bool"),
+            "mask": ((), "bool"),
+        }
+        if self.masks:
+            shapes["crops"] = ((g, CROP, CROP), "uint8")
+        return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """Initial (params, model_state); model_state holds BatchNorm's running statistics, if any."""
+        size = jnp.full((1, 2), INIT_SIDE, jnp.int32)
+        variables = self.model.init(key, jnp.zeros((1, INIT_SIDE, INIT_SIDE, 3)), size)
+        return variables["params"], {k: v for k, v in variables.items() if k != "params"}
+
+    def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
+        """The sum of the detector's losses; `sums` have each of them, and the detector's metrics.
+
+        What is drawn for an image depends on `key` and its row in the batch alone, not on the devices.
+        """
+        del constants
+        drop_key, sample_key = jax.random.split(key)
+        made, new_state = self.model.apply(
+            {"params": params, **model_state},
+            self.normalise(batch["image"]),
+            batch,
+            sample_key,
+            method="losses",
+            mutable=list(model_state),
+            rngs={"drop_path": drop_key},
+        )
+        loss = sum(made.losses.values(), jnp.zeros(()))
+        means = {"loss": loss, **{f"{name}_loss": value for name, value in made.losses.items()}, **made.metrics}
+        examples = jnp.sum(batch["mask"]).astype(jnp.float32)
+        sums = {name: value * examples for name, value in means.items()}
+        return Loss(loss, dict(new_state), {**sums, "examples": examples})
+
+    def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """The detections of every image, boxes in pixels of the canvas."""
+        return self._detect({"params": params, **model_state}, *(batch[name] for name in SERVED))
+
+    def collector(self, info: DatasetInfo) -> CocoCollector:
+        """COCO's metrics over all images of the annotation file of `info`."""
+        drawing = paste if self.model.conventions == "mmdet" else paste_torchvision
+        files = info.extra["eval_annotations"], info.extra["category_ids"]
+        return CocoCollector(*files, masks=self.masks, backend=self.metric_backend, paste=drawing)
+
+    def summary_images(self, batch: Batch) -> dict[str, jax.Array]:
+        """The first images of a batch with their objects."""
+        batch = {name: values[:PICTURES] for name, values in batch.items()}
+        crops = batch["crops"] / 255.0 if self.masks else None
+        return {"train_images": draw(batch["image"] / 255.0, batch["boxes"], batch["label"], batch["real"], crops)}
+
+    def normalise(self, images: jax.Array) -> jax.Array:
+        """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
+        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+
+    def check_dataset(self, info: DatasetInfo) -> None:
+        """Raise a ValueError unless the detector has the data set's number of classes."""
+        classes = len(info.class_names)
+        if classes != self.model.num_classes:
+            raise ValueError(
+                f"detection.num_classes={self.model.num_classes}, but instances.name={info.name!r} has {classes} "
+                f"classes; set detection.num_classes={classes}"
+            )
+
+    def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:
+        """Images on a canvas and their sizes there -> detections; norms stay as they are."""
+        del folded
+        return ServingModel(self._detect, variables, self.canvases[0], inputs=SERVED)
+
+    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
+        """The detections of each image: {"detections": [{"class", "score", "box": [x1, y1, x2, y2]}, ...]}.
+
+        Boxes are in pixels of the canvas.
+        """
+        rows = {name: np.asarray(outputs[name]) for name in ("boxes", "scores", "labels", "valid")}
+        return [{"detections": _listed(row, info)} for row in _rows(rows)]
+
+    def _detect(self, variables: PyTree, images: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
+        """`boxes` [b, d, 4], `scores`, `labels`, `valid` [b, d], `masks` [b, d, 28, 28], `truncated` [b]."""
+        return self.model.apply(variables, self.normalise(images), size)
+
+
+def _rows(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+    return [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)]
+
+
+def _listed(row: Mapping[str, np.ndarray], info: DatasetInfo) -> list[dict[str, Any]]:
+    kept = row["valid"].astype(bool)
+    return [
+        {"class": info.class_names[int(label)], "score": float(score), "box": [float(side) for side in box]}
+        for label, score, box in zip(row["labels"][kept], row["scores"][kept], row["boxes"][kept], strict=True)
+    ]
+
+
+SERVED = ("image", "size")
