@@ -11,15 +11,44 @@ maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from flax import linen as nn
+if TYPE_CHECKING:
+    import numpy as np
+    from flax import linen as nn
 
-from halvit_jax.models import create_model, fold, list_models
-from halvit_jax.models.intermediates import capture
+    from halvit_jax.models import fold, list_models
+    from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
+
+
+def __getattr__(name: str) -> Any:
+    """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
+    if name == "capture":
+        from halvit_jax.models.intermediates import capture
+
+        return capture
+    if name in ("fold", "list_models"):
+        from halvit_jax import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
+    """The model `name` as a flax.linen.Module; its size is in the family's table, and `fields` change it.
+
+    With `pretrained`, `load` of its published weights on the Hub, or of that source: (model, variables).
+
+    Raises:
+        ValueError: no such model, fields that do not fit it, or no published weights.
+    """
+    from halvit_jax import models
+
+    if pretrained:
+        return load(pretrained if isinstance(pretrained, str) else f"hf://{name}", name, **fields)
+    return models.create_model(name, **fields)
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -35,7 +64,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
 
 def to_torch(
     name: str, variables: Mapping[str, Any], *, as_deit: bool = False, **overrides: Any
-) -> dict[str, np.ndarray]:
+) -> "dict[str, np.ndarray]":
     """The PyTorch state of the model `name`; with `as_deit`, a HaLViT as the plain DeiT that gives the same logits.
 
     Raises:
@@ -46,12 +75,14 @@ def to_torch(
     return convert.to_torch(name, variables, as_deit=as_deit, **overrides)
 
 
-def load(source: str | os.PathLike[str], name: str | None = None, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    source: str | os.PathLike[str], name: str | None = None, **overrides: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
-    `name` with `overrides`.
+    `halvit_jax.convert` or `halvit_jax.export`; a PyTorch state in a .safetensors, .npz or .pth file, of the model
+    `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 

@@ -3,12 +3,13 @@
 python -m halvit_jax.export --workdir=DIR --format=stablehlo|safetensors|onnx --out=FILE
 
 The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float32; normalisation is inside, resizing is
-not. A description is inside too: the size of the images, the fraction of the resized image that is cut out of its
-middle (`crop`), and the names of the classes.
+not. The file also contains a description: the size of the images, the fraction of the resized image that the
+central crop keeps (`crop`), and the names of the classes.
 
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install 'halvit_jax[onnx]'`; the description is in the model's metadata
-- safetensors: the parameters, each once, for `halvit_jax.load` and `--config.init_from`; the description is in its head
+- safetensors: the parameters, each once, for `halvit_jax.load` and `--config.init_from`; the description is in the
+  header
 
 The written file is read again and compared with the model in JAX on the evaluation set.
 
@@ -50,7 +51,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and print how it compares."""
+    """Write the file, compare it with the model, and print the result."""
     given = flags.FLAGS
     with app.report_user_errors():
         app.reject_positional_args(argv, "name the run with --workdir=DIR")
@@ -78,7 +79,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
 
 
 def portable(trained: Trained) -> Trained:
-    """The same model without what runs on one platform only, such as fused attention."""
+    """The same model without platform-specific operations, such as fused attention."""
     model = getattr(trained.task, "model", None)
     if model is None or "attention_impl" not in family_of(model).field_types:
         return trained
@@ -126,7 +127,7 @@ def verify_export(trained: Trained, written: Predictor, out: pathlib.Path) -> li
         f"{out}: {out.stat().st_size:,} bytes",
         *(f"largest difference of {name}: {value:.1e}" for name, value in differences.items()),
         f"the same best answer for {agreeing} of the {rows} images of the evaluation set",
-        f"one image: {latencies[1]:.1f} ms written, {latencies[0]:.1f} ms in JAX, on this machine",
+        f"one image: {latencies[1]:.1f} ms exported, {latencies[0]:.1f} ms in JAX, on this machine",
     ]
 
 
@@ -135,7 +136,7 @@ def _leaves(outputs: PyTree) -> dict[str, np.ndarray]:
 
 
 def _best(decoded: Any) -> Any:
-    """A decoded answer without its floating-point numbers and with the first of each list only."""
+    """A decoded output without its floating-point numbers and with the first item of each list only."""
     if isinstance(decoded, dict):
         return {key: _best(value) for key, value in decoded.items() if not isinstance(value, float)}
     if isinstance(decoded, list | tuple):
@@ -174,7 +175,7 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         import onnxruntime
     except ImportError as error:
         raise ValueError(f"--format=onnx needs more packages ({error}): pip install 'halvit_jax[onnx]'") from error
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs what it leaves out of every shape
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs a warning for each unknown dimension
     serving = trained.task.serving(trained.model_variables)
     model = jax2onnx.to_onnx(serving, [_images(serving, "b")], return_mode="proto")
     onnx.helper.set_model_props(model, {"info": json.dumps(description(trained))})

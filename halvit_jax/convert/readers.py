@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from halvit_jax.convert import hub
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -42,7 +44,7 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """All arrays of a weight file, in their stored types.
+    """All arrays of a weight file, in their stored types; hf://... is a file on the Hub, see `hub`.
 
     Memory: the file's size, or half as much again for a compressed npz. Nothing in a file is executed, and wrong sizes
     are refused before memory is allocated for them.
@@ -50,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     Raises:
         ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
-    path = pathlib.Path(path)
+    path = hub.download(str(path)) if hub.is_source(path) else pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     match path.suffix:
@@ -82,7 +84,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         array = arrays[name]
         if array.dtype not in codes or not array.size:
             types = ", ".join(dtype.name for dtype in codes)
-            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or of none of the types {types}")
+            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or its type is not one of {types}")
         start, end = end, end + array.nbytes
         header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -222,7 +224,7 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors"
         ) from None
     try:
-        # Files of the old format are no archives and cannot be mapped.
+        # Files of the old format are not archives and cannot be memory-mapped.
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
         return {str(name): _to_numpy(tensor, torch.int16) for name, tensor in _state_of(content).items()}
     except Exception as error:  # a corrupt file may raise nearly any error

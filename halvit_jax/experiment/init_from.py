@@ -66,7 +66,7 @@ def read(
     `field` of the config names the source.
 
     Raises:
-        ValueError: it is neither, or holds arrays that do not fit, all of them by path.
+        ValueError: the source is neither, or some of its arrays do not fit, each listed by path.
     """
     try:
         if pathlib.Path(source).is_dir():

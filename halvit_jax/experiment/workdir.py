@@ -21,7 +21,7 @@ TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
 LOCK_FILE = "lock.json"  # the process that trains here
 CHECKPOINT_FOLDER = FOLDER  # a folder for each step, sealed by a manifest.json
 CORRUPT_CHECKPOINT_FOLDER = CORRUPT_FOLDER  # checkpoints that did not verify, moved away
-DEBUG_FOLDER = "debug"  # batches and stacks of a run that ended badly
+DEBUG_FOLDER = "debug"  # batches and thread stacks of a failed run
 PROFILE_FOLDER = "profile"  # traces of --profile
 # Beside them: TensorBoard's event files.
 
@@ -42,7 +42,7 @@ def create_workdir(workdir: pathlib.Path) -> None:
 
 
 def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetInfo) -> None:
-    """Write what `load_trained` needs beside the checkpoint: the config and the data set's facts."""
+    """Write what `load_trained` needs beside the checkpoint: the config and the `DatasetInfo`."""
     if jax.process_index():
         return
     (workdir / CONFIG_FILE).write_text(config_lib.to_json(config) + "\n")
@@ -53,16 +53,16 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config that a workdir was trained with.
 
     Raises:
-        ValueError: there is none, so no run has started here.
+        ValueError: the workdir has none, so no run has started there.
     """
     path = workdir / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}")
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}")
     return config_lib.from_json(path.read_text())
 
 
 def read_dataset_info(workdir: pathlib.Path) -> DatasetInfo:
-    """The facts of the data set that a workdir was trained on."""
+    """The `DatasetInfo` that a workdir was trained on."""
     return DatasetInfo(**json.loads((workdir / DATASET_FILE).read_text()))
 
 

@@ -1,4 +1,4 @@
-"""The train state: everything that changes, and so everything that a checkpoint holds."""
+"""The train state: everything that changes in training and is saved in a checkpoint."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ from halvit_jax.trees import map_paths
 
 @struct.dataclass
 class TrainState:
-    """`model_state`: BatchNorm statistics; `ema`: averages of params and model_state, or empty; `grad_spikes`: state of
+    """`model_state`: BatchNorm statistics; `ema`: their exponential moving averages, or empty; `grad_spikes`: state of
     the guard against gradient spikes, or empty.
     """
 
@@ -46,13 +46,13 @@ def abstract_state(
 def init_state(
     task: Task, optimizer: Optimizer, abstract: TrainState, *, seed: int, use_ema: bool, guard: GradSpikeGuard = OFF
 ) -> TrainState:
-    """A fresh state, born in the shardings of `abstract`: no device ever holds more than its share."""
+    """A fresh state, created in the shardings of `abstract`, so no device ever holds more than its shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, guard), out_shardings=shardings)()
 
 
 def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these values of parameters and statistics, {"params/head/bias": ...}, and of their averages."""
+    """The state with these values of parameters and statistics, {"params/head/bias": ...}, and of their EMA."""
 
     def place(path: str, leaf: jax.Array) -> jax.Array:
         array = arrays.get(path.removeprefix("ema/").removeprefix("model_state/"))
@@ -66,5 +66,5 @@ def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainSta
 def _fresh(task: Task, optimizer: Optimizer, seed: int, use_ema: bool, guard: GradSpikeGuard) -> TrainState:
     params, model_state = task.init(jax.random.fold_in(jax.random.key(seed), 0))
     ema = {"params": params, "model_state": model_state} if use_ema else {}
-    ema = jax.tree.map(jnp.copy, ema)  # buffers of its own, so that the step may donate both
+    ema = jax.tree.map(jnp.copy, ema)  # separate buffers, so that the step may donate both
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), ema, guard.init())

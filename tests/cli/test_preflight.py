@@ -7,6 +7,7 @@ import shutil
 import types
 from typing import Any
 
+import jax
 import pytest
 from helpers import small_coco
 from helpers.runs import tiny
@@ -59,7 +60,7 @@ def test_a_good_config_passes_every_check(
     assert line_of(lines, "ok", "dataset").endswith("10 classes of 139 to 146 images")
     assert re.search(r"train 32x8x8x3 in [\d.]+ s, eval 32x8x8x3 in", line_of(lines, "ok", "batches"))
     assert line_of(lines, "ok", "workdir").endswith("does not exist; the run will create it")
-    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts with step 0")
+    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts at step 0")
     step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it runs; [\d,.]+ MiB"
     assert re.search(step, line_of(lines, "ok", "step"))
     assert not (tmp_path / "new").exists()  # nothing was written
@@ -68,7 +69,7 @@ def test_a_good_config_passes_every_check(
     lines = tried(small(digits_dir), done, capsys, code=0)
     assert listing(done) == before
     assert line_of(lines, "ok", "checkpoint").endswith("that of step 8 fits; --workdir alone verifies it")
-    assert "finished with step 8 of 8 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
+    assert "finished at step 8 of 8 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
     assert line_of(lines, "skip", "step").endswith("left out by --no_compile")
 
 
@@ -171,7 +172,7 @@ def test_a_workdir_that_cannot_be_used(
     assert f"--workdir={file} cannot be written to (File exists); name" in line_of(lines, "FAIL", "workdir")
     lines = tried(small(digits_dir), file / "run", capsys)
     failed = line_of(lines, "FAIL", "workdir")
-    assert f"--workdir={file}/run cannot be created, because {file} is no folder; name another one" in failed
+    assert f"--workdir={file}/run cannot be created, because {file} is not a folder; name another one" in failed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with lock.acquire(tmp_path):
         lines = tried(small(digits_dir), tmp_path, capsys)
@@ -184,6 +185,32 @@ def test_a_workdir_that_cannot_be_used(
     assert failed.endswith("; wait for it, or name another one")
     assert lines[-1] == "FAIL: space, lock"
     line_of(lines, "ok", "workdir")
+
+
+def test_without_a_device_the_cause_is_named(digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_use() -> None:
+        raise RuntimeError("Unable to initialize backend 'tpu': The TPU is already in use by process 7\nmore")
+
+    monkeypatch.setattr("jax.devices", in_use)
+    with pytest.raises(ValueError, match=r"no device can be used \(Unable .* by process 7\); .* JAX_PLATFORMS=cpu$"):
+        preflight.preflight(small(digits_dir), None)
+
+
+def test_a_step_that_does_not_compile_for_lack_of_memory_names_what_to_lower(
+    digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(compiled: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm\nmore")
+
+    class Step:
+        lower = compile = lambda self, *inputs: self
+
+    monkeypatch.setattr(preflight, "memory_of", exhausted)
+    monkeypatch.setattr(preflight.build, "build_train_step", lambda *parts: Step())
+    failed = line_of(tried(small(digits_dir), None, capsys, whole=True), "FAIL", "step")
+    assert (
+        "the step does not fit: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm; lower batch_size" in failed
+    )
 
 
 def test_a_step_that_does_not_fit_names_what_to_lower(

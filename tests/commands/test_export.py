@@ -70,9 +70,8 @@ def test_an_exported_model_gives_the_same_logits_without_this_package(
     out = tmp_path / f"model.{suffix}"
     logged = run_command(EXPORT, f"--workdir={finished[0]}", f"--format={kind}", f"--out={out}").stdout.splitlines()
     assert logged[0] == f"{out}: {out.stat().st_size:,} bytes"
-    assert logged[0].startswith(str(out))
     assert "the same best answer for 364 of the 364 images" in logged[2]
-    assert " ms written, " in logged[3]
+    assert " ms exported, " in logged[3]
     program = program.replace("FILE", str(out)) + REST
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -120,7 +119,7 @@ def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
     ("flags", "message"),
     [
         ([], "give --workdir=DIR, --format=NAME and --out=FILE"),
-        (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is no workdir of a run"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is not the workdir of a run"),
         (["--workdir=/nowhere", "--format=stablehlo", "--out=README.md"], "--out=README.md exists"),
         (["--workdir=/nowhere", "--format=stablehlo", "--out=/not/there.zip"], "create /not"),
         (["--workdir=/nowhere", "--format=saved_model", "--out=x"], "should be one of"),

@@ -110,7 +110,7 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot initialise halvit_tiny; .* missing",
         ),
-        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
+        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which matches no parameter"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
         ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude: 'haed' matches no path"),
     ],
@@ -129,6 +129,13 @@ def test_a_wrong_init_from_is_refused_by_field(
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_task_without_a_model_loads_from_a_workdir_only(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "weights.npz"
+    file.touch()
+    with pytest.raises(ValueError, match=re.escape(f"init_from={file}: this task loads weights from a workdir only")):
+        init_from.read(str(file), "halvit_tiny", None, shapes={}, rules=())
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import Finished, tiny
@@ -125,7 +127,7 @@ def test_a_distilled_run_does_not_resume_without_its_teacher(
     with pytest.raises(SystemExit) as ended:
         run_experiment(without_teacher.config, without_teacher.workdir)
     assert ended.value.code == app.ExitCode.BAD_INPUT
-    assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
+    assert "does not name its model, or does not exist; set teacher.name" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -210,12 +212,26 @@ def test_the_normalisation_of_the_teacher_comes_from_its_file_or_the_config(
     tmp_path: pathlib.Path,
 ) -> None:
     source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
-    task = teacher.build_distillation(distill_config(digits_dir, source, **given), make_mesh()).task
+    unmixed = dict.fromkeys(("classification.mixup", "classification.cutmix", "classification.erase"), 0.0)
+    task = teacher.build_distillation(distill_config(digits_dir, source, **unmixed | given), make_mesh()).task
     assert task.constants.keys() == {"params", "batch_stats"}
-    black = -np.asarray(expected) / np.asarray(expected)
-    np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
-    white = (1 - np.asarray(expected)) / np.asarray(expected)
-    np.testing.assert_allclose((1 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, white, atol=1e-6)
+    seen = {}
+
+    def network(name: str) -> SimpleNamespace:
+        def apply(variables: Any, images: jax.Array, **_: Any) -> tuple[jax.Array, dict]:
+            seen[name] = np.asarray(images)
+            return jnp.zeros((len(images), 10)), {}
+
+        return SimpleNamespace(num_classes=10, apply=apply)
+
+    task.model, task.teacher = network("student"), network("teacher")
+    colours = jnp.asarray([[[0, 0, 0], [255, 255, 255]]], jnp.uint8)
+    batch = {"image": colours[None], "label": jnp.zeros(1, jnp.int32), "mask": jnp.ones(1, bool)}
+    task.loss({}, {}, task.constants, batch, jax.random.key(0))
+    for name, mean in (("student", HALF), ("teacher", expected)):
+        black, white = seen[name][0, 0]
+        np.testing.assert_allclose(black, (0 - np.asarray(mean)) / mean, atol=1e-6)
+        np.testing.assert_allclose(white, (1 - np.asarray(mean)) / mean, atol=1e-6)
 
 
 WRONG = {
@@ -236,7 +252,7 @@ WRONG = {
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (1, 2),
     },
-    "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
+    "teacher.init_from=/nowhere does not name its model, or does not exist": {"teacher.init_from": "/nowhere"},
     "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
@@ -288,7 +304,7 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
     readers.write(tmp_path / "torch.safetensors", {"a": np.zeros(1, np.float32)}, {})
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
     for name in ("torch.safetensors", "torch.npz"):
-        with pytest.raises(ValueError, match="does not say which model it is of"):
+        with pytest.raises(ValueError, match="does not name its model"):
             teacher.build_distillation(distill_config(digits_dir, tmp_path / name), make_mesh())
 
 
@@ -303,7 +319,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     assert re.search(r"^ok    step        compiled in", lines, re.M)
     assert preflight(distill_config(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
     lines = capsys.readouterr().out
-    assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
+    assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not name", lines, re.M)
     assert re.search(r"^skip  step        needs teacher", lines, re.M)
 
 

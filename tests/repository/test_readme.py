@@ -17,6 +17,7 @@ from helpers.pages import PARTS, ROOT, blocks, spans
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import config as config_lib
+from halvit_jax.cli.config_files import resolve_flags
 
 STARTS = ("python -m ", "bash ", "sbatch ", "tensorboard ", "pip ", "source ")
 
@@ -73,10 +74,14 @@ NEEDS = {
     "source .venv/bin/activate": "a .venv",
     "tensorboard --logdir=runs": "somebody who looks",
     "pip install pre-commit && pre-commit install": NETWORK,
+    "pip install .": NETWORK,
+    "halvit doctor": "an installed package",
+    "halvit train --config=halvit_digits --workdir=runs/halvit_digits": "an installed package; test_wheel.py runs it",
     'pip install "jax[tpu]"': NETWORK,
     'pip install "jax[cuda12]"': NETWORK,
     "pip install -e '.[onnx,torch]'": NETWORK,
     "pip install -e '.[onnx]'": NETWORK,
+    "pip install -e '.[hub]'": NETWORK,
     "pip install -e '.[plot]'": NETWORK,
     "pip install -e '.[torch]'": NETWORK,
     "python -m pytest tests --update-golden": "a change of golden files",
@@ -107,6 +112,7 @@ NEEDS = {
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4": "jax[tpu]",
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 --config.batch_size=4096": "jax[tpu]",
     "python -m halvit_jax.convert deit_tiny.pth deit_tiny.safetensors --model=deit_tiny": "DeiT's weights, PyTorch",
+    "python -m halvit_jax.convert hf://timm/deit_small_patch16_224.fb_in1k deit_small.safetensors": NETWORK,
     "python -m halvit_jax.convert mine.safetensors deit.safetensors --model=halvit_tiny --to=deit": "weights",
     "bash launch/gpu.sh --config=configs/halvit_tiny.py --workdir=DIR": f"{IMAGENET}, GPUs",
     "bash launch/tpu_vm.sh NAME ZONE -- --config=configs/halvit_tiny.py --workdir=DIR": f"{IMAGENET}, a TPU",
@@ -134,7 +140,7 @@ OURS = [command for command in COMMANDS if "halvit_jax." in command or " --confi
 def parsed(command: str) -> ConfigDict:
     """The config of a command, overridden as on the command line."""
     values = flags.FlagValues()
-    words = ["command", *(word for word in shlex.split(command) if word.startswith("--config"))]
+    words = resolve_flags(["command", *(word for word in shlex.split(command) if word.startswith("--config"))])
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=words)
     values(words)
     return values.config

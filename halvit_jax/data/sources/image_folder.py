@@ -20,7 +20,7 @@ class ImageFolder(Source):
 
     Hidden files, files with other suffixes and deeper folders are ignored. An entry is the position of an image, so
     shuffling, repeating and skipping reads no file. For training the positions are first permuted, by a fixed seed: the
-    images are sorted by class, and a shard of some classes alone would give a row of a batch those classes for ever.
+    images are sorted by class, and a shard of few classes would fill its rows of every batch with only those.
 
     Raises:
         ValueError: a folder that is missing or holds no classes, or a class without images.
@@ -31,7 +31,7 @@ class ImageFolder(Source):
         if not root:
             raise ValueError("data.name='folder' needs data.root, the folder that holds the images")
         if not tf.io.gfile.isdir(root):
-            raise ValueError(f"data.root={root!r} is no folder")
+            raise ValueError(f"data.root={root!r} is not a folder")
         if not tf.io.gfile.isdir(folder):
             raise ValueError(
                 f"data.root={root!r} has no folder {split!r}; data.train_split, data.eval_split and data.evals name "

@@ -30,7 +30,7 @@ MAX_STEPS = 256  # checkpoints considered
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written, as often as `attempts` allows."""
+    """A checkpoint could not be written in `attempts` attempts."""
 
 
 class Restored(NamedTuple):
@@ -117,16 +117,16 @@ class Checkpointer:
     def save(
         self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
     ) -> None:
-        """Start to save; the arrays may be donated as soon as this returns. A step that is saved is left alone.
+        """Start to save; the arrays may be donated as soon as this returns. A step that is saved is not saved again.
 
-        The best checkpoint is that of the highest `score`. `failed` reports an error while it is written; after one all
-        processes give `again`.
+        The best checkpoint is that of the highest `score`. `failed` reports an error while it is written; all
+        processes then call this with `again`.
 
         Raises:
             SaveError: the save before this one, or this one, was the last attempt.
         """
         self._finish()
-        if again or self._failures:  # drop the failed one and its leftovers
+        if again or self._failures:  # drop the failed save and its partial files
             self._manager = self._new_manager()
         if step == self._saved:
             return
@@ -181,9 +181,9 @@ class Checkpointer:
             raise CorruptCheckpointError(f"its metadata cannot be read ({type(error).__name__})") from error
         actual = manifest.sha256_of(metadata)
         if actual != expected:
-            raise CorruptCheckpointError(f"its metadata have the digest {actual[:16]}, expected {str(expected)[:16]}")
+            raise CorruptCheckpointError(f"its metadata has the digest {actual[:16]}, expected {str(expected)[:16]}")
         if metadata["step"] != step:
-            raise CorruptCheckpointError(f"its metadata are of step {metadata['step']}")
+            raise CorruptCheckpointError(f"its metadata is of step {metadata['step']}")
         return metadata
 
     def verify_files(self, step: int) -> bool:
@@ -234,7 +234,7 @@ class Checkpointer:
         return bool(verdict[0])
 
     def _seal(self, step: int) -> None:
-        """Wait for Orbax's commit, write the manifest, delete what need not be kept; in a thread of its own."""
+        """Wait for Orbax's commit, write the manifest, delete checkpoints that are not kept; in a background thread."""
         self._manager.wait_until_finished()
         if jax.process_index():
             return
@@ -248,7 +248,7 @@ class Checkpointer:
                 shutil.rmtree(folders[old])
 
     def _best(self, steps: list[int]) -> int | None:
-        """The step with the best score, the latest of equals."""
+        """The step with the best score, the latest on a tie."""
         scores = {}
         for step in steps:
             try:
