@@ -74,6 +74,7 @@ def test_impossible_values_are_refused(field: str, value: object, message: str) 
 # Sub-tree -> the constructor whose keywords it lists.
 CONSTRUCTORS: dict[str, Any] = {
     "data": data.make_loaders,
+    "instances": data.make_detection_loaders,
     "classification": Classification.__init__,
     "distillation": Distillation.__init__,
     "loop": loop.train,

@@ -139,6 +139,7 @@ class TrainInstances:
         chosen = choose(scaled(index.sizes[used], max(short_sides), long_side), canvases)
         self._plan = TrainPlan(canvases, chosen, used, batch_size=batch_size, seed=seed)
         self.num_examples, self.steps_per_epoch = len(used), self._plan.steps_per_epoch
+        self.never_used = self._plan.never_used  # images in a canvas that has fewer than a batch
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of the batches from `start_step` on, without end."""
@@ -148,7 +149,7 @@ class TrainInstances:
         """Lines about the annotation file and about what is not trained on."""
         lines = coco.describe(self.rows.index, self.used)
         reasons = {reason: int(found.sum()) for reason, found in self.left_out.items()}
-        reasons["in a canvas with fewer images than a batch"] = self._plan.never_used
+        reasons["in a canvas with fewer images than a batch"] = self.never_used
         found = [f"{count:,} {reason}" for reason, count in reasons.items() if count]
         return [*lines, f"images not trained on: {', '.join(found) or 'none'}"]
 

@@ -22,7 +22,9 @@ PACKAGES: dict[str, set[str] | None] = {
     "recipes": {"ml_collections", "halvit_jax.config"},
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
-    "detection": NUMERIC | {f"{OURS}.{name}" for name in ("layers", "protocols", "text")} | {"pycocotools"},
+    "detection": NUMERIC
+    | {f"{OURS}.{name}" for name in ("layers", "protocols", "text")}
+    | {"pycocotools", "faster_coco_eval"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "pycocotools"}
