@@ -6,6 +6,8 @@ The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float
 not. The file also contains a description: the size of the images, the fraction of the resized image that the
 central crop keeps (`crop`), and the names of the classes.
 
+A detector's file takes the images on their canvas and their `size` there, and returns boxes in pixels of the canvas.
+
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install 'halvit_jax[onnx]'`; the description is in the model's metadata
 - safetensors: the parameters, each once, for `halvit_jax.load` and `--config.init_from`; the description is in the

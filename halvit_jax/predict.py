@@ -1,11 +1,11 @@
-"""Classify images, or apply the model of any other task to them.
+"""Classify images, find objects in them, or apply the model of any other task to them.
 
 python -m halvit_jax.predict --workdir=DIR [--attention=out.png] [--draw=FOLDER] IMAGE...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]} (of another task, its decoded
 output), or, for a file that is not an image, {"image": path, "error": reason}, and the exit code 1. `--attention`
 draws the attention of a transformer's last block: a row for each image, without and with the attention as an overlay
-from blue (least) to red (most).
+from blue (least) to red (most). `--draw` writes every image with its detections into a folder.
 """
 
 import json
