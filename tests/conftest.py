@@ -118,12 +118,12 @@ def _text(tree: Any, indent: str = "") -> str:
         words = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
         lines = [words[0]]
         for word in words[1:]:
-            if len(lines[-1]) + len(word) < 100:
+            if len(lines[-1]) + len(word) < 112:
                 lines[-1] += f", {word}"
             else:
                 lines.append(word)
         return "{" + f",\n{indent}  ".join(lines) + "}"
-    if len(indent) == 1 and tree and len(json.dumps(tree)) < 80:
+    if len(indent) == 1 and tree and len(json.dumps(tree)) < 90:
         return json.dumps(tree)
     lines = [f"{indent} {json.dumps(key)}: {_text(value, indent + ' ')}" for key, value in tree.items()]
     return "{\n" + ",\n".join(lines) + "\n" + indent + "}" if lines else "{}"
