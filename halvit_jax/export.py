@@ -6,6 +6,8 @@ The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float
 not. The file also contains a description: the size of the images, the fraction of the resized image that the
 central crop keeps (`crop`), how it is resized (`resize`, short_side or squash), and the names of the classes.
 
+A detector's file takes the images on their canvas and their `size` there, and returns boxes in pixels of the canvas.
+
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install 'halvit_jax[onnx]'`; the description is in the model's metadata
 - safetensors: the parameters, each once, for `halvit_jax.load` and `--config.init_from`; the description is in the
@@ -32,13 +34,13 @@ from absl import flags
 
 from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders, input_size
-from halvit_jax.experiment.tasks import build_task
+from halvit_jax.experiment.tasks import build_task, model_name
 from halvit_jax.experiment.trained import Trained, load_trained
 from halvit_jax.models import family_of
 from halvit_jax.protocols import Array, PyTree, ServingModel
 from halvit_jax.trees import flatten
 
-Predictor = Callable[[Array], PyTree]  # uint8 images [b, s, s, 3] -> outputs
+Predictor = Callable[..., PyTree]  # what `ServingModel.inputs` names -> outputs
 PLATFORMS = ("cpu", "cuda", "tpu")
 CALLS = 20  # the latency is their median
 
@@ -81,6 +83,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
 def portable(trained: Trained) -> Trained:
     """The same model without platform-specific operations, such as fused attention."""
     model = getattr(trained.task, "model", None)
+    model = getattr(model, "backbone", model)
     if model is None or "attention_impl" not in family_of(model).field_types:
         return trained
     config = trained.config.copy_and_resolve_references()
@@ -94,7 +97,7 @@ def description(trained: Trained) -> dict[str, Any]:
     height, width = input_size(trained.task)
     return {
         "task": config.task.name,
-        "model": config.model.name,
+        "model": model_name(config),
         "image_size": height if height == width else [height, width],
         "crop": config.data.eval_crop,
         "resize": config.data.eval_resize,
@@ -109,21 +112,25 @@ def verify_export(trained: Trained, written: Predictor, out: pathlib.Path) -> li
     """Compare the exported model with the JAX model on the evaluation set, in outputs, size and latency."""
     task, info = trained.task, trained.info
     loader = build_loaders(trained.config, size=input_size(task)).evals["eval"]
-    reference: Predictor = jax.jit(task.serving(trained.model_variables, folded=False))
+    serving = task.serving(trained.model_variables, folded=False)
+    reference: Predictor = jax.jit(serving)
     rows, agreeing = 0, 0
     differences: dict[str, float] = {}
-    image = None
+    first: list[Array] = []
     for batch in loader.batches():
-        image = batch["image"][:1] if image is None else image
+        inputs = [batch[name] for name in serving.inputs]
+        if inputs[0].shape[1:3] != serving.input_size:
+            continue  # another canvas of a detector
+        first = first or [array[:1] for array in inputs]
         real = np.flatnonzero(batch["mask"])
-        expected, found = (jax.tree.map(np.asarray, model(batch["image"])) for model in (reference, written))
+        expected, found = (jax.tree.map(np.asarray, model(*inputs)) for model in (reference, written))
         for (name, own), other in zip(_leaves(expected).items(), jax.tree.leaves(found), strict=True):
             difference = np.abs(own[real].astype(np.float64) - other[real].astype(np.float64)).max(initial=0.0)
             differences[name] = max(differences.get(name, 0.0), float(difference))
         decoded = [[_best(row) for row in task.decode(outputs, info)] for outputs in (expected, found)]
         agreeing += sum(decoded[0][row] == decoded[1][row] for row in real)
         rows += len(real)
-    latencies = [_latency(model, image) for model in (reference, written)]
+    latencies = [_latency(model, first) for model in (reference, written)]
     return [
         f"{out}: {out.stat().st_size:,} bytes",
         *(f"largest difference of {name}: {value:.1e}" for name, value in differences.items()),
@@ -150,6 +157,8 @@ def _safetensors(trained: Trained, out: pathlib.Path) -> Predictor:
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out} must end in .safetensors")
+    if trained.config.task.name == "detection":
+        raise ValueError("--format=safetensors names a model that it is of, which detectors do not have; use stablehlo")
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
     metadata = {"info": json.dumps(description(trained))}
@@ -161,7 +170,7 @@ def _safetensors(trained: Trained, out: pathlib.Path) -> Predictor:
 def _stablehlo(trained: Trained, out: pathlib.Path) -> Predictor:
     serving = trained.task.serving(trained.model_variables)
     (batch,) = jax.export.symbolic_shape("b")
-    exported = jax.export.export(jax.jit(serving), platforms=PLATFORMS)(_images(serving, batch))
+    exported = jax.export.export(jax.jit(serving), platforms=PLATFORMS)(*_specs(trained, serving, batch))
     with zipfile.ZipFile(out, "x") as archive:
         archive.writestr("model.bin", bytes(exported.serialize()))
         archive.writestr("info.json", json.dumps(description(trained), indent=2))
@@ -178,13 +187,18 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         raise ValueError(f"--format=onnx needs more packages ({error}): pip install 'halvit_jax[onnx]'") from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs a warning for each unknown dimension
     serving = trained.task.serving(trained.model_variables)
-    model = jax2onnx.to_onnx(serving, [_images(serving, "b")], return_mode="proto")
+    model = jax2onnx.to_onnx(serving, _specs(trained, serving, "b"), return_mode="proto")
     onnx.helper.set_model_props(model, {"info": json.dumps(description(trained))})
     onnx.save(model, out)
     session = onnxruntime.InferenceSession(os.fspath(out), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    structure = jax.tree.structure(jax.eval_shape(serving, _images(serving, 1)))
-    return lambda images: jax.tree.unflatten(structure, session.run(None, {name: np.asarray(images)}))
+    names = [given.name for given in session.get_inputs()]
+    structure = jax.tree.structure(jax.eval_shape(serving, *_specs(trained, serving, 1)))
+
+    def run(*inputs: Array) -> PyTree:
+        given = {name: np.asarray(array) for name, array in zip(names, inputs, strict=True)}
+        return jax.tree.unflatten(structure, session.run(None, given))
+
+    return run
 
 
 FORMATS: dict[str, Callable[[Trained, pathlib.Path], Predictor]] = {
@@ -194,17 +208,18 @@ FORMATS: dict[str, Callable[[Trained, pathlib.Path], Predictor]] = {
 }
 
 
-def _images(serving: ServingModel, batch: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((batch, *serving.input_size, 3), "uint8")
+def _specs(trained: Trained, serving: ServingModel, batch: Any) -> list[jax.ShapeDtypeStruct]:
+    spec = trained.task.batch_spec()
+    return [jax.ShapeDtypeStruct((batch, *spec[name].shape), spec[name].dtype) for name in serving.inputs]
 
 
-def _latency(model: Predictor, image: Any) -> float:
+def _latency(model: Predictor, inputs: list[Array]) -> float:
     """Milliseconds of a call with one image."""
-    jax.block_until_ready(model(image))
+    jax.block_until_ready(model(*inputs))
     times = []
     for _ in range(CALLS):
         started = time.perf_counter()
-        jax.block_until_ready(model(image))
+        jax.block_until_ready(model(*inputs))
         times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times)
 

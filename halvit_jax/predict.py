@@ -1,17 +1,17 @@
-"""Classify images, or apply the model of any other task to them.
+"""Classify images, find objects in them, or apply the model of any other task to them.
 
-python -m halvit_jax.predict --workdir=DIR [--attention=out.png] IMAGE...
+python -m halvit_jax.predict --workdir=DIR [--attention=out.png] [--draw=FOLDER] IMAGE...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]} (of another task, its decoded
 output), or, for a file that is not an image, {"image": path, "error": reason}, and the exit code 1. `--attention`
 draws the attention of a transformer's last block: a row for each image, without and with the attention as an overlay
-from blue (least) to red (most).
+from blue (least) to red (most). `--draw` writes every image with its detections into a folder.
 """
 
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ MIN_SIDE = 224  # pixels of a drawn image
 def define_flags() -> None:
     """Define the command-line flags."""
     flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
+    flags.DEFINE_string("draw", None, "A folder for the images with their detections.")
     flags.DEFINE_string("attention", None, "A PNG file for a drawing of the attention of the last block.")
 
 
@@ -36,11 +37,16 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS.workdir is None or not argv[1:]:
             raise ValueError("give --workdir=DIR and at least one image")
         picture = flags.FLAGS.attention
+        folder = flags.FLAGS.draw
         if picture is not None and not picture.endswith(".png"):
             raise ValueError(f"--attention={picture} must end in .png")
         from halvit_jax.experiment.trained import load_trained
 
         trained = load_trained(flags.FLAGS.workdir)
+        if folder is not None:
+            from halvit_jax.cli import drawing
+
+            drawing.check(trained.config.task.name, folder, argv[1:])
         if picture is not None:
             serving = trained.task.serving(trained.model_variables, folded=False)
             image = jax.ShapeDtypeStruct((1, *serving.input_size, 3), "uint8")
@@ -49,6 +55,8 @@ def main(argv: list[str]) -> None:
     failed, drawn = False, []
     for row, image in predict(trained, argv[1:]):
         failed |= image is None
+        if folder is not None and image is not None:
+            drawing.draw(image, row["detections"], drawing.file_of(folder, row["image"]))
         print(json.dumps(row), flush=True)
         if picture is not None and image is not None:
             drawn.append(attention_over(serving, image))
@@ -62,22 +70,38 @@ def main(argv: list[str]) -> None:
 
 
 def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
-    """For each image file the decoded output of the model, or the reason why there is none; and the image."""
-    from halvit_jax import data
+    """For each image file the decoded output of the model, or the reason why there is none; and the image.
 
+    The image is as the model gets it, or, for a detector, that of the file.
+    """
     serving = trained.task.serving(trained.model_variables, folded=False)
-    fields = trained.config.data
-    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
-    transform = data.eval_transform(serving.input_size, **how)
-    apply = jax.jit(serving.apply)
+    read, apply = _reader(trained.config, serving), jax.jit(serving.apply)
     for path in paths:
         try:
-            image = data.read_image(path, transform)
+            row = read(path)
         except ValueError as error:
             yield {"image": path, "error": str(error)}, None
             continue
-        (decoded,) = trained.task.decode(apply(serving.variables, image[None]), trained.info)
-        yield {"image": path, **decoded}, image
+        outputs = apply(serving.variables, *(row[name][None] for name in serving.inputs))
+        if "original" in row:
+            outputs |= {name: row[name][None] for name in ("size", "original")}
+        (decoded,) = trained.task.decode(outputs, trained.info)
+        yield {"image": path, **decoded}, row.get("pixels", row["image"])
+
+
+def _reader(config: Any, serving: ServingModel) -> Callable[[str], dict[str, np.ndarray]]:
+    """A function of a path: what an evaluation would read of this image."""
+    from halvit_jax import data
+
+    if config.task.name == "detection":
+        fields = config.instances
+        sides = {"short_side": fields.short_side, "long_side": fields.long_side}
+        canvases = [tuple(canvas) for canvas in fields.canvases]
+        return lambda path: data.read_on_canvas(path, canvases, **sides)
+    fields = config.data
+    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
+    transform = data.eval_transform(serving.input_size, **how)
+    return lambda path: {"image": data.read_image(path, transform)}
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:

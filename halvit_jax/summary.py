@@ -103,7 +103,7 @@ def configs_by_model() -> dict[str, str]:
         module = runpy.run_path(str(path))
         for variant in ("", *(name for group in module.get("VARIANTS", ()) for name in group if name)):
             config = module["get_config"](*[variant] if variant else [])
-            if config.data.name == "imagenet2012":
+            if config.data.name == "imagenet2012" and config.task.name != "detection":
                 entry = bool(variant), f"configs/{name}.py{variant and ':'}{variant}"
                 found[config.model.name] = min(found.get(config.model.name, entry), entry, key=lambda each: each[0])
     return {name: entry for name, (_, entry) in found.items()}

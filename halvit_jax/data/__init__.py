@@ -1,6 +1,7 @@
 """Data: from sources to batches. The one package that imports TensorFlow."""
 
 from halvit_jax.data.instance_loaders import make_detection_loaders
+from halvit_jax.data.instances import read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.transforms import eval_transform, read_image, write_png
@@ -13,6 +14,7 @@ __all__ = [
     "make_loaders",
     "open_source",
     "read_image",
+    "read_on_canvas",
     "write_png",
 ]
 

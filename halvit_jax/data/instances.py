@@ -13,13 +13,14 @@ Shapes: `h w` canvas, `g` rows for objects, `r` side of a crop.
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from halvit_jax.data import ops
-from halvit_jax.data.canvases import Canvas, scaled
+from halvit_jax.data.canvases import Canvas, choose, scaled
 from halvit_jax.data.coco import CocoIndex
 from halvit_jax.protocols import DataError
 
@@ -44,12 +45,8 @@ class Rows:
         """
         pixels = self.read(image)
         size = scaled(self.index.sizes[image : image + 1], short_side, long_side)[0]
-        if tuple(size) != pixels.shape[:2]:
-            pixels = ops.resize(tf.constant(pixels), tuple(size), method="bilinear", antialias=False).numpy()
-        on_canvas = np.zeros((*canvas, 3), np.uint8)
-        on_canvas[: size[0], : size[1]] = pixels[:, ::-1] if flip else pixels
         return {
-            "image": on_canvas,
+            "image": on_canvas(pixels, size, canvas, flip=flip),
             "size": size,
             "original": self.index.sizes[image],
             "image_id": np.int32(self.index.image_ids[image]),
@@ -150,3 +147,28 @@ def _overlaps(start: float, end: float, pixels: int, cells: int) -> np.ndarray:
     pixel = np.arange(pixels)
     common = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     return (np.maximum(common, 0) / max((end - start) / cells, 1e-9)).astype(np.float32)
+
+
+def read_on_canvas(path: str, canvases: Sequence[Canvas], *, short_side: int, long_side: int) -> Row:
+    """An image of any file as in a batch: `image`, `size`, `original`, and `pixels`, the image of the file.
+
+    Raises:
+        ValueError: the file cannot be read, is not an image, or fits on no canvas.
+    """
+    try:
+        pixels = ops.decode(tf.io.read_file(path)).numpy()
+    except tf.errors.OpError as error:
+        raise ValueError(f"{path} is not an image that can be read: {ops.reason(error)}") from error
+    original = np.array(pixels.shape[:2], np.int32)
+    size = scaled(original[None], short_side, long_side)[0]
+    canvas = canvases[int(choose(size[None], canvases)[0])]
+    return {"image": on_canvas(pixels, size, canvas), "size": size, "original": original, "pixels": pixels}
+
+
+def on_canvas(pixels: np.ndarray, size: np.ndarray, canvas: Canvas, *, flip: bool = False) -> np.ndarray:
+    """An image resized to `size`, mirrored if it is to `flip`, in the upper left corner of a canvas."""
+    if tuple(size) != pixels.shape[:2]:
+        pixels = ops.resize(tf.constant(pixels), tuple(size), method="bilinear", antialias=False).numpy()
+    image = np.zeros((*canvas, 3), np.uint8)
+    image[: size[0], : size[1]] = pixels[:, ::-1] if flip else pixels
+    return image

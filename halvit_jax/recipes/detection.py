@@ -130,12 +130,12 @@ def _set_optimizer(config: ConfigDict, detector: str, backbone: str) -> None:
     if "swin" in backbone:
         optim.no_decay = (*NORMS, r"position_bias/table$")
         optim.warmup_steps = 1000
-    start = 1e-3
+    below = 1e3  # the first step's rate is as many times lower
     if backbone == "nextvit_small":
-        optim.no_decay, start = NORMS, 1e-6
+        optim.no_decay, below = NORMS, 1e6
     if "resnet" in backbone:
         optim.name, optim.scaling, optim.weight_decay = "sgd", "linear", 1e-4
         rate = 0.01 if detector == "retinanet" else 0.02
     if "resnet" in backbone or backbone == "nextvit_small":
         optim.frozen = (r"^backbone/stem/", r"^backbone/stage1/")
-    optim.learning_rate, optim.warmup_start = rate, start * rate
+    optim.learning_rate, optim.warmup_start = rate, rate / below

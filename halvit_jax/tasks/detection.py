@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.detection import create_detector
+from halvit_jax.detection import coco_metric, create_detector
 from halvit_jax.detection.paste import paste, paste_torchvision
 from halvit_jax.models import family_of, partition_rules, transfer_rules
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
@@ -78,6 +78,7 @@ class Detection:
         self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
         self.masks = bool(getattr(self.model, "masks", False))
+        self._paste = paste if self.model.conventions == "mmdet" else paste_torchvision
         self.primary_metric = "mask_ap" if self.masks else "box_ap"
         self.progress_metrics = ("loss", "proposal_recall")
 
@@ -86,11 +87,13 @@ class Detection:
         """The backbone's rules; what is the detector's own, or a classifier's alone, need not be in both."""
         backbone = self.model.backbone
         images = jnp.zeros((1, backbone.image_size, backbone.image_size, 3))
-        used, whole = (
-            flatten(jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, train=False, method=method), images))
-            for method in ("features", "__call__")
-        )
-        left_out = tuple((f"^backbone/{re.escape(path.split('/', 1)[1])}$", "head") for path in whole.keys() - used)
+
+        def paths(method: str) -> set[str]:
+            made = jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, train=False, method=method), images)
+            return set(flatten(made))
+
+        used, whole = paths("features"), paths("__call__")
+        left_out = tuple((f"^backbone/{re.escape(path.split('/', 1)[1])}$", "head") for path in whole - used)
         own = tuple((re.sub(r"^\^", "^backbone/", pattern), kind) for pattern, kind in transfer_rules(backbone))
         return ((rf"^{OWN}", "head"), *sorted(left_out), *own)
 
@@ -145,9 +148,8 @@ class Detection:
 
     def collector(self, info: DatasetInfo) -> CocoCollector:
         """COCO's metrics over all images of the annotation file of `info`."""
-        drawing = paste if self.model.conventions == "mmdet" else paste_torchvision
         files = info.extra["eval_annotations"], info.extra["category_ids"]
-        return CocoCollector(*files, masks=self.masks, backend=self.metric_backend, paste=drawing)
+        return CocoCollector(*files, masks=self.masks, backend=self.metric_backend, paste=self._paste)
 
     def summary_images(self, batch: Batch) -> dict[str, jax.Array]:
         """The first images of a batch with their objects."""
@@ -174,28 +176,38 @@ class Detection:
         return ServingModel(self._detect, variables, self.canvases[0], inputs=SERVED)
 
     def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
-        """The detections of each image: {"detections": [{"class", "score", "box": [x1, y1, x2, y2]}, ...]}.
+        """The detections of each image: {"detections": [{"class", "category_id", "bbox", "score"}, ...]}.
 
-        Boxes are in pixels of the canvas.
+        They are in the form of COCO's results: a box is x, y, width, height. It is in pixels of the canvas, or, if
+        `outputs` has `size` and `original` too, in those of the file, with the mask as RLE, "segmentation".
         """
-        rows = {name: np.asarray(outputs[name]) for name in ("boxes", "scores", "labels", "valid")}
-        return [{"detections": _listed(row, info)} for row in _rows(rows)]
+        outputs = {name: np.asarray(values) for name, values in outputs.items()}
+        return [
+            {"detections": self._listed({name: values[row] for name, values in outputs.items()}, info)}
+            for row in range(len(outputs["valid"]))
+        ]
+
+    def _listed(self, one: Mapping[str, np.ndarray], info: DatasetInfo) -> list[dict[str, Any]]:
+        """The detections of one image, in order of score."""
+        valid = one["valid"].astype(bool)
+        ratio = one["original"] / one["size"] if "original" in one else np.ones(2)  # of rows and columns
+        boxes = one["boxes"][valid] * np.tile(ratio[::-1], 2)
+        numbers = info.extra.get("category_ids", range(len(info.class_names)))
+        found: list[dict[str, Any]] = []
+        for box, score, label in zip(boxes.tolist(), one["scores"][valid], one["labels"][valid], strict=True):
+            bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            one_found = {"class": info.class_names[int(label)], "category_id": numbers[int(label)], "bbox": bbox}
+            found.append({**one_found, "score": float(score)})
+        if self.masks and "original" in one:
+            height, width = (int(side) for side in one["original"])
+            for detection, mask, box in zip(found, one["masks"][valid], boxes, strict=True):  # one bitmap at a time
+                drawn = self._paste(mask[None], box[None], height, width)
+                (detection["segmentation"],) = coco_metric.encode_masks(drawn)
+        return found
 
     def _detect(self, variables: PyTree, images: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
         """`boxes` [b, d, 4], `scores`, `labels`, `valid` [b, d], `masks` [b, d, 28, 28], `truncated` [b]."""
         return self.model.apply(variables, self.normalise(images), size)
-
-
-def _rows(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
-    return [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)]
-
-
-def _listed(row: Mapping[str, np.ndarray], info: DatasetInfo) -> list[dict[str, Any]]:
-    kept = row["valid"].astype(bool)
-    return [
-        {"class": info.class_names[int(label)], "score": float(score), "box": [float(side) for side in box]}
-        for label, score, box in zip(row["labels"][kept], row["scores"][kept], row["boxes"][kept], strict=True)
-    ]
 
 
 SERVED = ("image", "size")

@@ -36,7 +36,7 @@ def test_every_config_builds_its_task_and_its_header_holds_the_command(name: str
     config = load(name)
     assert config.is_locked
     model = build_task(config).model
-    assert model.num_classes == config.model.num_classes
+    assert getattr(model, "backbone", model).num_classes == config.model.num_classes
     header = ast.get_docstring(ast.parse(CONFIGS[name].read_text()))
     assert header is not None
     assert f"python -m halvit_jax.main --config=configs/{name}.py --workdir=runs/{name}" in header
@@ -59,6 +59,7 @@ def test_every_recipe_has_its_golden_config(recorded: Recorded) -> None:
 def treatments(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Per family and rules: each parameter, indices as *, with whether it is decayed and the axes that partition it."""
     configs = [load(entry) for name in names for entry in entries(name)]
+    configs = [config for config in configs if config.task.name != "detection"]  # see tests/tasks/test_detection.py
     for config in configs:
         config.model.drop_path = None
         if config.num_epochs == 30:  # fine-tuning, of the same parameters

@@ -35,6 +35,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "recipes/digits.py": ("repository/test_configs.py",),
     "recipes/imagenet.py": ("repository/test_configs.py", "recipes/test_published.py"),
     "recipes/resnet.py": ("repository/test_configs.py", "recipes/test_published.py"),
+    "recipes/detection.py": ("repository/test_configs.py",),
+    "convert/detectors.py": ("detection/test_golden_detectors.py", "convert/test_transfer.py"),
     # Whole detectors are compared with the references, which differ in their conventions.
     "detection/__init__.py": ("detection/test_golden_detectors.py",),
     "detection/conventions.py": ("detection/test_golden_detectors.py", "detection/test_anchors.py"),

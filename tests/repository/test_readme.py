@@ -25,6 +25,9 @@ MAIN, CHECK = "python -m halvit_jax.main", "python -m halvit_jax.check"
 DIGITS_RUN = "--config=configs/halvit_digits.py --workdir=runs/halvit_digits"
 SHORT = "--config.total_steps=4 --config.loop.eval_every=4 --config.loop.checkpoint_every=4"
 SHORT = f"{SHORT} --config.optim.warmup_epochs=0.0"
+SCENES_RUN = "--config=configs/scenes_mask_rcnn.py --workdir=runs/scenes_mask_rcnn"
+SHORT_SCENES = "--config.total_steps=4 --config.loop.eval_every=4 --config.loop.checkpoint_every=4"
+SHORT_SCENES = f"{SHORT_SCENES} --config.optim.warmup_steps=2 --config.instances.data_dir=scenes"
 SMALL = f"{SHORT} --config.num_epochs=0 --config.batch_size=8 --config.data.virtual_shards=1"
 SMALL = f"{SMALL} --config.model.image_size=32 --config.model.patch_size=8 --config.model.width=24"
 SMALL = f"{SMALL} --config.model.depth=1 --config.model.num_heads=2"
@@ -57,6 +60,10 @@ RUN = {
     "python -m halvit_jax.predict --workdir=runs/halvit_digits a.png b.jpg": "",
     "python -m halvit_jax.predict --workdir=runs/halvit_digits --attention=out.png a.png": "",
     "python -m halvit_jax.export --workdir=runs/halvit_digits --format=stablehlo --out=digits.zip": "",
+    f"{MAIN} {SCENES_RUN}": SHORT_SCENES,
+    f"{MAIN} {SCENES_RUN} --mode=eval --detections=found.json": SHORT_SCENES,
+    "python -m halvit_jax.predict --workdir=runs/scenes_mask_rcnn --draw=out a.png": "",
+    "python -m halvit_jax.export --workdir=runs/scenes_mask_rcnn --format=stablehlo --out=detector.zip": "",
     "python -m halvit_jax.bench --what=input": "--batch=4 --repeats=1",
     "python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8": "--batch=1 --repeats=1",
     "python -m halvit_jax.bench --models=halvit_tiny,deit_small,resnet50 --batch=8": "--batch=1 --repeats=1",
@@ -87,6 +94,12 @@ NEEDS = {
     "pip install -e '.[onnx]'": NETWORK,
     "pip install -e '.[hub]'": NETWORK,
     "pip install -e '.[plot]'": NETWORK,
+    "pip install -e '.[detection]'": NETWORK,
+    f"{MAIN} --config=configs/coco_mask_rcnn.py:resnet50 --workdir=runs/mine --config.instances.root=DIR "
+    "--config.instances.train_annotations=annotations/train.json "
+    "--config.instances.eval_annotations=annotations/val.json --config.instances.train_images=train "
+    "--config.instances.eval_images=val --config.detection.num_classes=3 --config.init_from=resnet50.safetensors "
+    "--config.batch_size=4": "images and their annotation files, weights of a ResNet-50",
     "pip install -e '.[torch]'": NETWORK,
     "python -m pytest tests --update-golden": "a change of golden files",
     "python -m pytest tests/repository/test_configs.py --update-golden": "a change of golden files",
