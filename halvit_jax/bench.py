@@ -205,7 +205,7 @@ def measure_input(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[st
 def report_input(rows: list[dict[str, Any]], given: Any) -> None:
     """The rows of `measure_input` as a table."""
     print(f"{os.cpu_count()} cores, batches of {given.batch}, JPEGs of 500x375, medians of {given.repeats} rounds")
-    columns = "{:<20} {:>10} {:>20} {:>10}"
+    columns = "{:<28} {:>10} {:>20} {:>10}"
     print(columns.format("what", "images/s", "images/s per core", "of bare"))
     for row in rows:
         share = row["images_per_s_per_core"] / rows[0]["images_per_s_per_core"]

@@ -36,8 +36,10 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path) -> Trained:
+def load_trained(workdir: str | pathlib.Path, *, ema: bool = True) -> Trained:
     """The newest checkpoint of a run, or the model of a file of `save_trained`, to compute in float32.
+
+    Without `ema` the raw weights of a run, even if it has averages.
 
     Raises:
         ValueError: no run or no checkpoint here, one that does not fit its own config, or a file without a config.
@@ -49,7 +51,7 @@ def load_trained(workdir: str | pathlib.Path) -> Trained:
     config.compute_dtype = "float32"
     task = build_task(config)
     state = restore_newest(task, config, workdir)
-    variables = state.ema or state.trained
+    variables = (ema and state.ema) or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 

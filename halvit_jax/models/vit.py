@@ -61,7 +61,8 @@ class VisionTransformer(nn.Module):
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
-        dtype: the type to compute in. Parameters, softmax and logits are always float32.
+        residual_float32: keep the sums of the residual branches in float32 while the branches compute in `dtype`.
+        dtype: the type to compute in. Parameters, softmax and head are always float32.
         folded: for inference only, with the variables of `models.fold`.
     """
 
@@ -85,6 +86,7 @@ class VisionTransformer(nn.Module):
     position: str = "learned"
     drop_path: float = 0.0
     remat: bool = False
+    residual_float32: bool = False
     dtype: Dtype = jnp.float32
     folded: bool = False
 
@@ -121,9 +123,9 @@ class VisionTransformer(nn.Module):
         self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
             if self.distilled:
-                self.head_distill = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+                self.head_distill = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
@@ -203,6 +205,7 @@ class VisionTransformer(nn.Module):
     def embed_tokens(self, images: jax.Array) -> jax.Array:
         """The input [b, n, d] of the first block; the last tokens are those of the image."""
         x, grid = self.embed(images), self._grid(images)
+        x = x.astype(jnp.float32) if self.residual_float32 else x
         if self.pool == "token":
             tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
             tokens = jnp.stack(tokens).astype(x.dtype)

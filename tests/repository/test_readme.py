@@ -93,6 +93,13 @@ NEEDS = {
     "bash launch/prepare_imagenet.sh TARS_DIR ~/tensorflow_datasets": "the official archives, 150 GB",
     f"{MAIN} --config=configs/NAME.py --workdir=DIR": "a name",
     f"{MAIN} --config=configs/NAME.py --workdir=DIR --mode=eval": "a name",
+    f"{MAIN} --config=configs/NAME.py --mode=eval --config.init_from=FILE": "a name",
+    f"{MAIN} --mode=eval --config=configs/shvit.py:s4 --config.init_from=shvit_s4.pth "
+    "--config.data.evals=\"('v2=imagenet_v2:test','real=imagenet2012_real:validation')\"": (
+        "prepared ImageNet, -V2 and -ReaL, SHViT's weights, PyTorch"
+    ),
+    f"{MAIN} --mode=eval --config=configs/shvit.py:s4 --config.init_from=shvit_s4.pth --config.data.name=folder "
+    "--config.data.root=DIR --config.data.eval_split=val": "ImageNet as a folder, SHViT's weights, PyTorch",
     f"{MAIN} --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny": IMAGENET,
     f"{MAIN} --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny "
     "--config.data.evals=\"('v2=imagenet_v2:test',)\"": f"{IMAGENET}, prepared ImageNet-V2",
