@@ -134,7 +134,10 @@ def _steps(
 
 
 def _optimizer(steps: int, learning_rate: float) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(learning_rate, max(steps, 1)))
+    def cosine(step: jax.Array) -> jax.Array:
+        return learning_rate * (1.0 + jnp.cos(jnp.pi * step.astype(jnp.float32) / steps)) / 2.0
+
+    return optax.adam(cosine)
 
 
 def _tokens_of(seed: int, step: int, tokens: int, batch: int) -> np.ndarray:
