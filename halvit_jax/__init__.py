@@ -11,15 +11,32 @@ maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from flax import linen as nn
+if TYPE_CHECKING:
+    import numpy as np
+    from flax import linen as nn
 
-from halvit_jax.models import create_model, fold, list_models
-from halvit_jax.models.intermediates import capture
+    from halvit_jax.models import create_model, fold, list_models
+    from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of modules that take a second to import, when they are first asked for.
+
+    A command imports this package before itself, and must answer signals as soon as it has started.
+    """
+    if name in ("create_model", "fold", "list_models"):
+        from halvit_jax import models
+
+        return getattr(models, name)
+    if name == "capture":
+        from halvit_jax.models.intermediates import capture
+
+        return capture
+    raise AttributeError(f"module 'halvit_jax' has no attribute {name!r}")
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -35,7 +52,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
 
 def to_torch(
     name: str, variables: Mapping[str, Any], *, as_deit: bool = False, **overrides: Any
-) -> dict[str, np.ndarray]:
+) -> "dict[str, np.ndarray]":
     """The PyTorch state of the model `name`; with `as_deit`, a HaLViT as the plain DeiT that gives the same logits.
 
     Raises:
@@ -46,12 +63,14 @@ def to_torch(
     return convert.to_torch(name, variables, as_deit=as_deit, **overrides)
 
 
-def load(source: str | os.PathLike[str], name: str | None = None, **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    source: str | os.PathLike[str], name: str | None = None, *, step: int | str | None = None, **overrides: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
-    `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
-    `name` with `overrides`.
+    `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best"; the EMA if there is
+    one); a .safetensors file of `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz
+    or .pth file, of the model `name` with `overrides`.
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 
@@ -63,9 +82,12 @@ def load(source: str | os.PathLike[str], name: str | None = None, **overrides: A
             raise ValueError(f"{source} is the workdir of a run, whose config names the model; give no other argument")
         from halvit_jax.experiment.trained import load_trained  # slow: imports the trainer
 
-        trained = load_trained(os.fspath(source))
+        trained = load_trained(os.fspath(source), step=step)
         return trained.task.model, trained.model_variables
+    if step is not None:
+        raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     from halvit_jax.convert import readers, weights_file
+    from halvit_jax.models import create_model
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

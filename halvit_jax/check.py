@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         wrong = "no_compile" if values.config is None else "files_only"
         if values[wrong].value:
             raise ValueError(f"--{wrong} goes {'with' if values.config is None else 'without'} --config")
-        workdir = None if values.workdir is None else pathlib.Path(values.workdir)
+        workdir = None if values.workdir is None else files.workdir_path(values.workdir)
         if values.config is None:
             jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for a run that may use it
             sys.exit(verify(workdir, files_only=values.files_only))

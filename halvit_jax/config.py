@@ -126,6 +126,7 @@ def _data() -> dict[str, Any]:
         "train_size": 0,  # height and width of the images in training, for models of any size; 0: model.image_size
         "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
         "eval_resize": "short_side",  # in evaluation: short_side, or squash (both sides, whatever the proportions)
+        "exif_rotation": False,  # rotate images as their EXIF notes, as phones write it; torchvision and timm do not
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
@@ -192,7 +193,8 @@ def _loop() -> dict[str, Any]:
 
 def _save() -> dict[str, int]:
     return {
-        "keep": 2,  # number of newest checkpoints to keep; the best is kept too
+        "keep": 2,  # number of newest checkpoints to keep
+        "keep_best": 1,  # number of checkpoints with the best scores to keep beside them
         "attempts": 3,  # saves in a row that may fail before the run ends; each failure is logged
         "timeout": 600,  # seconds for all hosts to write their part of a checkpoint
     }
@@ -265,8 +267,8 @@ def validate(config: ConfigDict) -> None:
     loop = {name: value for name, value in config.loop.items() if name != "ema_decay"}
     counts = {"batch_size": config.batch_size, **_named("loop", loop), **_named("save", config.save)}
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        if value < (0 if name == "save.keep_best" else 1):
+            raise ValueError(f"{name}={value} must be at least {0 if name == 'save.keep_best' else 1}")
     for name, value in (_named("cluster", config.cluster) | _named("watchdog", config.watchdog)).items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be a positive number of seconds")

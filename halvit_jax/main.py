@@ -8,6 +8,11 @@ data/pipeline.py the loaders, training/optim.py the optimizer), experiment/init_
 training/loop.py trains (training/step.py is the step), training/evaluate.py evaluates, training/checkpoint/ saves.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from halvit_jax.cli import startup
+
+    startup.exit_on_signals()
+
 import contextlib
 import functools
 import json
@@ -21,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.cli import app
-from halvit_jax.experiment import lock
+from halvit_jax.experiment import lock, resume
 from halvit_jax.experiment import workdir as files
 
 if TYPE_CHECKING:
@@ -34,8 +39,11 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
-    flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
+    flags.DEFINE_string(
+        "step", None, "With --mode=eval: the step whose checkpoint to evaluate, or best; else the newest."
+    )
     flags.DEFINE_bool("restart_if_corrupt", False, "Start over if every checkpoint is corrupt.")
+    flags.DEFINE_bool("resume_changed", False, "Resume with fields that change the run, such as the learning rate.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile, counted from 0.")
     distributed.define_flags()
 
@@ -56,12 +64,14 @@ def main(argv: list[str]) -> None:
             profile = parse_range(values.profile)
             if values.mode != "train":
                 raise ValueError(f"--profile={values.profile} is for --mode=train")
+        workdir, step = files.workdir_path(values.workdir), files.parse_step(values.step)
     run_experiment(
         values.config,
-        pathlib.Path(values.workdir),
+        workdir,
         mode=values.mode,
-        step=values.step,
+        step=step,
         restart_if_corrupt=values.restart_if_corrupt,
+        resume_changed=values.resume_changed,
         profile=profile,
         processes={name: values[name].value for name in distributed.FLAGS},
     )
@@ -72,8 +82,9 @@ def run_experiment(
     workdir: pathlib.Path,
     *,
     mode: str = "train",
-    step: int | None = None,
+    step: int | str | None = None,
     restart_if_corrupt: bool = False,
+    resume_changed: bool = False,
     profile: "ProfileRange | None" = None,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
@@ -90,24 +101,26 @@ def run_experiment(
             run = build.build(config, training=mode == "train")
             if profile and profile.last >= run.total_steps:
                 raise ValueError(f"--profile={profile.first}:{profile.last} must end below {run.total_steps} steps")
+            if mode == "eval" and not files.saved_steps(workdir):  # a folder would be made for a typing error
+                raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
             files.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.acquire(workdir))
+            changes = resume.check_changes(workdir, config, allowed=resume_changed) if mode == "train" else []
         if mode == "eval":
             return _evaluate(config, workdir, run, step)
-        return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt, profile=profile)
+        return _train(config, workdir, run, changes, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
-def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
+def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | str | None) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 
     with app.report_user_errors():
         checkpointer = Checkpointer(workdir, read_only=True)
-        restored = checkpointer.restore(run.abstract_state(), step=step)
-        if restored is None:
-            raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
+        with _name_changes(workdir, config):
+            restored = checkpointer.restore(run.abstract_state(), step=step)
         report = _make_report(config, workdir, run)
     with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
@@ -120,7 +133,13 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
 
 
 def _train(
-    config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_corrupt: bool, profile: "ProfileRange | None"
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    run: "Run",
+    changes: list[str],
+    *,
+    restart_if_corrupt: bool,
+    profile: "ProfileRange | None",
 ) -> dict[str, Any]:
     from halvit_jax.experiment import build, init_from, teacher
     from halvit_jax.training import loop
@@ -130,28 +149,30 @@ def _train(
     with app.report_user_errors():
         report = _make_report(config, workdir, run)
         checkpointer = Checkpointer(workdir, **config.save, log=report.log)
-        start = loop.restore_or_init(
-            checkpointer,
-            report,
-            run.abstract_state(),
-            functools.partial(
-                init_from.fresh_state,
-                task=run.task,
-                init=run.fresh_state,
-                config=config,
-                workdir=workdir,
-                log=report.log,
-            ),
-            eval_every=config.loop.eval_every,
-            restart_if_corrupt=restart_if_corrupt,
-        )
+        with _name_changes(workdir, config):
+            start = loop.restore_or_init(
+                checkpointer,
+                report,
+                run.abstract_state(),
+                functools.partial(
+                    init_from.fresh_state,
+                    task=run.task,
+                    init=run.fresh_state,
+                    config=config,
+                    workdir=workdir,
+                    log=report.log,
+                ),
+                eval_every=config.loop.eval_every,
+                restart_if_corrupt=restart_if_corrupt,
+            )
+        resumed_at = int(start.state.step)
         if run.distillation:
-            teacher.pin_teacher(run.distillation.record, workdir, resumed=int(start.state.step) > 0)
+            teacher.pin_teacher(run.distillation.record, workdir, resumed=resumed_at > 0)
             for line in run.distillation.lines():
                 report.log(line)
-    for line in build.recipe_deviations(config):
+    for line in [*(changes if resumed_at else []), *build.recipe_deviations(config)]:
         report.log(f"WARNING: {line}")
-    files.write_run_metadata(workdir, config, run.loaders.info)
+    files.write_run_metadata(workdir, config, run.loaders.info, resumed_at=resumed_at)
     report.hyperparameters(config.to_dict())
     profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
     with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:
@@ -180,6 +201,23 @@ def _train(
     report.result(result, workdir)
     report.close()
     return result
+
+
+@contextlib.contextmanager
+def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
+    """Answer a checkpoint of another model with the fields that differ, in place of its arrays."""
+    from halvit_jax.training.checkpoint.metadata import MismatchError
+
+    try:
+        yield
+    except MismatchError as error:
+        changed = resume.changed_fields(workdir, config)
+        if not changed:
+            raise
+        raise ValueError(
+            f"{str(error).splitlines()[0].partition(';')[0]}: it was trained with {resume.describe(changed)}; give the "
+            "old values, or another --workdir"
+        ) from error
 
 
 def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:

@@ -27,6 +27,7 @@ MIN_SIDE = 224  # pixels of a drawn image
 def define_flags() -> None:
     """Define the command-line flags."""
     flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
+    flags.DEFINE_string("step", None, "The step whose checkpoint to use, or best; else the newest.")
     flags.DEFINE_string("attention", None, "A PNG file for a drawing of the attention of the last block.")
 
 
@@ -39,8 +40,9 @@ def main(argv: list[str]) -> None:
         if picture is not None and not picture.endswith(".png"):
             raise ValueError(f"--attention={picture} must end in .png")
         from halvit_jax.experiment.trained import load_trained
+        from halvit_jax.experiment.workdir import parse_step
 
-        trained = load_trained(flags.FLAGS.workdir)
+        trained = load_trained(flags.FLAGS.workdir, step=parse_step(flags.FLAGS.step))
         if picture is not None:
             serving = trained.task.serving(trained.model_variables, folded=False)
             image = jax.ShapeDtypeStruct((1, *serving.input_size, 3), "uint8")
@@ -68,6 +70,7 @@ def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np
     serving = trained.task.serving(trained.model_variables, folded=False)
     fields = trained.config.data
     how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
+    how["exif_rotation"] = fields.exif_rotation
     transform = data.eval_transform(serving.input_size, **how)
     apply = jax.jit(serving.apply)
     for path in paths:

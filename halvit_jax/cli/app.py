@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from halvit_jax.cli.malloc import keep_freed_memory
+from halvit_jax.cli.startup import ignore_signals
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError, ExitCode
 
@@ -24,7 +25,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     # If a checkpoint cannot be written, asyncio logs each array; the Checkpointer logs it once.
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    finally:  # the exit code stands, whatever comes while Python shuts down
+        ignore_signals()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.analysis.hlo import memory_of
-from halvit_jax.experiment import build, init_from, lock, tasks, teacher
+from halvit_jax.experiment import build, init_from, lock, resume, tasks, teacher
 from halvit_jax.experiment import workdir as files
 from halvit_jax.protocols import ExitCode, PyTree
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
@@ -72,7 +72,7 @@ def preflight(
             items.run("space", _space, config=config, workdir=workdir, state=state)
             items.run("lock", _lock, workdir=workdir)
             total = build.total_steps(config, epoch) if loaders else UNKNOWN_LENGTH
-            items.run("checkpoint", _checkpoint, workdir=workdir, state=state, total=total)
+            items.run("checkpoint", _checkpoint, config=config, workdir=workdir, state=state, total=total)
         if compile_step:
             subject = "teacher" if teacher.is_used(config) else "model"
             items.run("step", _step, config=valid, optimizer=optimizer, devices=mesh, state=state, **{subject: task})
@@ -230,11 +230,12 @@ def _lock(workdir: pathlib.Path) -> CheckResult:
     return CheckResult("free")
 
 
-def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
+def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.checkpoint.metadata import diff, mismatch_message
 
-    checkpointer, warnings = Checkpointer(workdir, read_only=True), []
+    warnings = resume.check_changes(workdir, config, allowed=False)
+    checkpointer = Checkpointer(workdir, read_only=True)
     try:
         for step in reversed(checkpointer.steps()):
             try:
@@ -250,7 +251,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult
             return CheckResult(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(warnings))
     finally:
         checkpointer.close()
-    if warnings:
+    if files.saved_steps(workdir):
         raise ValueError(f"none is good: {'; '.join(warnings)}; start over with --restart_if_corrupt")
     return CheckResult("none yet; the run starts with step 0")
 

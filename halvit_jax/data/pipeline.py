@@ -63,6 +63,7 @@ def make_loaders(
     train_size: int,
     eval_crop: float,
     eval_resize: str,
+    exif_rotation: bool,
     on_bad_image: str,
     bad_image_budget: float,
     repeated_aug: int,
@@ -90,10 +91,16 @@ def make_loaders(
         color_jitter=color_jitter,
         method=interpolation,
         antialias=antialias,
+        exif_rotation=exif_rotation,
         on_bad_image=on_bad_image,
     )
     for_evaluation = eval_transform(
-        size, fraction=eval_crop, method=interpolation, resize=eval_resize, on_bad_image=on_bad_image
+        size,
+        fraction=eval_crop,
+        method=interpolation,
+        resize=eval_resize,
+        exif_rotation=exif_rotation,
+        on_bad_image=on_bad_image,
     )
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
@@ -149,9 +156,11 @@ class TrainLoader:
         self.num_examples = source.info.num_examples
         self.steps_per_epoch = self.num_examples // self._shards // self._rows_per_shard
         if not self.steps_per_epoch:
+            fits = 2 ** int(math.log2(self.num_examples))
             raise ValueError(
-                f"batch_size={batch_size} over {self._shards} virtual shards asks for more than the "
-                f"{self.num_examples} examples of data.train_split; lower batch_size or data.virtual_shards"
+                f"batch_size={batch_size} in data.virtual_shards={virtual_shards} needs more than the "
+                f"{self.num_examples} examples of data.train_split; set e.g. batch_size={fits} and "
+                "data.virtual_shards=1"
             )
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:

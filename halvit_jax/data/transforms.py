@@ -6,7 +6,7 @@ from typing import TypedDict
 import numpy as np
 import tensorflow as tf
 
-from halvit_jax.data import augment, ops
+from halvit_jax.data import augment, file_formats, ops
 from halvit_jax.data.sources.base import Record
 
 Example = dict[str, tf.Tensor]
@@ -38,6 +38,7 @@ def train_transform(
     color_jitter: float,
     method: str,
     antialias: bool,
+    exif_rotation: bool = False,
     on_bad_image: str = "error",
 ) -> Transform:
     """Crop to `size` (height, width), flip, shift, colour jitter, augmentation policy, in this order.
@@ -50,11 +51,14 @@ def train_transform(
     _check_method(method)
 
     def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return ops.random_resized_crop(encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area)
+        how = {"size": size, "method": method, "antialias": antialias, "rotate": exif_rotation}
+        return ops.random_resized_crop(encoded, seed, min_area=min_area, **how)
 
     def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return ops.resize(ops.decode(encoded), size, method=method, antialias=antialias)
+        return ops.resize(decode_whole(encoded), size, method=method, antialias=antialias)
+
+    decode_whole = ops.decode_rotated if exif_rotation else ops.decode
 
     crops = {"random_resized": cropped, "whole": whole}
     if crop not in crops:
@@ -74,7 +78,7 @@ def train_transform(
         augmentations.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
     if policy:
         augmentations.append((3, augment.parse_policy(policy, interpolation=method)))
-    decode = _decoder(crops[crop], size, on_bad_image)
+    decode = _decoder(crops[crop], size, on_bad_image, exif_rotation)
 
     def transform(record: Record, seed: tf.Tensor) -> Example:
         example = {**record, **decode(record["image"], ops.fold_in(seed, 0))}
@@ -86,7 +90,13 @@ def train_transform(
 
 
 def eval_transform(
-    size: tuple[int, int], *, fraction: float, method: str, resize: str = "short_side", on_bad_image: str = "error"
+    size: tuple[int, int],
+    *,
+    fraction: float,
+    method: str,
+    resize: str = "short_side",
+    exif_rotation: bool = False,
+    on_bad_image: str = "error",
 ) -> Transform:
     """Resize to cover `size` (height, width) / fraction, cut out the middle; the seed is not used.
 
@@ -103,14 +113,15 @@ def eval_transform(
 
     def middle(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return EVAL_RESIZES[resize](ops.decode(encoded), size=size, fraction=fraction, method=method)
+        return EVAL_RESIZES[resize](decode_whole(encoded), size=size, fraction=fraction, method=method)
 
-    decode = _decoder(middle, size, on_bad_image)
+    decode_whole = ops.decode_rotated if exif_rotation else ops.decode
+    decode = _decoder(middle, size, on_bad_image, exif_rotation)
     return lambda record, seed: {**record, **decode(record["image"], seed)}
 
 
 def read_image(path: str, transform: Transform) -> np.ndarray:
-    """The image of a file (JPEG, PNG, GIF, BMP), transformed: uint8 [height, width, 3].
+    """The image of a file, transformed: uint8 [height, width, 3].
 
     Raises:
         ValueError: the file cannot be read, or is no such image.
@@ -135,18 +146,21 @@ def write_png(path: str, image: np.ndarray) -> None:
 
 
 def _decoder(
-    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: tuple[int, int], on_bad_image: str
+    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: tuple[int, int], on_bad_image: str, rotate: bool
 ) -> Callable[[tf.Tensor, tf.Tensor], DecodedImage]:
     """(encoded image, seed) -> its crop; bytes that cannot be decoded raise an error or become grey."""
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"data.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
     grey = np.full((*size, 3), GREY, np.uint8)
 
+    def decodable_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return crop(file_formats.to_decodable(encoded, rotate=rotate), seed)
+
     def raise_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
-        return {"image": crop(encoded, seed), "decoded": tf.constant(True)}
+        return {"image": decodable_crop(encoded, seed), "decoded": tf.constant(True)}
 
     def replace_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
-        image, decoded = ops.try_or_default(crop, encoded, seed, default=grey)
+        image, decoded = ops.try_or_default(decodable_crop, encoded, seed, default=grey)
         return {"image": image, "decoded": decoded}
 
     return raise_on_error if on_bad_image == "error" else replace_on_error

@@ -1,6 +1,7 @@
 """Initial weights from a workdir or a weight file (`config.init_from`)."""
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax.convert.transfer import Transfer, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.experiment.workdir import INIT_FROM_FILE
+from halvit_jax.experiment.workdir import INIT_FROM_FILE, split_source, workdir_path, write_text
 from halvit_jax.protocols import Task
 from halvit_jax.training.state import TrainState, with_arrays
 from halvit_jax.trees import TransferRules, flatten
@@ -33,7 +34,7 @@ def fresh_state(
     if jax.process_index() == 0:
         rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
-        (workdir / INIT_FROM_FILE).write_text(json.dumps(content, indent=2) + "\n")
+        write_text(workdir / INIT_FROM_FILE, json.dumps(content, indent=2) + "\n")
     for line in found.lines():
         log(f"init_from={config.init_from}: {line}")
     return with_arrays(init(abstract), found.arrays)
@@ -63,18 +64,21 @@ def read(
 ) -> Transfer:
     """The arrays of a workdir or a weight file that fit the model `name` with variables of these shapes.
 
-    `field` of the config names the source.
+    `field` of the config names the source; "DIR@best" and "DIR@1200" are checkpoints of a workdir.
 
     Raises:
         ValueError: it is neither, or holds arrays that do not fit, all of them by path.
     """
+    path, step = split_source(source)
     try:
-        if pathlib.Path(source).is_dir():
-            arrays = flatten(load_trained(source).model_variables)
+        if pathlib.Path(path).is_dir():
+            arrays = flatten(load_trained(path, step=step).model_variables)
+        elif not workdir_path(path).exists():
+            raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")
         else:
-            arrays = read_for(source, name, model)
+            arrays = read_for(path, name, model)
         return transfer(name, arrays, shapes, rules, exclude=exclude)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

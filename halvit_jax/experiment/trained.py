@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.workdir import read_config, read_dataset_info
+from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
@@ -31,23 +31,23 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path) -> Trained:
-    """The newest checkpoint of a run, to compute in float32.
+def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None) -> Trained:
+    """The newest checkpoint of a run, or that of a step, which may be "best"; to compute in float32.
 
     Raises:
         ValueError: no run or no checkpoint here, or one that does not fit its own config.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = workdir_path(workdir)
     config = read_config(workdir)
     config.compute_dtype = "float32"
     task = build_task(config)
-    state = restore_newest(task, config, workdir)
+    state = restore(task, config, workdir, step=step)
     variables = state.ema or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 
-def restore_newest(task: Task, config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """The state of the newest checkpoint in `workdir` that verifies, whole on the first device of this host.
+def restore(task: Task, config: ConfigDict, workdir: pathlib.Path, *, step: int | str | None = None) -> TrainState:
+    """The state of the newest checkpoint in `workdir` that verifies, or of a step; whole on this host's first device.
 
     Raises:
         ValueError: there is no checkpoint, none verifies, or it does not fit.
@@ -57,7 +57,7 @@ def restore_newest(task: Task, config: ConfigDict, workdir: pathlib.Path) -> Tra
     abstract = abstract_checkpoint_state(task, config)
     checkpointer = Checkpointer(workdir, read_only=True, log=lambda line: print(line, file=sys.stderr))
     try:
-        restored = checkpointer.restore(abstract)
+        restored = checkpointer.restore(abstract, step=step)
     finally:
         checkpointer.close()
     if restored is None:

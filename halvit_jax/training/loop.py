@@ -4,14 +4,15 @@ restore or initialise -> for each step: batch, train step, check the step before
 """
 
 import collections
+import contextlib
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from halvit_jax.protocols import Array, Loader, PyTree, Task
+from halvit_jax.protocols import Array, DataError, Loader, PyTree, Task
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.evaluate import Metrics, PreemptedError, evaluate
@@ -137,12 +138,27 @@ def train(
             nonfinite.write_bundle(bundle, step, outcome.finite, dict(recent))
             raise type(error)(
                 f"{error}; the last batches are in {bundle}, the checkpoints before it are good. Lower "
-                "optim.learning_rate, set optim.clip_norm, or skip single updates with skip_updates.norm_factor"
+                "optim.learning_rate, set optim.clip_norm, or skip single updates with skip_updates.norm_factor, and "
+                "resume with --resume_changed"
             ) from error
+
+    @contextlib.contextmanager
+    def saving_on_data_errors() -> Iterator[None]:
+        """Save the newest state before an error in the data ends the run; of several processes each ends alone."""
+        try:
+            yield
+        except DataError as error:
+            if step == first or jax.process_count() > 1:
+                raise
+            raise_if_unhealthy(add_state_flags(state, before), step - 1)
+            checkpointer.save(step, state, **UNEVALUATED)
+            while not checkpointer.wait():
+                checkpointer.save(step, state, **UNEVALUATED, again=True)
+            raise DataError(f"{error}; saved at step {step}") from error
 
     while step < total_steps and not stop:
         watchdog.heartbeat("waiting for data", step)
-        with report.waiting_for_data():
+        with report.waiting_for_data(), saving_on_data_errors():
             rows = next(batches)
             rows = preemption.attach_request({name: rows[name] for name in spec}, save_again=checkpointer.failed())
             batch = to_devices(rows, mesh)
@@ -183,7 +199,8 @@ def train(
         if (step % eval_every == 0 or last) and not stop:
             raise_if_unhealthy(add_state_flags(state, outcome), step - 1)
             try:
-                results = evaluate_state(task, state, evals, **evaluating)
+                with saving_on_data_errors():
+                    results = evaluate_state(task, state, evals, **evaluating)
                 metadata = {"evaluated": True, "score": primary(results)[task.primary_metric]}
             except PreemptedError:
                 stop = True

@@ -1,5 +1,6 @@
 """The dry run of a config: every line of it."""
 
+import json
 import os
 import pathlib
 import re
@@ -113,12 +114,23 @@ def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir:
     assert "batch_size=8, but this recipe was made for 64" in line_of(lines, "warn", "optimizer")
 
 
-def test_a_checkpoint_of_another_model_is_compared_by_path(
+def test_a_checkpoint_of_another_model_is_refused_by_field(
     digits_dir: pathlib.Path, done: pathlib.Path, capsys: Capsys
 ) -> None:
     lines = tried(small(digits_dir, **{"model.width": 64}), done, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
-    assert f"the checkpoint of step 8 in --workdir={done} is of another model or optimizer; use another" in failed
+    assert f"--workdir={done} was trained to step 8 with model.width=32 (now 64); give the old values, or" in failed
+
+
+def test_a_checkpoint_that_does_not_fit_its_own_config_is_compared_by_path(
+    digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
+) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["width"] = 64
+    (workdir / "config.json").write_text(json.dumps(config))
+    lines = tried(small(digits_dir, **{"model.width": 64}), workdir, capsys)
+    failed = line_of(lines, "FAIL", "checkpoint")
+    assert f"the checkpoint of step 8 in --workdir={workdir} is of another model or optimizer; use another" in failed
     differences = [line for line in lines if " saved, " in line]
     assert "  params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model" in differences
     assert any(line.startswith("  ema/params/") for line in differences)

@@ -17,7 +17,7 @@ from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, to_torch, weights_file
 from halvit_jax.experiment import build, init_from, tasks
 from halvit_jax.experiment import workdir as files
-from halvit_jax.experiment.trained import restore_newest
+from halvit_jax.experiment.trained import restore
 from halvit_jax.main import run_experiment
 from halvit_jax.recipes import digits
 from halvit_jax.trees import flatten
@@ -89,7 +89,7 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
     assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
     assert re.search(r"^ok    init_from   \d+ arrays copied$", capsys.readouterr().out, re.MULTILINE)
     config = files.read_config(tmp_path)
-    state = restore_newest(tasks.build_task(config), config, tmp_path)
+    state = restore(tasks.build_task(config), config, tmp_path)
     old = flatten(halvit_jax.load(finished[0])[1]["params"])
     for path, value in flatten(state.params).items():
         same = np.array_equal(value, old[path])

@@ -25,7 +25,7 @@ PACKAGES: dict[str, set[str] | None] = {
     "detection": NUMERIC | {"halvit_jax.layers"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
-    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "halvit_jax.protocols", "halvit_jax.text"},
+    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "PIL", "halvit_jax.protocols", "halvit_jax.text"},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
     | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},
     # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.

@@ -16,7 +16,7 @@ import pytest
 from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
-from halvit_jax.protocols import Loss
+from halvit_jax.protocols import DataError, Loss
 from halvit_jax.tasks.metrics import MeanCollector
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint import checkpointer, manifest
@@ -362,3 +362,33 @@ def _until(condition: Any) -> None:
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.05)
+
+
+def raising(error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["training", "evaluation"])
+def test_an_error_in_the_data_ends_the_run_after_a_save(place: str, tmp_path: pathlib.Path) -> None:
+    """Training: at step 6, between two checkpoints. Evaluation: before the checkpoint of its step."""
+    bad = {6 if place == "training" else 1: raising(DataError("7.jpg cannot be decoded"))}
+    batches = {
+        "training": {"train": Batches(then=bad)},
+        "evaluation": {"train": Batches(), "evaluation": Evaluation({}, bad)},
+    }
+    step = {"training": 6, "evaluation": 4}[place]
+    with pytest.raises(DataError, match=f"7.jpg cannot be decoded; saved at step {step}"):
+        run(tmp_path, **batches[place])
+    assert (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
+    whole = run(tmp_path.with_name("whole"), train=Batches())
+    resumed = run(tmp_path, train=Batches())
+    assert resumed["params_sha256"] == whole["params_sha256"]
+
+
+def test_an_error_in_the_first_batch_saves_nothing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"^7.jpg cannot be decoded$"):
+        run(tmp_path, train=Batches(then={0: raising(DataError("7.jpg cannot be decoded"))}))
+    assert not (tmp_path / "checkpoints" / "0").exists()
