@@ -5,8 +5,8 @@ python -m halvit_jax.bench --config=configs/NAME.py --batch=8          the task,
 python -m halvit_jax.bench --what=input [--batch=64]
 python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
 
-One device works, however many there are. The models take turns within every round, so that drift of a shared machine
-hits all of them alike; figures are medians over the rounds. A training step is forward, backward and update.
+Only one device is used. The models take turns within every round, so that drift of a shared machine affects all
+of them equally; figures are medians over the rounds. A training step is forward, backward and update.
 """
 
 import gc
@@ -29,7 +29,7 @@ from halvit_jax.cli import app
 from halvit_jax.config import default_config
 from halvit_jax.protocols import Array, ArraySpec
 
-STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule, which no figure depends on
+STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule; no figure depends on them
 
 
 def define_flags() -> None:
@@ -37,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("what", "models", ["models", "input", "families"], "Models, the input pipeline, or families.")
     config_flags.DEFINE_config_file("config", None, "File of configs/ to benchmark instead of --models.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
-    flags.DEFINE_integer("batch", 8, "Images of a step.", lower_bound=1)
+    flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")

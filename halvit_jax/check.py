@@ -66,15 +66,17 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     compared with their digests.
 
     Raises:
-        ValueError: this is no workdir of a run.
+        ValueError: this is not the workdir of a run.
     """
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 
     if not workdir.is_dir():
-        raise ValueError(f"--workdir={workdir} is no folder; name the workdir of a run")
+        raise ValueError(f"--workdir={workdir} is not a folder; name the workdir of a run")
     folder, file = workdir / files.CHECKPOINT_FOLDER, workdir / files.CONFIG_FILE
     if not folder.is_dir() and not file.is_file():
-        raise ValueError(f"--workdir={workdir} is no workdir of a run: it has neither {folder.name} nor {file.name}")
+        raise ValueError(
+            f"--workdir={workdir} is not the workdir of a run: it has neither {folder.name} nor {file.name}"
+        )
     owner = lock.owner(workdir)
     print(f"lock  {f'held by {owner}' if owner else 'free'}")
     abstract, corrupt, good = None, [], []

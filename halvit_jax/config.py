@@ -22,7 +22,7 @@ def default_config() -> ConfigDict:
     """The locked config with every field at its default."""
     config = ConfigDict(
         {
-            "seed": 0,  # of initial values, order, augmentation and stochastic depth
+            "seed": 0,  # for initialisation, data order, augmentation and stochastic depth
             "batch_size": 128,  # examples per step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
             "recipe_batch_size": 0,  # the batch_size of the recipe; a different one is logged as a warning; 0 disables
             "total_steps": 0,  # length of the run in steps; this or num_epochs
@@ -125,20 +125,20 @@ def _data() -> dict[str, Any]:
         "antialias": False,  # in the training crop's resize; halves the loader's speed. Evaluation always antialiases
         "train_size": 0,  # height and width of the images in training, for models of any size; 0: model.image_size
         "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
-        "eval_resize": "short_side",  # in evaluation: short_side, or squash (both sides, whatever the proportions)
+        "eval_resize": "short_side",  # in evaluation: short_side, or squash (both sides, ignoring the aspect ratio)
         "exif_rotation": False,  # rotate images as their EXIF notes, as phones write it; torchvision and timm do not
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
         "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
-        "shuffle_buffer": 16384,  # records in memory to draw from, over all virtual shards
+        "shuffle_buffer": 16384,  # size of the shuffle buffers in records, over all virtual shards
     }
 
 
 def _task() -> dict[str, Any]:
     return {
         "name": "classification",  # classification, or distillation: classification with a teacher
-        "mean": IMAGENET_MEAN,  # of the colours, on the scale of 0 to 1
+        "mean": IMAGENET_MEAN,  # of each colour channel, for pixel values in [0, 1]
         "std": IMAGENET_STD,
     }
 
@@ -160,13 +160,13 @@ def _classification() -> dict[str, Any]:
 def _distillation() -> dict[str, Any]:
     """The losses against the teacher, for task.name distillation."""
     return {
-        "kind": "hard",  # of the loss over classes: hard, soft or soft_cross_entropy
-        "alpha": 0.5,  # weight of the teacher in the loss over classes; the labels have 1 - alpha
+        "kind": "hard",  # classification loss against the teacher: hard, soft or soft_cross_entropy
+        "alpha": 0.5,  # weight of that loss; the loss against the labels has 1 - alpha
         "tau": 1.0,  # temperature of soft labels
-        "qkv_weight": 0.0,  # of the relations among queries, keys and values in pairs of layers; 0 is off
-        "hidden_weight": 0.0,  # of the relations among the outputs of pairs of blocks; 0 is off
-        "student_layers": (),  # the student's half of the pairs, counted from 0 through the whole network
-        "teacher_layers": (),  # the teacher's
+        "qkv_weight": 0.0,  # weight of the loss on query, key and value relations in pairs of layers; 0: off
+        "hidden_weight": 0.0,  # weight of the loss on hidden-state relations in pairs of blocks; 0: off
+        "student_layers": (),  # the student's layer of each pair, counted from 0 through the whole network
+        "teacher_layers": (),  # the teacher's layer of each pair
     }
 
 
@@ -175,8 +175,8 @@ def _teacher() -> dict[str, Any]:
     optional = config_dict.placeholder
     return {
         "init_from": "",  # its weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
-        "name": "",  # its model, for weights with PyTorch's names; a workdir or a file of ours names it
-        "mean": optional(tuple),  # of the colours in its training; None: from the file, or the student's
+        "name": "",  # its model, for weights with PyTorch's names; other sources name their model
+        "mean": optional(tuple),  # of the colour channels in its training; None: from the file, or the student's
         "std": optional(tuple),
     }
 
@@ -208,7 +208,7 @@ def _optim() -> dict[str, Any]:
         "base_batch_size": 512,  # batch size of learning_rate
         "weight_decay": 0.05,
         "no_decay": (r"bias$", r"scale$", r"position/embedding$", r"(class|distill)_token$"),  # without weight decay
-        "frozen": (),  # paths that are not trained; BatchNorm's statistics still follow the data
+        "frozen": (),  # paths that are not trained; BatchNorm statistics are still updated
         "layer_decay": 1.0,  # learning rate of a layer / that of the layer above it; 1 is off
         "layers": (r"^(?:embed|\w+_token|position|stem)", r"^block(\d+)/", r"^stage(\d+)/", r""),  # in forward order
         "beta1": 0.9,  # adamw, lamb

@@ -124,7 +124,7 @@ def collect_status(line: str, *, step: int | None = None, waiting: bool = False)
         lines.append(f"{_ranks(silent)} did not answer within {STATUS_TIMEOUT_S:.0f} s")
     elif step is not None:
         least = min(answer[:2] for answer in answers.values())
-        lines.append(f"{_ranks([rank for rank in sorted(answers) if answers[rank][:2] == least])} held the others up")
+        lines.append(f"{_ranks([rank for rank in sorted(answers) if answers[rank][:2] == least])} delayed the others")
     return "\n".join(lines)
 
 
@@ -223,17 +223,18 @@ def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
 def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> str:
     """Error message that names the ranks known not to have started."""
     if given["coordinator"] is None:
-        return f"the processes did not find each other within cluster.start_timeout={start_timeout} s"
+        return f"the processes did not connect within cluster.start_timeout={start_timeout} s"
     rank, count = given["process_id"], given["num_processes"]
     since = time.time() - start_timeout - INIT_MARGIN_S
     files = {} if folder is None else {n: folder / f"starting_{n}" for n in range(count)}
     there = [n for n, file in files.items() if file.is_file() and file.stat().st_mtime > since]
     absent = ", ".join(str(n) for n in range(count) if n not in there)
     who = f"only {', '.join(map(str, there))} of the ranks 0 to {count - 1} have started, not {absent}"
-    who = who if absent else "all ranks have started, but cannot reach it, or not as they are numbered"
+    who = who if absent else "all ranks have started, but cannot reach it, or their ranks are not unique"
     return (
-        f"rank {rank} of {count}: not all met at {given['coordinator']} within cluster.start_timeout={start_timeout} s:"
-        f" {who}; start --num_processes={count} processes with the same --coordinator, each with its own --process_id"
+        f"rank {rank} of {count}: not all processes connected to {given['coordinator']} within "
+        f"cluster.start_timeout={start_timeout} s: {who}; start --num_processes={count} "
+        "processes with the same --coordinator, each with its own --process_id"
     )
 
 

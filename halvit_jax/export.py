@@ -3,8 +3,8 @@
 python -m halvit_jax.export --workdir=DIR --format=stablehlo|safetensors|onnx --out=FILE
 
 The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float32; normalisation is inside, resizing is
-not. A description is inside too: the size of the images, the fraction of the resized image that is cut out of its
-middle (`crop`), and the names of the classes.
+not. The file also contains a description: the size of the images, the fraction of the resized image that the
+central crop keeps (`crop`), and the names of the classes.
 
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install -e '.[onnx]'`; the description is in the model's metadata
@@ -54,7 +54,7 @@ def define_flags() -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Write the file and print how it compares."""
+    """Write the file, compare it with the model, and print the result."""
     given = flags.FLAGS
     with app.report_user_errors():
         app.reject_positional_args(argv, "name the run with --workdir=DIR")
@@ -81,7 +81,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
 
 
 def portable(trained: Trained) -> Trained:
-    """The same model without what runs on one platform only, such as fused attention."""
+    """The same model without platform-specific operations, such as fused attention."""
     model = getattr(trained.task, "model", None)
     if model is None or "attention_impl" not in family_of(model).field_types:
         return trained
@@ -139,7 +139,7 @@ def _compare(trained: Trained, written: Predictor, batches: Iterator[Batch], wha
     return [
         *(f"largest difference of {name}: {value:.1e}" for name, value in differences.items()),
         f"the same best answer for {agreeing} of the {rows} {what}",
-        f"one image: {latencies[1]:.1f} ms written, {latencies[0]:.1f} ms in JAX, on this machine",
+        f"one image: {latencies[1]:.1f} ms exported, {latencies[0]:.1f} ms in JAX, on this machine",
     ]
 
 
@@ -158,7 +158,7 @@ def _leaves(outputs: PyTree) -> dict[str, np.ndarray]:
 
 
 def _best(decoded: Any) -> Any:
-    """A decoded answer without its floating-point numbers and with the first of each list only."""
+    """A decoded output without its floating-point numbers and with the first item of each list only."""
     if isinstance(decoded, dict):
         return {key: _best(value) for key, value in decoded.items() if not isinstance(value, float)}
     if isinstance(decoded, list | tuple):

@@ -234,7 +234,7 @@ def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
 
 @contextlib.contextmanager
 def _fault_handlers(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The preemption handler and the watchdog, both at work, as keywords of the loop."""
+    """The preemption handler and the watchdog, both active, as keyword arguments of `loop.train`."""
     from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog
 

@@ -25,7 +25,7 @@ from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode
 
 MEMORY_HINT = (
-    "raise loop.accumulate or set model.remat=True where temporaries are the most, raise mesh.fsdp where the state is"
+    "raise loop.accumulate or set model.remat=True if temporaries take most, raise mesh.fsdp if the state does"
 )
 
 
@@ -94,10 +94,10 @@ def table(report: dict[str, Any]) -> str:
 def _roofline(report: dict[str, Any]) -> list[str]:
     """Roofline bound of a step: compute time, memory time and which dominates."""
     products, memory = report["step_s_at_peak"], report["step_s_of_memory"]
-    lines = [f"products: {report['flops'] / 1e12:.2f} TFLOP a step on a device, {1e3 * products:.1f} ms at its peak"]
+    lines = [f"compute: {report['flops'] / 1e12:.2f} TFLOP a step on a device, {1e3 * products:.1f} ms at its peak"]
     if memory is not None:
         moved = f"memory: {report['bytes_moved'] / 1e9:.1f} GB to and from HBM, {1e3 * memory:.1f} ms at its bandwidth"
-        binds = "products bind" if products >= memory else "memory binds"
+        binds = "compute-bound" if products >= memory else "memory-bound"
         lines += [moved, f"a step takes at least {1e3 * max(products, memory):.1f} ms: {binds}"]
     return lines
 

@@ -3,9 +3,9 @@
 python -m halvit_jax.predict --workdir=DIR [--attention=out.png] IMAGE...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]} (of another task, its decoded
-output), or, for a file that is no image, {"image": path, "error": reason}; then the exit code is 1. `--attention` draws
-the attention of a transformer's last block: a row for each image, as the model sees it and with the attention over it,
-red being most.
+output), or, for a file that is not an image, {"image": path, "error": reason}, and the exit code 1. `--attention`
+draws the attention of a transformer's last block: a row for each image, without and with the attention as an overlay
+from blue (least) to red (most).
 """
 
 import json
@@ -84,17 +84,17 @@ def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
-    """An image [s, s, 3] as it is and, right of it, under the attention of the last block: [t, 2 t, 3], uint8.
+    """An image [s, s, 3] and, to its right, its overlay with the attention of the last block: [t, 2 t, 3], uint8.
 
-    It is that of the class token, or of all tokens if there is none, averaged over the heads, from blue (least) to red
-    (most). Both are enlarged by a whole number to at least `MIN_SIDE` pixels.
+    The attention is that of the class token, or of all tokens without one, averaged over the heads, from
+    blue (least) to red (most). Both are enlarged by a whole number to at least `MIN_SIDE` pixels.
 
     Raises:
-        ValueError: the model has no attention maps, or its last block none of the whole image.
+        ValueError: the model has no attention maps, or those of its last block cover windows only.
     """
     weights = np.asarray(_last_maps(serving, image[None])[0].mean(0))  # [n, m]
     side = math.isqrt(weights.shape[1])
-    before = weights.shape[1] - side**2  # tokens that stand before those of the image
+    before = weights.shape[1] - side**2  # tokens before those of the image
     seen = (weights[0] if before else weights.mean(0))[before:].reshape(side, side)
     heat = (seen - seen.min()) / max(np.ptp(seen), 1e-12)
     size = image.shape[0]

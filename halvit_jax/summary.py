@@ -3,11 +3,11 @@
 python -m halvit_jax.summary [--json | --markdown] [NAME...]
 
 "deployed" is the model at inference, with its batch normalisations and sums folded (`models.fold`). "saved" compares it
-with its baseline, the known model that it is derived from, deployed too. --markdown prints what docs/models.md holds.
+with its baseline, the known model that it is derived from, deployed too. --markdown prints the tables of
+docs/models.md.
 """
 
 import json
-import pathlib
 import runpy
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from halvit_jax.analysis.counts import summarize
-from halvit_jax.cli import app
+from halvit_jax.cli import app, config_files
 from halvit_jax.models import FAMILIES, list_models
 
 HEADINGS = (
@@ -32,7 +32,6 @@ HEADINGS = (
     "published (not measured here)",
 )
 MARKDOWN_HEADINGS = ("model", "parameters", "deployed", "GMACs", "image", "saved", "published top-1", "config")
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs"  # of a checkout; an installed package has none
 
 
 def define_flags() -> None:
@@ -92,15 +91,15 @@ def markdown(rows: Mapping[str, dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
-def configs_by_model(folder: pathlib.Path = CONFIGS) -> dict[str, str]:
-    """{model: the config that trains it on ImageNet}, as after `--config=`; a file's default comes before variants."""
+def configs_by_model() -> dict[str, str]:
+    """{model: its ImageNet config}, as `--config=` takes it; a file's default comes before variants."""
     found: dict[str, tuple[bool, str]] = {}
-    for path in sorted(folder.glob("*.py")):
+    for name, path in config_files.FILES.items():
         module = runpy.run_path(str(path))
         for variant in ("", *(name for group in module.get("VARIANTS", ()) for name in group if name)):
             config = module["get_config"](*[variant] if variant else [])
             if config.data.name == "imagenet2012":
-                entry = bool(variant), f"configs/{path.name}{variant and ':'}{variant}"
+                entry = bool(variant), f"configs/{name}.py{variant and ':'}{variant}"
                 found[config.model.name] = min(found.get(config.model.name, entry), entry, key=lambda each: each[0])
     return {name: entry for name, (_, entry) in found.items()}
 

@@ -65,7 +65,7 @@ for argument in "$@"; do
   esac
 done
 [ "$data" ] || fail "give two folders: bash launch/prepare_imagenet.sh TARS_DIR DATA_DIR"
-[ -d "$tars" ] || fail "$tars is no folder; give the one with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
+[ -d "$tars" ] || fail "$tars is not a folder; give the one with ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar"
 mkdir -p "$data"
 tars=$(cd "$tars" && pwd)
 data=$(cd "$data" && pwd)

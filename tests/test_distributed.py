@@ -239,7 +239,7 @@ def test_when_one_of_four_does_not_move_all_end_with_its_name(
     assert others == [70] * 3, run.outputs()
     if how == "sleeps":
         assert run.processes[2].wait(10) == 70
-        assert "rank 2 of 4 held the others up" in run.output(0)
+        assert "rank 2 of 4 delayed the others" in run.output(0)
         assert "in batches" in run.output(2)  # the stack of the sleeping thread
     else:
         assert "rank 2 of 4 did not answer" in run.output(0)
@@ -282,7 +282,7 @@ def test_processes_that_do_not_find_each_other_end_in_time_with_the_cause(
         "nobody there": r"rank 1 of 2: .*localhost:\d+ within cluster.start_timeout=8 s: only 1 of the .* not 0;",
         "one too few": r"rank \d of 3: .* only 0, 2 of the ranks 0 to 2 have started, not 1;",
         "the same twice": r"WARNING: rank 1 has also been started as process \d+ on ",
-        "the port is taken": r"rank 0 of 2: not all met at localhost:\d+",
+        "the port is taken": r"rank 0 of 2: not all processes connected to localhost:\d+",
     }[wrong]
     assert any(re.search(expected, text) for text in printed), printed
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from halvit_jax.cli.config_files import resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.cli.startup import ignore_signals
 from halvit_jax.config import default_config
@@ -94,7 +95,7 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
             name = argument.removeprefix("--config.").split("=")[0]
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name} is no field of the config; did you mean --config.{near}?")
+                raise ValueError(f"{name} is not a field of the config; did you mean --config.{near}?")
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -108,6 +109,8 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
 def _parse(arguments: list[str]) -> list[str]:
     with report_user_errors():
         check_overrides(arguments, default_config())
+        if "config" in flags.FLAGS:
+            arguments = resolve_flags(arguments)
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:

@@ -1,4 +1,4 @@
-"""The C library's allocator, set for arrays: freed memory is kept for the next step and not given back to the kernel.
+"""The C library's allocator, tuned for arrays: freed memory is kept for the next step, not returned to the kernel.
 
 XLA on a CPU allocates and frees its temporaries in every step. By default glibc returns large blocks to the kernel at
 once, and the next step pays for fresh pages, which costs up to half of its time. On a machine with an accelerator the
@@ -16,11 +16,12 @@ TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Set the allocator; call before jax or TensorFlow start their threads. False where it is left alone."""
+    """Set the allocator; call before jax or TensorFlow start their threads. False if it is left unchanged."""
     if platform.libc_ver()[0] != "glibc" or any(glob.glob(pattern) for pattern in ACCELERATORS):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    # Never unmap a block, never trim the heap, and one heap for all threads, for only the main one keeps to that.
+    # Never unmap a block, never trim the heap, and one heap for all threads, because only the main arena
+    # honours these settings.
     settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1}
     done = [mallopt(name, value) for name, value in settings.items()]
     return all(done)

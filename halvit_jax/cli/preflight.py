@@ -1,4 +1,4 @@
-"""Dry run of a config: all that a run needs before its first step, item by item; nothing is trained.
+"""Dry run of a config: checks everything that a run needs before its first step; nothing is trained.
 
 The second half of the command `check`. One line per check; a failed check does not stop independent ones.
 """
@@ -41,14 +41,16 @@ def preflight(
     """Print one line per check and return the exit code. Of several processes each checks for itself.
 
     Raises:
-        ValueError: the processes did not find each other, or there is no device.
+        ValueError: the processes did not connect, or there is no device.
     """
     with distributed.process_group(**processes, **config.cluster):
         try:
             jax.devices()
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"no device can be used ({reason}); end what uses it, or set JAX_PLATFORMS=cpu") from error
+            raise ValueError(
+                f"no device can be used ({reason}); stop the process that uses it, or set JAX_PLATFORMS=cpu"
+            ) from error
         items = Checklist()
         valid = items.run("config", _config, config=config)
         task = items.run("model", _model, config=config)
@@ -207,7 +209,7 @@ def _workdir(workdir: pathlib.Path) -> CheckResult:
         return CheckResult(f"{workdir} can be written to")
     above = _existing(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "cannot be written to" if above.is_dir() else "is no folder"
+        why = "cannot be written to" if above.is_dir() else "is not a folder"
         raise ValueError(f"--workdir={workdir} cannot be created, because {above} {why}; name another one")
     return CheckResult(f"{workdir} does not exist; the run will create it")
 
@@ -247,13 +249,13 @@ def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total:
             if differences:
                 raise ValueError(mismatch_message(step, f"--workdir={workdir}", differences))
             if step >= total:
-                warnings.append(f"the run is finished with step {step} of {total} and would only be evaluated")
+                warnings.append(f"the run is finished at step {step} of {total} and would only be evaluated")
             return CheckResult(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(warnings))
     finally:
         checkpointer.close()
     if files.saved_steps(workdir):
         raise ValueError(f"none is good: {'; '.join(warnings)}; start over with --restart_if_corrupt")
-    return CheckResult("none yet; the run starts with step 0")
+    return CheckResult("none yet; the run starts at step 0")
 
 
 def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> CheckResult:

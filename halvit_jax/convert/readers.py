@@ -222,7 +222,7 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
             f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors"
         ) from None
     try:
-        # Files of the old format are no archives and cannot be mapped.
+        # Files of the old format are not archives and cannot be memory-mapped.
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
         return {str(name): _to_numpy(tensor, torch.int16) for name, tensor in _state_of(content).items()}
     except Exception as error:  # a corrupt file may raise nearly any error

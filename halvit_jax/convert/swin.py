@@ -48,7 +48,7 @@ def window_attention(source: str, target: str) -> tuple[Rule, ...]:
 
 
 def check_windows(name: str, model: SwinTransformer, state: Mapping[str, Any]) -> None:
-    """Refuse weights of other windows, such as those at 384 pixels for a model of windows of 7.
+    """Refuse weights with another window size, such as those at 384 pixels for a model with windows of 7 tokens.
 
     Raises:
         ValueError: with the `window_size` to set.

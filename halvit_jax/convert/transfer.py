@@ -7,7 +7,7 @@ the rest; first match wins:
 - "position_grid": positions are resampled to the new grid as in timm, bicubic and antialiased; tokens before the grid
   (a class token) are kept.
 - "input_channels": a kernel [k, k, c, f] for grey images (c = 1) is the sum over the old channels; in the other
-  direction the grey one is spread evenly.
+  direction the grey kernel is divided evenly over the channels.
 
 Shapes: `n` tokens, `d` width, `k` kernel side, `c` input channels, `f` features.
 """
@@ -49,7 +49,7 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
     A PyTorch state is read with the names of `model`; it may differ from it as far as `transfer` allows.
 
     Raises:
-        ValueError: an unreadable file, and every entry that is no array of such a model, by name.
+        ValueError: an unreadable file, and every entry that is not an array of such a model, by name.
     """
     weights = readers.read(path)
     stored = weights_file.from_weights(weights)

@@ -52,7 +52,7 @@ def load(path: str | os.PathLike[str]) -> StoredModel:
     """Read a file of `save`; raises ValueError for any other."""
     stored = from_weights(readers.read(path))
     if stored is None:
-        raise ValueError(f"{path} is no file of halvit_jax; python -m halvit_jax.convert makes one of PyTorch's")
+        raise ValueError(f"{path} is not a file of halvit_jax; python -m halvit_jax.convert makes one from PyTorch's")
     return stored
 
 
@@ -85,7 +85,7 @@ def from_weights(weights: readers.Weights) -> StoredModel | None:
     if metadata.get("format") != FORMAT:
         return None
     name, fields = metadata.get("model", ""), _fields(metadata.get("fields", ""))
-    if fields is None or _blocks(fields) > len(weights.arrays):  # a model of a billion blocks takes forever to build
+    if fields is None or _blocks(fields) > len(weights.arrays):  # building a model of a billion blocks would not end
         raise ValueError(f"the fields of the model {name!r} are invalid: {metadata.get('fields')!r:.300}")
     try:
         wanted = shapes_of(create_model(name, **fields))
@@ -104,7 +104,7 @@ def _fields(text: str) -> dict[str, Any] | None:
 
 
 def _blocks(fields: dict[str, Any]) -> float:
-    """The number of blocks of a model with these fields; infinity if that is no number."""
+    """The number of blocks of a model with these fields; infinity if it is not a number."""
     depths = fields.get("depths") or []
     counts = [fields.get("depth") or 0, *(depths if isinstance(depths, list) else [depths])]
     return sum(counts) if all(isinstance(count, int) for count in counts) else float("inf")

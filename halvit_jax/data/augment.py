@@ -195,9 +195,9 @@ def _apply(
     fill: Color = (0, 0, 0),
     interpolation: str = "nearest",
 ) -> tf.Tensor:
-    """The operations draws["op"] of the table, one after the other; the number after the last one is none."""
+    """The operations draws["op"] of the table, one after the other; the index after the last one means no operation."""
     if interpolation not in INTERPOLATIONS:
-        raise ValueError(f"data.interpolation={interpolation!r} is none of {', '.join(INTERPOLATIONS)}")
+        raise ValueError(f"data.interpolation={interpolation!r} is not one of {', '.join(INTERPOLATIONS)}")
     shape = image.shape
 
     def branch(name: str, level: Level, image: tf.Tensor, m: tf.Tensor, sign: tf.Tensor) -> Callable[[], tf.Tensor]:

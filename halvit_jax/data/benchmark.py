@@ -39,7 +39,7 @@ def measure_input(*, batch: int, rounds: int, batches: int = 6, image_size: int 
     speeds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            source = way()  # anew, so that it reads nothing ahead while others are measured
+            source = way()  # a new source each time, so it prefetches nothing while others are measured
             next(source)
             clock, processor = time.perf_counter(), time.process_time()
             for _ in range(batches):

@@ -78,10 +78,12 @@ class ErrorTracker:
 
     def _count(self, names: set[str]) -> None:
         self._replaced |= names
-        LOG.warning("replaced what cannot be decoded, number %d of this epoch: %s", len(self._replaced), sorted(names))
+        LOG.warning(
+            "replaced images that cannot be decoded, %d in this epoch so far: %s", len(self._replaced), sorted(names)
+        )
         if len(self._replaced) > self._allowed:
             raise DataError(
-                f"{len(self._replaced)} images of this epoch cannot be decoded, {self._allowed} are allowed: "
+                f"{len(self._replaced)} images of this epoch cannot be decoded, but only {self._allowed} may be: "
                 f"{first_few(sorted(self._replaced))}; remove them, or raise data.bad_image_budget"
             )
 
@@ -99,14 +101,14 @@ class ErrorTracker:
                     return f"{name} cannot be decoded ({ops.reason(cause)}); {IMAGE_HINT}"
         except (tf.errors.OpError, ValueError) as cause:  # of the record itself, whose message names it
             return f"{ops.reason(cause)}; {RECORD_HINT}"
-        return ops.reason(error)  # this time all could be read
+        return ops.reason(error)  # all could be read this time
 
 
 @functools.cache
 def _close_iterators_at_exit() -> None:
-    """Make no batch while the process exits.
+    """Stop reading before the process exits.
 
-    TensorFlow's threads call Python to read ArrayRecord. While Python shuts down they wait for it and it for them.
+    TensorFlow's threads call Python to read ArrayRecord. While Python shuts down, both wait for each other.
     """
 
     def close() -> None:

@@ -26,6 +26,6 @@ def parse_evals(entries: Sequence[str]) -> dict[str, EvalSet]:
         if found is None:
             raise ValueError(f"data.evals holds {entry!r}; write it name=tfds_name:split, e.g. v2=imagenet_v2:test")
         if found["key"] in sets:
-            raise ValueError(f"data.evals holds {found['key']}= twice; give each set a name of its own")
+            raise ValueError(f"data.evals holds {found['key']}= twice; give each set its own name")
         sets[found["key"]] = EvalSet(found["name"], found["split"])
     return sets

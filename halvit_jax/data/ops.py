@@ -15,9 +15,9 @@ RESIZE_METHODS = ("bilinear", "bicubic")
 CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
 MAX_RATIO = 8  # of the sides: a longer image resized by its short side could be larger than there is memory
-DCT = "INTEGER_ACCURATE"  # bit for bit what Pillow decodes; TensorFlow's default is up to 18 grey levels away
+DCT = "INTEGER_ACCURATE"  # the same pixels as Pillow; TensorFlow's default is up to 18 grey levels away
 PNG, GIF, BMP = b"\x89PNG", b"GIF8", b"BM"
-HEAD = 26  # bytes in which the size of these three stands
+HEAD = 26  # header with the size, in these three formats
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -26,7 +26,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     A JPEG has the pixels of Pillow. A rotation noted in EXIF is not applied; see `decode_rotated`.
 
     Raises:
-        tf.errors.InvalidArgumentError: the bytes are no such image, a part of one, or claim too many pixels.
+        tf.errors.InvalidArgumentError: the bytes are not such an image, are truncated, or claim too many pixels.
     """
     with tf.control_dependencies([image_shape(encoded)]):
         image = tf.cond(
@@ -59,7 +59,7 @@ def random_resized_crop(
     an allowed ratio.
 
     Raises:
-        tf.errors.InvalidArgumentError: as in `decode`; but what a JPEG lacks below the box is not missed.
+        tf.errors.InvalidArgumentError: as in `decode`, but bytes that a JPEG lacks below the box are not noticed.
     """
     shape = image_shape(encoded)
     if rotate:
@@ -98,7 +98,7 @@ def random_box(height: tf.Tensor, width: tf.Tensor, seed: tf.Tensor, min_area: f
     limits = tf.cast(tf.stack([height, width]), tf.float32)
     draws = tf.random.stateless_uniform((4, CROP_ATTEMPTS), seed)
     area = tf.reduce_prod(limits) * (min_area + (1.0 - min_area) * draws[0])
-    # The square root of width / height, which lies between 3/4 and 4/3, one over it for the height.
+    # The square root of the aspect ratio width / height in [3/4, 4/3]; for the height its inverse.
     stretch = tf.exp(np.log(4 / 3) * (draws[1] - 0.5) * np.array([[-1], [1]], np.float32))
     sides = tf.round(tf.sqrt(area) * stretch)  # [2, CROP_ATTEMPTS]: heights and widths
     fits = tf.reduce_all((sides >= 1) & (sides <= limits[:, None]), 0)
@@ -142,7 +142,7 @@ def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, me
     top, left = tf.maximum(height - longest, 0) // 2, tf.maximum(width - longest, 0) // 2
     image = image[top : top + longest, left : left + longest]
     height, width = tf.unstack(tf.shape(image)[:2])
-    wide = height * least_width < width * least_height  # wider than what it has to cover
+    wide = height * least_width < width * least_height  # wider than the target
     new_height = tf.where(wide, least_height, least_width * height // width)
     new_width = tf.where(wide, least_height * width // height, least_width)
     image = resize(image, (new_height, new_width), method=method, antialias=True)
@@ -151,7 +151,7 @@ def central_crop(image: tf.Tensor, *, size: tuple[int, int], fraction: float, me
 
 
 def squash(image: tf.Tensor, *, size: tuple[int, int], fraction: float, method: str) -> tf.Tensor:
-    """Resize to size / fraction (rounded down, antialiased) whatever the proportions, then cut `size` out of it."""
+    """Resize to size / fraction (rounded down, antialiased), ignoring the aspect ratio, then cut `size` out of it."""
     height, width = (int(side / fraction) for side in size)
     image = resize(image, (height, width), method=method, antialias=True)
     top, left = round((height - size[0]) / 2), round((width - size[1]) / 2)
@@ -170,7 +170,7 @@ def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 
 
 def random_shift(image: tf.Tensor, seed: tf.Tensor, *, pixels: int) -> tf.Tensor:
-    """Move the image by up to `pixels` along each axis, black coming in at the border."""
+    """Translate by up to `pixels` along each axis, filling with black."""
     height, width = tf.unstack(tf.shape(image)[:2])
     padded = tf.pad(image, [[pixels, pixels], [pixels, pixels], [0, 0]])
     offset = tf.random.stateless_uniform((2,), seed, maxval=2 * pixels + 1, dtype=tf.int32)
@@ -179,12 +179,12 @@ def random_shift(image: tf.Tensor, seed: tf.Tensor, *, pixels: int) -> tf.Tensor
 
 
 def no_autograph(function: Callable) -> Callable:
-    """The function without AutoGraph, whose rewriting none of ours needs and takes seconds at every start."""
+    """The function without AutoGraph, which our functions do not need and which takes seconds at every start."""
     return tf.autograph.experimental.do_not_convert(function)
 
 
 def fold_in(seed: tf.Tensor, data: tf.Tensor | int) -> tf.Tensor:
-    """An independent seed for use number `data` of this seed."""
+    """An independent seed derived from this one and the number `data`."""
     return tf.random.experimental.stateless_fold_in(seed, tf.cast(data, tf.int64))
 
 

@@ -63,7 +63,7 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
     return _look_up(image, tf.where(step > 0, table, tf.range(256)))
 
 
-# Operations that blend the image with a poorer one; factor 1 changes nothing, 0 leaves the poorer one.
+# Operations that blend the image with a degraded one; factor 1 changes nothing, 0 gives the degraded one.
 
 
 def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -89,7 +89,7 @@ def grayscale(image: tf.Tensor) -> tf.Tensor:
 
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-    """Blend with the image smoothed by a 3 x 3 kernel (5 in the middle, 1 around, over 13; the border stays)."""
+    """Blend with the image smoothed by a 3 x 3 kernel (5 in the middle, 1 around, over 13; the border is kept)."""
     x = tf.cast(image, tf.float32)
     inner = x[1:-1, 1:-1]
     box = x[:-2] + x[1:-1] + x[2:]
@@ -117,32 +117,32 @@ def gaussian_blur(image: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
     return tf.cast(x, tf.uint8)
 
 
-# Operations that move pixels: the output at (x, y) is the image at a place computed from (x, y). Places are float64,
+# Geometric operations: the output at (x, y) is the image at a place computed from (x, y). Places are float64,
 # as in Pillow, and so that no reordering by TensorFlow's graph optimizer reaches the float32 weights made of them.
 
 
 def shear_x(image: tf.Tensor, factor: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:
-    """Take row y from `factor` * y further right."""
+    """Shear along x: row y is read from `factor` * y further right."""
     h, w = _sides(image)
     offset = tf.cast(factor, tf.float64) * (_range(h) + 0.5)
     return _warp(image, _range(w)[None, :] + offset[:, None], None, fill=fill, interpolation=interpolation)
 
 
 def shear_y(image: tf.Tensor, factor: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:
-    """Take column x from `factor` * x further down."""
+    """Shear along y: column x is read from `factor` * x further down."""
     h, w = _sides(image)
     offset = tf.cast(factor, tf.float64) * (_range(w) + 0.5)
     return _warp(image, None, _range(h)[:, None] + offset[None, :], fill=fill, interpolation=interpolation)
 
 
 def translate_x(image: tf.Tensor, pixels: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:
-    """Take every pixel from `pixels` further right."""
+    """Translate along x: every pixel is read from `pixels` further right."""
     u = (_range(_sides(image)[1]) + tf.cast(pixels, tf.float64))[None, :]
     return _warp(image, u, None, fill=fill, interpolation=interpolation)
 
 
 def translate_y(image: tf.Tensor, pixels: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:
-    """Take every pixel from `pixels` further down."""
+    """Translate along y: every pixel is read from `pixels` further down."""
     v = (_range(_sides(image)[0]) + tf.cast(pixels, tf.float64))[:, None]
     return _warp(image, None, v, fill=fill, interpolation=interpolation)
 
@@ -158,7 +158,7 @@ def translate_y_rel(image: tf.Tensor, fraction: tf.Tensor, **warp: Any) -> tf.Te
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor, *, fill: Color, interpolation: str) -> tf.Tensor:
-    """Turn counter-clockwise about the centre."""
+    """Rotate counter-clockwise about the centre."""
     h, w = _sides(image)
     angle = tf.cast(degrees, tf.float64) * (math.pi / 180)
     x_middle, y_middle = tf.cast(w - 1, tf.float64) / 2, tf.cast(h - 1, tf.float64) / 2
@@ -247,7 +247,7 @@ def _warp(image: tf.Tensor, u: tf.Tensor | None, v: tf.Tensor | None, *, fill: C
     pixels = tf.reshape(image, [-1, 3])
     lines = [[tf.cast(tf.gather(pixels, row * w + column), tf.float32) for column in columns] for row in rows]
     values = _mix(y_weights, [_mix(x_weights, line) for line in lines])
-    # Pillow cuts the fraction off; 1/1024 keeps float32's rounding from turning a flat 200 into 199.
+    # Pillow truncates; 1/1024 keeps float32's rounding from turning a flat 200 into 199.
     values = tf.cast(tf.clip_by_value(values + 1 / 1024, 0.0, 255.0), tf.uint8)
     inside = tf.constant(True)
     for place, size in ((u, w), (v, h)):

@@ -1,7 +1,7 @@
 """From records to batches: order, seeds, resume, batching, padding and mask.
 
 The order of examples is a function of (seed, epoch), their augmentation of (seed, epoch, number of the example in the
-epoch). So the batch of any step can be computed, and a resumed run needs nothing about data from its checkpoint.
+epoch). So the batch of any step can be computed, and a checkpoint holds no data state.
 
 Elastic: the split is cut into a fixed number of virtual shards, each of which fills a fixed part of every global batch.
 A host owns shards / hosts of them, in order. So the global batch of a step is the same on 1, 2, 4 ... hosts.
@@ -33,7 +33,7 @@ ONLY_HOST = Host()
 
 
 class Loaders(NamedTuple):
-    """The training loader, the evaluation loaders and the facts of the training set.
+    """The training loader, the evaluation loaders and the `DatasetInfo` of the training set.
 
     `evals` starts with "eval", by which the best checkpoint is chosen; the set `v2` of data.evals is "eval_v2".
     """
@@ -77,7 +77,7 @@ def make_loaders(
     """The loaders of `config.data`, whose fields explain the keywords; `size` is (height, width) of the images.
 
     Raises:
-        ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
+        ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
     """
     if train_size < 0:
         raise ValueError(f"data.train_size={train_size} must not be negative")
@@ -120,9 +120,9 @@ def make_loaders(
 
 
 class TrainLoader:
-    """Endless shuffled batches; the head of this module says what they are a function of.
+    """Endless shuffled batches, a function of seed and step (see the top of this file).
 
-    An epoch is as many whole batches as every virtual shard can fill; which examples stay out changes with the epoch.
+    An epoch has as many full batches as every virtual shard can fill; the examples left out differ between epochs.
     With `repeated_aug` > 1 an epoch takes 1 / repeated_aug of the examples, each that many times in a row, augmented
     differently.
     """
@@ -214,7 +214,7 @@ class TrainLoader:
         step, row = n // rows, n % rows
         number = step * self._batch_size + self._host.index * rows + row  # of the example in the epoch
         example = self._transform(self._source.fetch(entry), tf.stack([epoch + (self._seed << 32), number]))
-        return {**example, "mask": example["decoded"]}  # grey that replaces an image is not trained on
+        return {**example, "mask": example["decoded"]}  # a grey replacement is not trained on
 
     def _replay(self, step: int) -> Iterator[tuple]:
         yield from self._entries(step).take(self._batch_size // self._host.count)
@@ -223,7 +223,7 @@ class TrainLoader:
 class EvalLoader:
     """One pass over a split in its own order, every example once on any number of hosts.
 
-    Each host gets an equal number of batches; rows that only fill up have mask False.
+    Each host gets an equal number of batches; padding rows have mask False.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class EvalLoader:
 
     def _prepare(self, entry: Entry) -> Example:
         example = self._transform(self._source.fetch(entry), tf.zeros(2, tf.int64))
-        # Grey that replaces an image is scored, or fewer would be scored than there are.
+        # A grey replacement is scored too, so that every example counts.
         return {**example, "mask": tf.constant(True)}
 
     def _replay(self, step: int) -> Iterator[tuple]:

@@ -1,4 +1,4 @@
-"""From a record to an example: decoding, cropping and augmenting the image; all other features travel along."""
+"""From a record to an example: decoding, cropping and augmenting the image; all other features pass through."""
 
 from collections.abc import Callable
 from typing import TypedDict
@@ -68,7 +68,7 @@ def train_transform(
     for name, value in {"shift": shift, "color_jitter": color_jitter}.items():
         if value < 0:
             raise ValueError(f"data.{name}={value} must not be negative")
-    augmentations: list[tuple[int, Augmentation]] = []  # the number is what the seed is folded with
+    augmentations: list[tuple[int, Augmentation]] = []  # the position in this list is folded into the seed
     if flip:
         augmentations.append((1, ops.random_flip))
     if shift:
@@ -124,13 +124,13 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
     """The image of a file, transformed: uint8 [height, width, 3].
 
     Raises:
-        ValueError: the file cannot be read, or is no such image.
+        ValueError: the file cannot be read, or is not such an image.
     """
     try:
         record = {"image": tf.io.read_file(path), "name": tf.constant(path)}
         return transform(record, tf.zeros(2, tf.int64))["image"].numpy()
     except tf.errors.OpError as error:
-        raise ValueError(f"{path} is no image that can be read: {ops.reason(error)}") from error
+        raise ValueError(f"{path} is not an image that can be read: {ops.reason(error)}") from error
 
 
 def write_png(path: str, image: np.ndarray) -> None:

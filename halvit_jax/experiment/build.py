@@ -53,12 +53,12 @@ class Run(NamedTuple):
 
 
 def build(config: ConfigDict, *, training: bool = True) -> Run:
-    """All parts of a run. Cheap checks come first, so a wrong field is answered before TensorFlow is imported.
+    """All parts of a run. Cheap checks come first, so a wrong field is reported before TensorFlow is imported.
 
-    Unless it is for training, a teacher is left out.
+    The teacher of a distillation is built for training only.
 
     Raises:
-        ValueError: what was given, what is allowed and which field of the config to change.
+        ValueError: a value that is not allowed; the message names the field, the value and what is allowed.
     """
     task = build_task(config)
     mesh = build_mesh(config)
@@ -81,10 +81,10 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
 
 
 def build_mesh(config: ConfigDict, **devices: Any) -> Mesh:
-    """The mesh of `config.mesh`, over which a batch can be split.
+    """The mesh of `config.mesh`, checked against the batch size.
 
     Raises:
-        ValueError: the mesh does not fit the devices, or the batch not the mesh.
+        ValueError: the mesh does not fit the devices, or the batch does not divide over the mesh.
     """
     mesh = make_mesh(**config.mesh, **devices)
     check_batch_size(config.batch_size, mesh, accumulate=config.loop.accumulate)
@@ -100,7 +100,7 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
 
     Raises:
-        ValueError: a value that is not allowed, or a data set that is not there, with the command that prepares it.
+        ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
     """
     from halvit_jax import data
 

@@ -67,7 +67,7 @@ def read(
     `field` of the config names the source; "DIR@best" and "DIR@1200" are checkpoints of a workdir.
 
     Raises:
-        ValueError: it is neither, or holds arrays that do not fit, all of them by path.
+        ValueError: the source is neither, or some of its arrays do not fit, each listed by path.
     """
     path, step = split_source(source)
     try:

@@ -38,7 +38,7 @@ def owner(workdir: pathlib.Path) -> str:
     """The process that holds the lock, as "process 7 on HOST since ...", "" if none does. Writes nothing."""
     try:
         with (workdir / LOCK_FILE).open() as file:
-            try:  # shared, and given back at once
+            try:  # a shared lock, released immediately
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return _owner(file.read())

@@ -2,7 +2,7 @@
 
 `teacher.init_from` names a workdir, a weight file of `halvit_jax.convert` or a PyTorch state. The first two know their
 model; for the third, and to plan a run without the teacher's file, `teacher.name` gives it. A teacher computes in the
-dtype of the run on images of the student's size, and each device holds its share of it.
+dtype of the run on images of the student's size, and is sharded over the devices like the student.
 """
 
 import json
@@ -59,7 +59,7 @@ def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     """The task of a run with its teacher.
 
     Raises:
-        ValueError: what `abstract_distillation` refuses, and weights that are missing or not of this teacher.
+        ValueError: what `abstract_distillation` refuses, and weights that are missing or belong to another model.
     """
     task, name = _named_task(config, mesh)
     source = config.teacher.init_from
@@ -67,7 +67,7 @@ def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     found = init_from.read(source, name, task.teacher, shapes=shapes, rules=rules, field="teacher.init_from")
     if found.initialized:
         raise ValueError(
-            f"teacher.init_from={source} has not all that a teacher needs, which must have the student's "
+            f"teacher.init_from={source} does not fit the teacher, which must have the student's "
             f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.initialized)}; not used: "
             f"{', '.join(found.unused) or 'nothing'}"
         )
@@ -90,7 +90,7 @@ def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool)
     """Record the teacher's digest; a resumed run must use the same teacher.
 
     Raises:
-        ValueError: its weights are others.
+        ValueError: the weights are not the recorded ones.
     """
     path = workdir / TEACHER_FILE
     if resumed and path.is_file():
@@ -106,7 +106,7 @@ def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool)
 
 
 def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
-    """The task with shapes for a teacher, and the name of the teacher's model."""
+    """The task with a teacher of shapes only, and the name of the teacher's model."""
     student = tasks.build_task(config)
     teacher, name = _describe(student, **config.teacher)
     model = teacher.model
@@ -135,7 +135,7 @@ def _describe(
     known = _known(path) if os.path.exists(path) else None
     if known:
         _check_agreement(init_from, {"name": name or known.name, **images}, {"name": known.name, **known.images})
-        # The number of classes that is known stays, to be compared with the student's.
+        # The stored number of classes is kept, to be compared with the student's.
         name, fields, images = known.name, known.fields, images | known.images
     elif name:
         fields = {"num_classes": student.model.num_classes}
@@ -176,5 +176,5 @@ def _check_agreement(source: str, given: dict[str, Any], stored: dict[str, Any])
         if value != known:
             raise ValueError(
                 f"teacher.{field}={value!r}, but the model in teacher.init_from={source} has {known!r}; leave "
-                "the field at its default, for it is known"
+                "the field at its default"
             )

@@ -17,7 +17,7 @@ from halvit_jax.training.state import TrainState, abstract_state
 
 
 class Trained(NamedTuple):
-    """A trained model: its task, its variables (the averages if the run kept any), its config and data set."""
+    """A trained model: its task, its variables (the EMA if the run kept one), its config and data set."""
 
     task: Any  # a Task that is Servable
     variables: tuple[PyTree, PyTree]  # params, model_state

@@ -109,7 +109,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
     """
     path = workdir / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{workdir} is no workdir of a run: it has no {CONFIG_FILE}")
+        raise ValueError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}")
     try:
         return config_lib.from_json(path.read_text())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The training loop: read it top to bottom.
+"""The training loop.
 
 restore or initialise -> for each step: batch, train step, check the step before, report, evaluate, save -> the result.
 """
@@ -30,7 +30,7 @@ from halvit_jax.trees import count, sha256
 CHECK_STATE_EVERY = 8  # steps between checks of the whole state
 UNEVALUATED: dict[str, Any] = {"evaluated": False, "score": None}  # saved with a step beside its state
 PRIMARY = "eval"  # key of the evaluation set that chooses the best checkpoint
-EMA = "ema_"  # prefix of an evaluation of the averages
+EMA = "ema_"  # prefix of an evaluation of the EMA
 
 
 class Start(NamedTuple):
@@ -242,7 +242,7 @@ def evaluate_state(
     preemption: PreemptionHandler,
     watchdog: Watchdog,
 ) -> dict[str, Metrics]:
-    """Metrics on every evaluation set, for the parameters and for their averages if there are any.
+    """Metrics on every evaluation set, for the parameters and for their EMA if there is one.
 
     {"eval": ..., "ema_eval": ..., "eval_other": ..., "ema_eval_other": ...} for the sets "eval" and "eval_other".
 
@@ -270,7 +270,7 @@ def evaluate_state(
 
 
 def primary(results: Mapping[str, Metrics]) -> Metrics:
-    """The metrics that a checkpoint is judged by: of the averages if there are any."""
+    """The metrics that choose the best checkpoint: those of the EMA if there is one."""
     return results.get(EMA + PRIMARY) or results[PRIMARY]
 
 
@@ -283,6 +283,6 @@ def averages(sums: Sequence[Mapping[str, Array]]) -> dict[str, float]:
 
 
 def digest(state: TrainState) -> dict[str, Any]:
-    """Number of parameters, and one digest over all trained arrays (parameters, BatchNorm statistics, averages)."""
+    """Number of parameters, and one digest over all trained arrays (parameters, BatchNorm statistics, EMA)."""
     trained: PyTree = {**state.trained, "ema": state.ema}
     return {"params": count(state.params), "params_sha256": sha256(to_host(trained))}

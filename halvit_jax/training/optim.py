@@ -1,7 +1,7 @@
 """Optimizers and learning-rate schedules: from plain keywords to one optax transformation.
 
-optax does the arithmetic; here stand the choices that make a published recipe come out: what is decayed, where the
-schedule starts and ends, and how the learning rate follows the batch size.
+optax does the arithmetic; this file makes the choices that published recipes depend on: which parameters are decayed,
+where the schedule starts and ends, and how the learning rate scales with the batch size.
 """
 
 import functools
@@ -55,10 +55,10 @@ def make_optimizer(
     steps_per_epoch: int,
     total_steps: int,
 ) -> Optimizer:
-    """The optimizer of `config.optim`, whose fields say what each keyword is.
+    """The optimizer of `config.optim`, whose fields document the keywords.
 
-    What a path of `frozen` is found in is not trained, and the rest is as if it were not there. In this order: clip
-    the gradient (whole, then adaptively, Brock et al., 2021), optimizer, weight decay, layer-wise decay, learning
+    A parameter whose path matches one of `frozen` is not trained and does not count in norms. The order is: clip the
+    gradient (whole, then adaptively, Brock et al., 2021), optimizer, weight decay, layer-wise decay, learning
     rate. Weight decay spares every parameter whose path matches one of `no_decay`. AdamW and LAMB decay the weights
     themselves; SGD adds the decay to the gradient, as PyTorch does. LAMB leaves the parameters without decay
     unadapted, as timm does.
@@ -179,12 +179,12 @@ def make_schedule(
 
 
 def path_mask(params: PyTree, excluded: Sequence[str]) -> PyTree:
-    """A tree of bools: False where one of the regular expressions is found in the parameter's path."""
+    """A tree of bools: False if one of the regular expressions is found in the parameter's path."""
     return map_paths(lambda path, _: not any(re.search(pattern, path) for pattern in excluded), params)
 
 
 def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]:
-    """{path: number of its layer, 0 being next to the input}.
+    """{path: number of its layer, counted from the input}.
 
     `layers` are regular expressions from the input to the output. A path belongs to the first that is found in it; a
     group in the expression, such as `block([0-9]+)`, cuts what it matches into layers by that number.
@@ -210,7 +210,7 @@ def _trained_or_frozen(frozen: Sequence[str], params: PyTree) -> PyTree:
     paths = list(flatten(params))
     for pattern in frozen:
         if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(f"optim.frozen holds {pattern!r}, which is in no path; they are like {paths[0]}")
+            raise ValueError(f"optim.frozen holds {pattern!r}, which matches no parameter; a path is e.g. {paths[0]}")
     trained = path_mask(params, frozen)
     if not any(flatten(trained).values()):
         raise ValueError(f"optim.frozen={tuple(frozen)} leaves nothing to train")
@@ -245,4 +245,4 @@ def _check_patterns(field: str, patterns: Sequence[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"optim.{field} holds {pattern!r}, no regular expression: {error}") from error
+            raise ValueError(f"optim.{field} holds {pattern!r}, which is not a regular expression: {error}") from error

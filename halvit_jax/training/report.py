@@ -45,18 +45,18 @@ class Report:
         self._progress_metrics, self._units = progress, units
         self._speeds: list[float] = []
         self._line = ""
-        self._clock = time.perf_counter()  # since when the present stretch of training runs, moved on by every pause
-        self._waited = 0.0  # seconds of it spent waiting for data
-        self._uncounted = 0  # steps reported with this stretch that ran before it
+        self._clock = time.perf_counter()  # start of the interval since the last report, shifted by every pause
+        self._waited = 0.0  # seconds of the interval spent waiting for data
+        self._uncounted = 0  # steps reported with this interval that ran before it
 
     def log(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that the progress line does not overwrite."""
         if self._is_primary:
             print(("\r\033[K" if self._live and self._line else "") + text, flush=True)
             self._line = ""
 
     def parameters(self, params: PyTree) -> None:
-        """CLU's table of all parameters, as a text in TensorBoard and a file's worth of lines at the start."""
+        """Log CLU's table of all parameters to TensorBoard."""
         if self._is_primary:
             table = parameter_overview.get_parameter_overview(params, include_stats=False)
             self._write(self._writer.write_texts, 0, {"parameters": f"```\n{table}\n```"})
@@ -102,7 +102,7 @@ class Report:
         self._clock, self._waited, self._uncounted = now, 0.0, 0
 
     def evaluation(self, step: int, name: str, scalars: Mapping[str, float | None]) -> None:
-        """The metrics of one evaluation, as `name`/..., in the curves and as a line that stays; None is undefined."""
+        """The metrics of one evaluation, as `name`/..., in the curves and as a printed line; None is undefined."""
         points = {f"{name}/{key}": value for key, value in scalars.items() if value is not None}
         self._write(self._writer.write_scalars, step, points)
         self.log(f"step {step}  {name}  " + "  ".join(self._pretty(key, value) for key, value in scalars.items()))
@@ -126,14 +126,14 @@ class Report:
         self.log("\n" + "\n".join(f"  {name:<18}{value}" for name, value in rows))
 
     def close(self) -> None:
-        """Write what is pending."""
+        """Flush pending writes."""
         self._write(self._writer.close)
 
     def _write(self, method: Callable[..., None], *arguments: Any) -> None:
         """Write to TensorBoard's files; if that fails, as on a full disk, the run continues without curves."""
         try:
             method(*arguments)
-        except Exception as error:  # whatever TensorFlow answers, of this write or of one before it
+        except Exception as error:  # any error of TensorFlow, from this write or an earlier one
             self._writer = metric_writers.MultiWriter([])
             reason = one_line(error)
             self.log(f"WARNING: no more curves: they cannot be written to {self._workdir} ({reason})")

@@ -1,7 +1,7 @@
 """Placement of arrays: the mesh of devices, rules for parameters, batches from host to devices.
 
 The mesh has three axes: `data` (copies of the parameters, split batch), `fsdp` (split parameters, split batch) and
-`tensor` (split parameters, whole batch). XLA derives the communication from where the arrays live.
+`tensor` (split parameters, whole batch). XLA derives the communication from the shardings.
 """
 
 import math
@@ -19,7 +19,7 @@ BATCH = PartitionSpec(("data", "fsdp"))
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over `devices` (all there are); -1 stands for what the other axes leave.
+    """A mesh over `devices` (default: all); -1 takes the devices that the other axes leave.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -38,7 +38,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequen
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> None:
-    """Refuse a global batch that the batch axes of the mesh, and the parts it is run in, do not divide.
+    """Refuse a global batch that the batch axes of the mesh and `accumulate` do not divide.
 
     Raises:
         ValueError: with the nearest batch sizes that fit.
@@ -58,7 +58,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> Non
 def partition(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """A tree of shardings: the first rule whose regex is found in a leaf's path names the mesh axes of each dimension.
 
-    Optimizer moments and averages carry the parameter's path inside their own, so they follow it. A scalar is whole
+    The paths of optimizer moments and EMA contain the parameter's path, so they are split like it. A scalar is whole
     everywhere, and a dimension is split over as many of its axes, from the first on, as divide it.
 
     Raises:
@@ -80,7 +80,7 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 
 
 def to_host(tree: PyTree) -> PyTree:
-    """Whole NumPy arrays of a tree, on every host."""
+    """The tree as unsharded NumPy arrays, on every host."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils

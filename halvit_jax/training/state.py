@@ -1,4 +1,4 @@
-"""The train state: everything that changes, and so everything that a checkpoint holds."""
+"""The train state: everything that changes in training and is saved in a checkpoint."""
 
 from collections.abc import Mapping
 
@@ -20,7 +20,7 @@ NEVER = -(2**30)  # a step before all others
 
 @struct.dataclass
 class TrainState:
-    """`model_state`: BatchNorm statistics; `ema`: averages of params and model_state, or empty; `grad_spikes`: state of
+    """`model_state`: BatchNorm statistics; `ema`: their exponential moving averages, or empty; `grad_spikes`: state of
     the guard against gradient spikes, or empty.
     """
 
@@ -49,7 +49,7 @@ def abstract_state(
 def init_state(
     task: Task, optimizer: Optimizer, abstract: TrainState, *, seed: int, use_ema: bool, guard: GradSpikeGuard = OFF
 ) -> TrainState:
-    """A fresh state, born in the shardings of `abstract`: no device ever holds more than its share."""
+    """A fresh state, created in the shardings of `abstract`, so no device ever holds more than its shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, guard), out_shardings=shardings)()
 
@@ -67,7 +67,7 @@ def begin_part(path: str, arrays: Mapping[str, jax.Array], leaf: jax.ShapeDtypeS
 
 
 def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:
-    """The state with these values of parameters and statistics, {"params/head/bias": ...}, and of their averages."""
+    """The state with these values of parameters and statistics, {"params/head/bias": ...}, and of their EMA."""
 
     def place(path: str, leaf: jax.Array) -> jax.Array:
         array = arrays.get(path.removeprefix("ema/").removeprefix("model_state/"))

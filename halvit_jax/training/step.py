@@ -21,7 +21,8 @@ class StepReport(NamedTuple):
     """Per-step outputs besides the state; kept on the device until read.
 
     `sums` of the batch; `request`, the largest of all hosts; `healthy`: everything checked is finite and not too many
-    updates were skipped; `finite`: {path: flag}; `skipped`: this update was skipped; `too_many`: it was one too many.
+    updates were skipped; `finite`: {path: flag}; `skipped`: this update was skipped; `too_many`: more than
+    allowed were.
     """
 
     sums: dict[str, Array]
@@ -95,7 +96,7 @@ def make_train_step(
 def add_state_flags(state: TrainState, outcome: StepReport) -> StepReport:
     """The report of the step that made this state, with the flags of the whole state added.
 
-    A program of its own, because hundreds of small reductions in every step take longer than they are worth: parameters
+    A program of its own, because hundreds of small reductions would slow down every step: parameters
     that are not finite show in the next loss, and the rest waits until this is called.
     """
     finite = nonfinite.finite_flags({**state.trained, "opt_state": state.opt_state, "ema": state.ema})
@@ -148,7 +149,7 @@ def _accumulated(
 ) -> _Backward:
     """`run` on one part of the batch after the other: mean loss and gradient, last model state, summed sums.
 
-    A part takes every `parts`-th row, so that it lies on the devices as the batch does and nothing is moved.
+    A part takes every `parts`-th row, so that it is sharded like the batch and nothing is moved.
     """
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)  # [parts, b / parts, .]
 

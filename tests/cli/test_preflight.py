@@ -57,7 +57,7 @@ def test_a_good_config_passes_every_check(
     assert line_of(lines, "ok", "dataset").endswith("10 classes of 139 to 146 images")
     assert re.search(r"train 32x8x8x3 in [\d.]+ s, eval 32x8x8x3 in", line_of(lines, "ok", "batches"))
     assert line_of(lines, "ok", "workdir").endswith("does not exist; the run will create it")
-    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts with step 0")
+    assert line_of(lines, "ok", "checkpoint").endswith("none yet; the run starts at step 0")
     step = r"compiled in [\d.]+ s; needs [\d,.]+ MiB on a device, of which [\d,.]+ MiB only while it runs; [\d,.]+ MiB"
     assert re.search(step, line_of(lines, "ok", "step"))
     assert not (tmp_path / "new").exists()  # nothing was written
@@ -66,7 +66,7 @@ def test_a_good_config_passes_every_check(
     lines = tried(small(digits_dir), done, capsys, code=0)
     assert listing(done) == before
     assert line_of(lines, "ok", "checkpoint").endswith("that of step 8 fits; --workdir alone verifies it")
-    assert "finished with step 8 of 8 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
+    assert "finished at step 8 of 8 and would only be evaluated" in line_of(lines, "warn", "checkpoint")
     assert line_of(lines, "skip", "step").endswith("left out by --no_compile")
 
 
@@ -160,7 +160,7 @@ def test_a_workdir_that_cannot_be_used(
     assert f"--workdir={file} cannot be written to (File exists); name" in line_of(lines, "FAIL", "workdir")
     lines = tried(small(digits_dir), file / "run", capsys)
     failed = line_of(lines, "FAIL", "workdir")
-    assert f"--workdir={file}/run cannot be created, because {file} is no folder; name another one" in failed
+    assert f"--workdir={file}/run cannot be created, because {file} is not a folder; name another one" in failed
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with lock.acquire(tmp_path):
         lines = tried(small(digits_dir), tmp_path, capsys)

@@ -116,9 +116,9 @@ def test_leftovers_and_the_lock_are_named(workdir: pathlib.Path, capsys: Capsys)
 
 
 def test_what_is_no_workdir_of_a_run_is_refused(tmp_path: pathlib.Path, capsys: Capsys) -> None:
-    with pytest.raises(ValueError, match=r"is no folder; name the workdir of a run"):
+    with pytest.raises(ValueError, match=r"is not a folder; name the workdir of a run"):
         check.verify(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"is no workdir of a run: it has neither checkpoints nor config.json"):
+    with pytest.raises(ValueError, match=r"is not the workdir of a run: it has neither checkpoints nor config.json"):
         check.verify(tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
@@ -128,7 +128,7 @@ def test_what_is_no_workdir_of_a_run_is_refused(tmp_path: pathlib.Path, capsys: 
     ("arguments", "message"),
     [
         ([], "give --workdir=DIR to verify its checkpoints, --config=configs/NAME.py to dry-run it"),
-        (["--workdir=/nowhere"], "--workdir=/nowhere is no folder"),
+        (["--workdir=/nowhere"], "--workdir=/nowhere is not a folder"),
         (["--workdir=/nowhere", "--no_compile"], "--no_compile goes with --config"),
         (["--config=configs/halvit_digits.py", "--files_only"], "--files_only goes without --config"),
         (["stray"], "unexpected arguments ['stray']"),

@@ -72,7 +72,7 @@ def test_an_exported_model_gives_the_same_logits_without_this_package(
     assert logged[0] == f"{out}: {out.stat().st_size:,} bytes"
     assert logged[0].startswith(str(out))
     assert "the same best answer for 364 of the 364 images" in logged[2]
-    assert " ms written, " in logged[3]
+    assert " ms exported, " in logged[3]
     program = program.replace("FILE", str(out)) + REST
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -120,7 +120,7 @@ def test_a_tied_kernel_is_one_constant(finished: Finished) -> None:
     ("flags", "message"),
     [
         ([], "give --workdir=DIR, --format=NAME and --out=FILE"),
-        (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is no workdir of a run"),
+        (["--workdir=/nowhere", "--format=stablehlo", "--out=x.zip"], "/nowhere is not the workdir of a run"),
         (["--workdir=/nowhere", "--format=stablehlo", "--out=README.md"], "--out=README.md exists"),
         (["--workdir=/nowhere", "--format=stablehlo", "--out=/not/there.zip"], "create /not"),
         (["--workdir=/nowhere", "--format=saved_model", "--out=x"], "should be one of"),
@@ -155,4 +155,4 @@ def test_an_export_without_the_data_is_compared_on_random_images(
     lines = run_command(EXPORT, *flags).stdout.splitlines()
     assert "largest difference of the output: 0.0e+00" in lines
     assert "the same best answer for 16 of the 16 random images" in lines
-    assert lines[-1] == "not compared on the evaluation set: data.root='moved' is no folder"
+    assert lines[-1] == "not compared on the evaluation set: data.root='moved' is not a folder"

@@ -112,7 +112,7 @@ def test_bad_fields_are_refused_with_one_line_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.model.nme=x"], "model.nme is no field of the config; did you mean --config.model.name?"),
+        (["--config.model.nme=x"], "model.nme is not a field of the config; did you mean --config.model.name?"),
         (["--config.batch_size=many"], "flag --config.batch_size=many"),
         (["--config.model.name=halvit_tny"], "did you mean 'halvit_tiny'"),
         (["--mode=sleep"], "flag --mode=sleep"),
@@ -134,7 +134,7 @@ def test_a_bad_command_line_is_refused_before_slow_imports(
 def test_missing_flags_are_named() -> None:
     assert "give both --config=configs/NAME.py and --workdir=DIR" in run_command(MAIN, code=2).stderr
     assert "give --workdir=DIR and at least one image" in run_command(PREDICT, code=2).stderr
-    assert "is no workdir of a run" in run_command(PREDICT, "--workdir=/nowhere", "a.png", code=2).stderr
+    assert "is not the workdir of a run" in run_command(PREDICT, "--workdir=/nowhere", "a.png", code=2).stderr
 
 
 def test_evaluating_before_training_is_refused(

@@ -81,7 +81,7 @@ def test_the_table_of_a_run_that_fits_and_of_one_that_does_not(
     assert logged.splitlines()[-1] == "it fits"
     assert "all-gather: 1 in the step" in logged
     assert (
-        "memory: 0.8 GB to and from HBM, 1.0 ms at its bandwidth\na step takes at least 1.0 ms: memory binds" in logged
+        "memory: 0.8 GB to and from HBM, 1.0 ms at its bandwidth\na step takes at least 1.0 ms: memory-bound" in logged
     )
     assert _main(monkeypatch, error=OUT_OF_MEMORY) == 1
     logged = capsys.readouterr().out

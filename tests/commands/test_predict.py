@@ -26,7 +26,7 @@ def test_predict_goes_on_after_a_file_that_is_no_image(
     tf.io.write_file(str(digit), tf.io.encode_png(np.full((8, 8, 1), 100, np.uint8)))
     logged = run_command(PREDICT, f"--workdir={finished[0]}", str(page), str(digit), code=1).stdout
     rows = [json.loads(line) for line in logged.splitlines()]
-    assert "is no image" in rows[0]["error"]
+    assert "is not an image" in rows[0]["error"]
     assert [row["image"] for row in rows] == [str(page), str(digit)]
     assert len(rows[1]["top5"]) == 5
     probabilities = [entry["probability"] for entry in rows[1]["top5"]]

@@ -43,7 +43,7 @@ def test_what_is_no_weight_file_is_refused(tmp_path: pathlib.Path) -> None:
     foreign = tmp_path / "foreign.safetensors"
     readers.write(foreign, {"fc.bias": np.zeros(3, np.float32)}, {})
     path, variables = tmp_path / "x.safetensors", variables_of("deit_tiny", **TINY)
-    with pytest.raises(ValueError, match=r"foreign.safetensors is no file of halvit_jax; python -m halvit_jax.convert"):
+    with pytest.raises(ValueError, match=r"foreign.safetensors is not a file of halvit_jax; python"):
         weights_file.load(foreign)
     with pytest.raises(ValueError, match="these variables do not fit deit_tiny"):
         weights_file.save(path, "deit_tiny", variables, **TINY | {"depth": 3})

@@ -254,5 +254,5 @@ def test_parse_rand_augment_rejects(text: str) -> None:
 
 
 def test_unknown_interpolation_is_an_error(small: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"data\.interpolation='lanczos' is none of nearest, bilinear, bicubic"):
+    with pytest.raises(ValueError, match=r"data\.interpolation='lanczos' is not one of nearest, bilinear, bicubic"):
         augment.rand_augment(tf.constant(small), tf.constant([1, 2]), interpolation="lanczos")

@@ -1,4 +1,4 @@
-"""Image folders with a file that is no image, or an unusual one; the command's error is in test_image_folder."""
+"""Image folders with a file that is not an image, or an unusual one; the command's error is in test_image_folder."""
 
 import io
 import itertools
@@ -222,10 +222,10 @@ def test_exceeding_bad_image_budget_ends_the_epoch(spoilt: pathlib.Path) -> None
     made = loaders(spoilt, bad_image_budget=2 / TRAIN)
     with pytest.raises(DataError) as found:
         train_batches(made)
-    message = "3 images of this epoch cannot be decoded, 2 are allowed: " + ", ".join(names) % (("train",) * 3)
+    message = "3 images of this epoch cannot be decoded, but only 2 may be: " + ", ".join(names) % (("train",) * 3)
     assert str(found.value) == f"{message}; remove them, or raise data.bad_image_budget"
     with pytest.raises(
-        DataError, match=rf"[23] images of this epoch cannot be decoded, 1 are allowed: {spoilt}/val/cat"
+        DataError, match=rf"[23] images of this epoch cannot be decoded, but only 1 may be: {spoilt}/val/cat"
     ):
         list(made.evals["eval"].batches())
     generous = loaders(spoilt, bad_image_budget=0.3)  # of 16 and of 10

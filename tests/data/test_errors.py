@@ -82,15 +82,15 @@ def test_a_replaced_image_is_logged_as_a_warning(caplog: pytest.LogCaptureFixtur
     list(tracker(0.01).batches(iter([batch("abc", "ca"), batch("de"), batch("fg", "f")]), 0))
     assert [(record.name, record.levelno) for record in caplog.records] == [("halvit_jax.data", logging.WARNING)] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        "replaced what cannot be decoded, number 2 of this epoch: ['a', 'c']",
-        "replaced what cannot be decoded, number 3 of this epoch: ['f']",
+        "replaced images that cannot be decoded, 2 in this epoch so far: ['a', 'c']",
+        "replaced images that cannot be decoded, 3 in this epoch so far: ['f']",
     ]
 
 
 def test_the_bad_image_budget_always_allows_one() -> None:
     batches = tracker(0.0).batches(iter([batch("ab", "a"), batch("cd"), batch("ef", "f")]), 0)
     assert len(list(itertools.islice(batches, 2))) == 2
-    message = r"^2 images of this epoch cannot be decoded, 1 are allowed: a, f; remove them, or raise .*budget$"
+    message = r"^2 images of this epoch cannot be decoded, but only 1 may be: a, f; remove them, or raise .*budget$"
     with pytest.raises(DataError, match=message):
         next(batches)
 
@@ -149,7 +149,7 @@ def test_an_error_in_reading_a_record_names_it(place: str, kind: str) -> None:
         yield
 
     changes = {"fetch": {"source": Broken()}, "replay": {"replay": replay}}[place]
-    with pytest.raises(DataError, match=r"^file 7 is not there; put it right, or prepare the data set again$"):
+    with pytest.raises(DataError, match=r"^file 7 is not there; repair it, or prepare the data set again$"):
         list(tracker(**changes).batches(failing(INVALID), 0))
 
 

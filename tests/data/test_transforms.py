@@ -239,7 +239,7 @@ def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.
         ("start.png", b"\x89PNG", "an image of 0 x 0 pixels, which must be 1 to 134217728"),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=rf"/{name} is no image that can be read: {why}$"):
+        with pytest.raises(ValueError, match=rf"/{name} is not an image that can be read: {why}$"):
             read_image(str(tmp_path / name), transform)
-    with pytest.raises(ValueError, match=r"^/.*/nowhere.jpg is no image that can be read: .*No such file"):
+    with pytest.raises(ValueError, match=r"^/.*/nowhere.jpg is not an image that can be read: .*No such file"):
         read_image(str(tmp_path / "nowhere.jpg"), transform)

@@ -110,7 +110,7 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot initialise halvit_tiny; .* missing",
         ),
-        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which is in no path"),
+        ({"optim.frozen": ("haed",)}, "optim.frozen holds 'haed', which matches no parameter"),
         ({"optim.frozen": ("",)}, "leaves nothing to train"),
         ({"init_from": "WORKDIR", "init_exclude": ("haed",)}, "init_exclude: 'haed' matches no path"),
     ],

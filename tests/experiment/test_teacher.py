@@ -125,7 +125,7 @@ def test_a_distilled_run_does_not_resume_without_its_teacher(
     with pytest.raises(SystemExit) as ended:
         run_experiment(without_teacher.config, without_teacher.workdir)
     assert ended.value.code == app.ExitCode.BAD_INPUT
-    assert "does not say which model it is of, or is not there; set teacher.name" in capsys.readouterr().err
+    assert "does not name its model, or does not exist; set teacher.name" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -236,7 +236,7 @@ WRONG = {
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (1, 2),
     },
-    "teacher.init_from=/nowhere does not say which model it is of, or is not there": {"teacher.init_from": "/nowhere"},
+    "teacher.init_from=/nowhere does not name its model, or does not exist": {"teacher.init_from": "/nowhere"},
     "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
@@ -288,7 +288,7 @@ def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: p
     readers.write(tmp_path / "torch.safetensors", {"a": np.zeros(1, np.float32)}, {})
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
     for name in ("torch.safetensors", "torch.npz"):
-        with pytest.raises(ValueError, match="does not say which model it is of"):
+        with pytest.raises(ValueError, match="does not name its model"):
             teacher.build_distillation(distill_config(digits_dir, tmp_path / name), make_mesh())
 
 
@@ -303,7 +303,7 @@ def test_preflight_looks_at_the_teacher_and_compiles_with_it(
     assert re.search(r"^ok    step        compiled in", lines, re.M)
     assert preflight(distill_config(digits_dir, "/nowhere"), None) == app.ExitCode.BAD_INPUT
     lines = capsys.readouterr().out
-    assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not say", lines, re.M)
+    assert re.search(r"^FAIL  teacher     teacher.init_from=/nowhere does not name", lines, re.M)
     assert re.search(r"^skip  step        needs teacher", lines, re.M)
 
 

@@ -80,7 +80,7 @@ def test_prepare_imagenet_reports_missing_files(prepared: dict[str, pathlib.Path
 def test_prepare_imagenet_reports_a_missing_or_wrong_archive(archives: pathlib.Path, tmp_path: pathlib.Path) -> None:
     train, val = (f"ILSVRC2012_img_{split}.tar" for split in ("train", "val"))
     tars, data, tools = (tmp_path / name for name in ("tars", "data", "tools"))
-    assert f"error: {tars} is no folder" in prepare(tars, data, code=2)
+    assert f"error: {tars} is not a folder" in prepare(tars, data, code=2)
     tars.mkdir()
     assert f"{tars / train} is missing; https://image-net.org/download-images" in prepare(tars, data, code=2)
     shutil.copy(archives / train, tars)

@@ -17,6 +17,7 @@ from helpers.pages import PARTS, ROOT, blocks, spans
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import config as config_lib
+from halvit_jax.cli.config_files import resolve_flags
 
 STARTS = ("python -m ", "bash ", "sbatch ", "tensorboard ", "pip ", "source ")
 
@@ -73,6 +74,9 @@ NEEDS = {
     "source .venv/bin/activate": "a .venv",
     "tensorboard --logdir=runs": "somebody who looks",
     "pip install pre-commit && pre-commit install": NETWORK,
+    "pip install .": NETWORK,
+    "halvit doctor": "an installed package",
+    "halvit train --config=halvit_digits --workdir=runs/halvit_digits": "an installed package; test_wheel.py runs it",
     'pip install "jax[tpu]"': NETWORK,
     'pip install "jax[cuda12]"': NETWORK,
     "pip install -e '.[onnx,torch]'": NETWORK,
@@ -134,7 +138,7 @@ OURS = [command for command in COMMANDS if "halvit_jax." in command or " --confi
 def parsed(command: str) -> ConfigDict:
     """The config of a command, overridden as on the command line."""
     values = flags.FlagValues()
-    words = ["command", *(word for word in shlex.split(command) if word.startswith("--config"))]
+    words = resolve_flags(["command", *(word for word in shlex.split(command) if word.startswith("--config"))])
     config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=words)
     values(words)
     return values.config

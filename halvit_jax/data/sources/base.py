@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from halvit_jax.protocols import DatasetInfo
 
-RECORD_HINT = "put it right, or prepare the data set again"
+RECORD_HINT = "repair it, or prepare the data set again"
 
 Entry = dict[str, tf.Tensor]
 Record = dict[str, tf.Tensor]
@@ -38,7 +38,7 @@ class Source(Protocol):
         ...
 
     def diagnose(self, error: tf.errors.OpError) -> str:
-        """Name the file that caused an error in reading and what to do; "" where the error does not tell."""
+        """The file that caused a reading error and the remedy; "" if the error does not show the file."""
         del error
         return ""
 
@@ -52,7 +52,7 @@ def position_shard(size: int, index: tf.Tensor | int, count: int, seed: tf.Tenso
 
 
 def shard_bounds(size: int, index: tf.Tensor | int, count: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """The first position of a shard and that behind its last one, int64."""
+    """The first position of a shard and the position after its last one, int64."""
     least, more = divmod(size, count)
     numbers = (tf.cast(index, tf.int64), tf.cast(index, tf.int64) + 1)
     start, stop = (number * least + tf.minimum(number, more) for number in numbers)

@@ -90,7 +90,7 @@ def open_folder(name: str, data_dir: str, split: str, root: str) -> ImageFolder:
 def _read_folders(root: str, split: str) -> Labelled:
     """The images of root/split/<class>/; where no folder of a split is there, of a part of root/<class>/."""
     if not tf.io.gfile.isdir(root):
-        raise ValueError(f"data.root={root!r} is no folder")
+        raise ValueError(f"data.root={root!r} is not a folder")
     folder, inside = os.path.join(root, split), _subfolders(root)
     automatic = split in SPLITS and inside and not set(inside) & set(SPLITS)
     if not automatic and not tf.io.gfile.isdir(folder):

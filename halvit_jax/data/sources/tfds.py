@@ -70,7 +70,7 @@ class TfrecordSource(Source):
                 tf.data.TFRecordDataset(file).reduce(0, lambda count, _: count + 1)
             except tf.errors.DataLossError:
                 return file
-        return f"a file of {self._builder.data_dir}"  # this time all could be read
+        return f"a file of {self._builder.data_dir}"  # all could be read this time
 
     def _open_file(self, file: tf.Tensor, skip: tf.Tensor, take: tf.Tensor) -> tf.data.Dataset:
         """`take` records of a file from number `skip` on; an error where it has fewer."""
@@ -133,7 +133,7 @@ class ArrayRecordSource(Source):
         self.info = _info(builder, split)
         self._files = builder.info.splits[split].file_instructions
         self._ends = list(itertools.accumulate(file.take for file in self._files))
-        raise_open_file_limit(len(self._files))  # each stays open, and the usual limit is as low as ImageNet's 1024
+        raise_open_file_limit(len(self._files))  # each stays open; ImageNet's 1024 files reach the usual limit
         self._serialized = builder.as_data_source(split).data_source  # position -> serialized example
 
     def shard(self, index: tf.Tensor | int, count: int, seed: tf.Tensor | None = None) -> tf.data.Dataset:
@@ -166,7 +166,9 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     try:
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        raise ValueError(f"data.name={name!r} is no data set that TFDS knows: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
+        ) from error
     except (tf.errors.OpError, RuntimeError) as error:  # a bucket without access
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"data.data_dir={data_dir} cannot be read ({reason}); name another one") from error
@@ -246,7 +248,7 @@ def _parse(builder: tfds.core.DatasetBuilder, serialized: tf.Tensor, name: tf.Te
     """The record of a labelled image.
 
     Raises:
-        tf.errors.InvalidArgumentError: the label is no class, which would silently train the model on nonsense.
+        tf.errors.InvalidArgumentError: the label is not a class; training on it would be silently wrong.
     """
     example = builder.info.features.deserialize_example(serialized, decoders={"image": tfds.decode.SkipDecoding()})
     label, classes = tf.cast(example["label"], tf.int32), len(info.class_names)

@@ -34,7 +34,7 @@ MAX_STEPS = 256  # checkpoints considered
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written, as often as `attempts` allows."""
+    """A checkpoint could not be written in `attempts` attempts."""
 
 
 class Restored(NamedTuple):
@@ -70,6 +70,7 @@ class Checkpointer:
         self._keep_best = keep_best
         self._keep, self._attempts, self._timeout, self._log = keep, attempts, timeout, log
         self._read_only = read_only
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._manager = self._new_manager()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._sealing: Future[None] | None = None
@@ -130,10 +131,10 @@ class Checkpointer:
     def save(
         self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
     ) -> None:
-        """Start to save; the arrays may be donated as soon as this returns. A step that is saved is left alone.
+        """Start to save; the arrays may be donated as soon as this returns. A step that is saved is not saved again.
 
-        The best checkpoint is that of the highest `score`. `failed` reports an error while it is written; after one all
-        processes give `again`.
+        The best checkpoint is that of the highest `score`. `failed` reports an error while it is written; all
+        processes then call this with `again`.
 
         Raises:
             SaveError: the save before this one, or this one, was the last attempt.
@@ -199,9 +200,9 @@ class Checkpointer:
             raise CorruptCheckpointError(f"its metadata cannot be read ({type(error).__name__})") from error
         actual = manifest.sha256_of(metadata)
         if actual != expected:
-            raise CorruptCheckpointError(f"its metadata have the digest {actual[:16]}, expected {str(expected)[:16]}")
+            raise CorruptCheckpointError(f"its metadata has the digest {actual[:16]}, expected {str(expected)[:16]}")
         if metadata["step"] != step:
-            raise CorruptCheckpointError(f"its metadata are of step {metadata['step']}")
+            raise CorruptCheckpointError(f"its metadata is of step {metadata['step']}")
         return metadata
 
     def verify_files(self, step: int) -> bool:
@@ -259,7 +260,7 @@ class Checkpointer:
         return bool(verdict[0])
 
     def _seal(self, step: int) -> None:
-        """Wait for Orbax's commit, write the manifest, delete what need not be kept; in a thread of its own."""
+        """Wait for Orbax's commit, write the manifest, delete checkpoints that are not kept; in a background thread."""
         self._manager.wait_until_finished()
         if jax.process_index():
             return
@@ -316,13 +317,15 @@ class Checkpointer:
             lightweight_initialize=True,  # reads no metadata: those of a corrupt step would raise
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
-        logger = logging.getLogger("absl")
-        before = logger.disabled
-        logger.disabled = self._read_only or before  # it would warn that it only reads
-        try:
-            return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
-        finally:
-            logger.disabled = before
+        return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log record is another's: what Orbax logs of an error it raises too, and the Checkpointer reports it.
+
+    A full disk would be hundreds of lines.
+    """
+    return "/orbax/" not in record.pathname
 
 
 def _optional(paths: Iterable[str]) -> list[str]:

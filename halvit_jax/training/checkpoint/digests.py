@@ -1,9 +1,9 @@
-"""Digests of arrays where they lie: the same on any mesh, so that a checkpoint is verified however it is restored.
+"""Digests of sharded arrays, computed on their devices; the same on any mesh, so any restored state can be verified.
 
-Every element's bits are mixed with its place in the whole array and the results are added modulo 2^32, twice with
+Every element's bits are mixed with its position in the whole array and the results are added modulo 2^32, twice with
 different constants. Integer sums do not depend on their order, so nothing is gathered; the mixing is a bijection for
-each place, so a single wrong element always shows, and any other damage with probability 1 - 2^-64. This finds damage,
-it is no proof against an attacker.
+each position, so a single wrong element always shows, and any other corruption with probability 1 - 2^-64. This detects
+corruption, not tampering.
 """
 
 import jax
@@ -32,7 +32,9 @@ def _sums(array: Array) -> Array:
     """The two sums of an array, uint32 [2]."""
     bits = _bits(array)
     place = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):  # row-major place, made axis by axis so that it is split as the array is
+    for axis, size in enumerate(
+        bits.shape
+    ):  # row-major position, computed axis by axis so that it is sharded like the array
         place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
     mixed = [_mix(bits ^ _mix(place + jnp.uint32(lane))) for lane in LANES]
     return jnp.stack([jnp.sum(lane, dtype=jnp.uint32) for lane in mixed])

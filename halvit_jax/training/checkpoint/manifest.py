@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: which files it holds, with their digests.
 
 It is the last file written into the folder of a step and the first one deleted, so a folder without it is not a
-checkpoint, whatever else is in it. It can be verified without a device and without reading an array.
+checkpoint, even if it holds other files. It can be verified without a device and without reading an array.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def write(folder: pathlib.Path, step: int) -> None:
 
 
 def unseal(folder: pathlib.Path) -> None:
-    """Begin to delete a step: from here on the folder is no checkpoint any more."""
+    """Unseal a step before its deletion: the folder is no longer a checkpoint."""
     (folder / NAME).unlink(missing_ok=True)
 
 
@@ -49,7 +49,7 @@ def read(folder: pathlib.Path) -> dict[str, Any]:
     """The body of a manifest.
 
     Raises:
-        CorruptCheckpointError: it is not there, or not what was written.
+        CorruptCheckpointError: it is missing, or was changed.
     """
     path = folder / NAME
     try:
@@ -87,7 +87,7 @@ def verify(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def sha256_of(body: Any) -> str:
-    """The digest of what goes into a JSON file."""
+    """The digest of a JSON value."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 

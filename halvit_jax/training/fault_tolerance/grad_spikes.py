@@ -1,4 +1,4 @@
-"""Skipped updates: a guard against single gradients that are not finite or much longer than usual."""
+"""Skipped updates: a guard against single gradients that are not finite or have a much larger norm than usual."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,7 +15,7 @@ class SpikesError(ArithmeticError):
 
 
 class GradSpikeGuard(NamedTuple):
-    """Skip an update whose gradient is not finite or `norm_factor` times longer than usual; 0 switches this off.
+    """Skip an update if its gradient is not finite or its norm is `norm_factor` times the usual; 0 switches this off.
 
     More than `max_skipped` such updates in `window` steps end the run.
     """
@@ -66,7 +66,7 @@ def make_guard(*, norm_factor: float, max_skipped: int, window: int) -> GradSpik
 
 
 class SpikeDecision(NamedTuple):
-    """Decision about one update: skip it, one too many, and the guard's new state."""
+    """Decision about one update: whether to skip it, whether too many were skipped, and the guard's new state."""
 
     skip: Array
     too_many: Array

@@ -49,7 +49,7 @@ class Watchdog:
 
     def status(self) -> tuple[str, int, bool]:
         """The phase in words, the step, and whether the process only waits for others."""
-        waiting = self._phase == TRAINING  # the step itself needs nothing but them
+        waiting = self._phase == TRAINING  # within a step, a process waits for the others only
         return f"in phase {self._phase!r} after step {self._step}", self._step, waiting
 
     def stop(self) -> None:

@@ -203,14 +203,14 @@ def test_all_image_formats_are_decoded_and_other_files_ignored(own: pathlib.Path
 def test_a_missing_file_is_named(own: pathlib.Path) -> None:
     loaders = _loaders(own, batch_size=2, virtual_shards=2)
     (own / "val/dog/1.png").unlink()
-    with pytest.raises(DataError, match=r"val/dog/1\.png; No such file or directory; put it right"):
+    with pytest.raises(DataError, match=r"val/dog/1\.png; No such file or directory; repair it"):
         list(loaders.evals["eval"].batches())
 
 
 def test_a_missing_root_is_an_error(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"data.name='folder' needs data.root"):
         _loaders("")
-    with pytest.raises(ValueError, match=r"data.root='.*/nowhere' is no folder"):
+    with pytest.raises(ValueError, match=r"data.root='.*/nowhere' is not a folder"):
         _loaders(tmp_path / "nowhere")
 
 
@@ -391,7 +391,7 @@ def test_the_command_answers_a_decode_error_with_one_line(
     assert ended.value.code == app.ExitCode.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
-        f"error: {spoilt}/train/digit 3/005.png cannot be decoded (by its first bytes it is no JPEG, PNG, GIF or BMP; it has 6 "
+        f"error: {spoilt}/train/digit 3/005.png cannot be decoded (by its first bytes it is no JPEG, PNG, GIF or BMP"
     )
 
 
@@ -405,7 +405,7 @@ def test_the_command_finishes_where_bad_images_are_replaced(
     messages = [record.getMessage() for record in caplog.records if record.name == "halvit_jax.data"]
     assert (
         messages[:2]
-        == [f"replaced what cannot be decoded, number 1 of this epoch: ['{spoilt}/train/digit 3/005.png']"] * 2
+        == [f"replaced images that cannot be decoded, 1 in this epoch so far: ['{spoilt}/train/digit 3/005.png']"] * 2
     )
 
 

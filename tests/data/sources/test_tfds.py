@@ -208,7 +208,7 @@ def test_a_file_truncated_between_two_records_is_named(own: pathlib.Path) -> Non
     with pytest.raises(tf.errors.InvalidArgumentError, match=rf"{cut.name}.*ends before its record.*{len(whole) - 1}"):
         records(source)
     loader = train_loader(source)
-    with pytest.raises(DataError, match=rf"{cut.name} ends before its record {len(whole) - 1}; put it right, or"):
+    with pytest.raises(DataError, match=rf"{cut.name} ends before its record {len(whole) - 1}; repair it, or"):
         list(zip(range(2 * loader.steps_per_epoch), loader.batches(), strict=False))
 
 
@@ -234,7 +234,7 @@ def test_a_corrupt_file_of_a_small_set_is_named_when_it_is_read_into_memory(
     damaged = shard(own / "tfrecord", "test")
     whole = damaged.read_bytes()
     monkeypatch.setattr(tfds_source, "MEMORY_BYTES", 2**20)
-    for rest, message in ((whole[:2000], "is damaged"), (b"", "ends before its record 90; put it right, or")):
+    for rest, message in ((whole[:2000], "is damaged"), (b"", "ends before its record 90; repair it, or")):
         damaged.write_bytes(rest)
         source = open_source("digits", str(own / "tfrecord"), "test")
         with pytest.raises(DataError, match=rf"^/.*{damaged.name} {message}.*prepare the data set again"):
@@ -245,7 +245,7 @@ def test_a_corrupt_file_of_a_small_set_is_named_when_it_is_read_into_memory(
 def test_a_label_beyond_the_classes_is_named(file_format: str, own: pathlib.Path) -> None:
     source = open_source("digits", str(own / file_format), "test")
     source.info = source.info._replace(class_names=source.info.class_names[:9])
-    message = r"^/.*digits-test.*, record \d+ has the label 9 outside of 9 classes; put it right, or prepare"
+    message = r"^/.*digits-test.*, record \d+ has the label 9 outside of 9 classes; repair it, or prepare"
     for batches in (EvalLoader(source, TRANSFORM, batch_size=48).batches(), train_loader(source).batches()):
         with pytest.raises(DataError, match=message):
             list(zip(range(1000), batches, strict=False))
@@ -261,7 +261,7 @@ def test_a_negative_label_is_named(own: pathlib.Path) -> None:
         for example in examples:
             writer.write(example.SerializeToString())
     batches = train_loader(open_source("digits", str(own / "tfrecord"), "test")).batches()
-    with pytest.raises(DataError, match=rf"{file.name}, record 3 has the label -1 outside of 10 classes; put it right"):
+    with pytest.raises(DataError, match=rf"{file.name}, record 3 has the label -1 outside of 10 classes; repair it"):
         list(itertools.islice(batches, 10))
 
 
@@ -325,7 +325,7 @@ def test_a_half_prepared_set_is_an_error(tmp_path: pathlib.Path, monkeypatch: py
 
 
 def test_an_unknown_set_or_split_is_an_error(digits_dir: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"data.name='no_such_set' is no data set"):
+    with pytest.raises(ValueError, match=r"data.name='no_such_set' is not a data set"):
         open_source("no_such_set", str(digits_dir), "train")
     with pytest.raises(ValueError, match=r"split 'validation' of data.name='digits' is unknown; it has .*test"):
         open_source("digits", str(digits_dir), "validation")

@@ -264,12 +264,12 @@ def test_the_metadata_of_another_step_are_refused(two_steps: pathlib.Path, tmp_p
     manifest.unseal(two)
     (two / "_CHECKPOINT_METADATA").write_bytes((one / "_CHECKPOINT_METADATA").read_bytes())
     checkpointer = Checkpointer(workdir, read_only=True)
-    with pytest.raises(CorruptCheckpointError, match="its metadata are of step 1"):
+    with pytest.raises(CorruptCheckpointError, match="its metadata is of step 1"):
         checkpointer.metadata(2)
     text = (two / "_CHECKPOINT_METADATA").read_text()
     (two / "_CHECKPOINT_METADATA").write_text(text.replace('"evaluated": false', '"evaluated": true'))
     with pytest.raises(
-        CorruptCheckpointError, match=r"its metadata have the digest [0-9a-f]{16}, expected [0-9a-f]{16}"
+        CorruptCheckpointError, match=r"its metadata has the digest [0-9a-f]{16}, expected [0-9a-f]{16}"
     ):
         checkpointer.metadata(2)
     checkpointer.close()
