@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +99,8 @@ def run_experiment(
             stack.enter_context(distributed.process_group(**processes, folder=workdir, **config.cluster))
             from halvit_jax.experiment import build
 
+            if distributed.is_first() and sys.stdout.isatty():
+                print(f"opening the data and building {config.model.name}", flush=True)
             run = build.build(config, training=mode == "train")
             if profile and profile.last >= run.total_steps:
                 raise ValueError(f"--profile={profile.first}:{profile.last} must end below {run.total_steps} steps")
@@ -159,6 +162,7 @@ def _train(
                     task=run.task,
                     init=run.fresh_state,
                     config=config,
+                    info=run.loaders.info,
                     workdir=workdir,
                     log=report.log,
                 ),

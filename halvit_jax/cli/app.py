@@ -11,11 +11,29 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from halvit_jax.cli.config_files import resolve_flags
+from halvit_jax.cli.config_files import explain, resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.cli.startup import ignore_signals
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError, ExitCode
+
+SYNONYMS = {  # names of other libraries
+    **dict.fromkeys(("lr", "base_lr", "peak_lr"), "optim.learning_rate"),
+    **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
+    **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("epochs", "max_epochs", "num_train_epochs"), "num_epochs"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "num_train_steps"), "total_steps"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data.name"),
+    **dict.fromkeys(("image_dir", "data_path", "train_dir", "folder"), "data.root"),
+    **dict.fromkeys(("img_size", "resolution", "input_size"), "model.image_size"),
+    **dict.fromkeys(("nb_classes", "n_classes", "classes"), "model.num_classes"),
+    **dict.fromkeys(("pretrained", "checkpoint", "finetune", "resume"), "init_from"),
+    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "optim.warmup_epochs"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm"), "optim.clip_norm"),
+    **dict.fromkeys(("ema", "model_ema"), "loop.ema_decay"),
+    **dict.fromkeys(("smoothing",), "classification.label_smoothing"),
+}
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -94,8 +112,7 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
         if argument.startswith("--config."):
             name = argument.removeprefix("--config.").split("=")[0]
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name} is not a field of the config; did you mean --config.{near}?")
+                raise ValueError(f"{name} is not a field of the config; did you mean --config.{_meant(name, known)}?")
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -104,6 +121,12 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     for name, value in config.items():
         names += field_names(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
     return names
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """The field that a wrong name stands for: by its usual meaning elsewhere, else the one that is spelt most alike."""
+    word = name.rpartition(".")[2].lower()
+    return SYNONYMS.get(word) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _parse(arguments: list[str]) -> list[str]:
@@ -117,3 +140,5 @@ def _parse(arguments: list[str]) -> list[str]:
             lines = str(error).strip().splitlines()  # a config file's own error is the last line of its traceback
             reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
             raise ValueError(f"{reason}; --help lists the flags") from error
+        except Exception as error:  # of any kind: a config file is a program
+            raise ValueError(f"the config file cannot be read: {explain(error)}") from error

@@ -64,7 +64,7 @@ def preflight(
         optimizer = items.run("optimizer", _optimizer, config=config, epoch=epoch, known=loaders is not None)
         state = items.run("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if config.init_from:
-            items.run("init_from", _init_from, config=config, model=task)
+            items.run("init_from", _init_from, config=config, model=task, data=loaders)
         if teacher.is_used(config):
             task = items.run("teacher", _teacher, config=valid, model=task, devices=mesh)
         if workdir is None:
@@ -193,8 +193,10 @@ def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> Chec
     return CheckResult(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
 
 
-def _init_from(config: ConfigDict, model: Any) -> CheckResult:
-    return CheckResult("; ".join(init_from.read_for_task(config, model).lines()))
+def _init_from(config: ConfigDict, model: Any, data: Any) -> CheckResult:
+    found = init_from.read_for_task(config, model)
+    warnings = init_from.other_classes(config, model, found, data.info)
+    return CheckResult("; ".join(found.lines()), warning="; ".join(warnings).removeprefix("WARNING: "))
 
 
 def _teacher(config: ConfigDict, model: Any, devices: Any) -> CheckResult:
@@ -236,8 +238,8 @@ def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total:
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.checkpoint.metadata import diff, mismatch_message
 
-    warnings = resume.check_changes(workdir, config, allowed=False)
-    checkpointer = Checkpointer(workdir, read_only=True)
+    changes = resume.check_changes(workdir, config, allowed=False)
+    checkpointer, warnings = Checkpointer(workdir, read_only=True), []
     try:
         for step in reversed(checkpointer.steps()):
             try:
@@ -250,10 +252,12 @@ def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total:
                 raise ValueError(mismatch_message(step, f"--workdir={workdir}", differences))
             if step >= total:
                 warnings.append(f"the run is finished at step {step} of {total} and would only be evaluated")
-            return CheckResult(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(warnings))
+            return CheckResult(
+                f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(changes + warnings)
+            )
     finally:
         checkpointer.close()
-    if files.saved_steps(workdir):
+    if warnings:
         raise ValueError(f"none is good: {'; '.join(warnings)}; start over with --restart_if_corrupt")
     return CheckResult("none yet; the run starts at step 0")
 

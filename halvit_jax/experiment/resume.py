@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from halvit_jax.experiment.workdir import read_config, saved_steps
+from halvit_jax.experiment.workdir import CONFIG_FILE, read_config, saved_steps
 
 UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed run, or only where its data lie
     *("loop.log_every", "loop.eval_every", "loop.checkpoint_every", "save.", "mesh.", "cluster.", "watchdog."),
@@ -21,7 +21,7 @@ def changed_fields(workdir: pathlib.Path, config: ConfigDict) -> dict[str, tuple
     Raises:
         ValueError: the config of the workdir cannot be read.
     """
-    if not saved_steps(workdir):
+    if not saved_steps(workdir) or not (workdir / CONFIG_FILE).is_file():
         return {}
     before, now = (_fields(each) for each in (read_config(workdir), config))
     pairs = {name: (before.get(name), now.get(name)) for name in before | now}

@@ -140,7 +140,7 @@ def _describe(
     elif name:
         fields = {"num_classes": student.model.num_classes}
     elif os.path.exists(path):
-        raise ValueError(f"teacher.init_from={init_from} does not say which model it is of; set teacher.name")
+        raise ValueError(f"teacher.init_from={init_from} does not name its model; set teacher.name")
     else:
         raise ValueError(
             f"teacher.init_from={init_from} does not exist ({os.path.abspath(path)}); train the teacher first, or set "

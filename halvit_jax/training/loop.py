@@ -5,6 +5,8 @@ restore or initialise -> for each step: batch, train step, check the step before
 
 import collections
 import contextlib
+import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -168,6 +170,8 @@ def train(
         # A step is only dispatched: while the device works on it, the step before is checked and the next batch is
         # fetched. So at most two steps are in flight, and failures and stop requests are seen one step late.
         watchdog.heartbeat(COMPILING if step == first else TRAINING, step)
+        if step == first:
+            report.waiting("compiling the training step")
         profiler.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
             state, outcome = train_step(state, task.constants, batch)
@@ -183,6 +187,7 @@ def train(
         unreported.append(outcome)
         step += 1
         last, stop = step == total_steps, request == STOP
+        report.tick(step)
         if step == first + 1:
             jax.block_until_ready(outcome)
             report.first_step_done()
@@ -251,6 +256,11 @@ def evaluate_state(
     """
     step = int(state.step)
     results = {}
+
+    def beat(name: str, batch: Iterator[int], batches: int) -> None:
+        watchdog.heartbeat("evaluating", step)
+        report.evaluating(name, next(batch), batches)
+
     with report.pausing():
         for name, loader in evals.items():
             for prefix, values in {"": state.trained, EMA: state.ema}.items():
@@ -262,7 +272,7 @@ def evaluate_state(
                         loader,
                         mesh,
                         preemption=preemption,
-                        heartbeat=lambda: watchdog.heartbeat("evaluating", step),
+                        heartbeat=functools.partial(beat, prefix + name, itertools.count(1), loader.steps_per_epoch),
                     )
         for name, metrics in results.items():
             report.evaluation(step, name, metrics)

@@ -51,3 +51,22 @@ def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
     app.check_overrides(["prog", "--config.model.width=3", "--config=x.py", "--workdir=y"], default_config())
     with pytest.raises(ValueError, match=r"model.widht is not a field .*; did you mean --config.model.width"):
         app.check_overrides(["--config.model.widht=3"], default_config())
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("optim.lr", "optim.learning_rate"),
+        ("bs", "batch_size"),
+        ("epochs", "num_epochs"),
+        ("data.image_dir", "data.root"),
+        ("wd", "optim.weight_decay"),
+    ],
+)
+def test_names_of_other_libraries_are_understood(given: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"{given} is not a field of the config; did you mean --config.{meant}\?"):
+        app.check_overrides([f"--config.{given}=1"], default_config())
+
+
+def test_every_synonym_names_a_field() -> None:
+    assert set(app.SYNONYMS.values()) <= set(app.field_names(default_config()))
