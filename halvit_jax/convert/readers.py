@@ -82,7 +82,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         array = arrays[name]
         if array.dtype not in codes or not array.size:
             types = ", ".join(dtype.name for dtype in codes)
-            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or of none of the types {types}")
+            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or its type is not one of {types}")
         start, end = end, end + array.nbytes
         header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()

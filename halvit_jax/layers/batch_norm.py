@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from halvit_jax.layers.arrays import align_last, widen
 from halvit_jax.layers.initializers import Dtype, Initializer
 
 EPSILON = 1e-5  # of every batch normalisation
@@ -45,17 +46,17 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features)
         if self.folded:
             x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
-            return x * scale + bias
+            return x * align_last(scale, x) + align_last(bias, x)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)
 
-        wide = x.astype(wide_type(x))
+        wide = widen(x)
         if train:
             axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             mean = wide.mean(axes)
             # The mean of squares minus the squared mean would lose digits. The variance is minimal at the mean, so its
             # gradient with respect to the mean is zero.
-            var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
+            var = jnp.square(wide - align_last(lax.stop_gradient(mean), x)).mean(axes)
             if not self.is_initializing():
                 move = functools.partial(_moving_average, self.momentum)
                 running_mean.value = move(running_mean.value, mean)
@@ -64,7 +65,8 @@ class BatchNorm(nn.Module):
             mean, var = running_mean.value, running_var.value
         # One multiply and one add per element, here and in the gradient.
         factor = scale * lax.rsqrt(var + self.epsilon)
-        return (wide * factor + (bias - mean * factor)).astype(self.dtype or x.dtype)
+        y = wide * align_last(factor, x) + align_last(bias - mean * factor, x)
+        return y.astype(self.dtype or x.dtype)
 
 
 @contextlib.contextmanager
@@ -85,10 +87,10 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
         yield
 
 
-def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a model with folded batch normalisations: the outputs of evaluation in fewer steps.
 
-    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. After a convolution (`conv1`
+    A normalisation multiplies by g = scale / sqrt(var + EPSILON) and adds bias - mean g. After a convolution (`conv1`
     and `norm1`, `conv` and `norm`, `shortcut/conv` and `shortcut_norm`) or a matrix (`dense` and `norm`), g is merged
     into the kernel and the rest into the bias. Elsewhere a scale and a bias replace the normalisation.
     """
@@ -99,7 +101,7 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
         for folder in folders:
             parent, found = parent[folder], found[folder]
         norm, moved = parent[name], found[name]
-        scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
+        scale = norm["scale"] / np.sqrt(moved["var"] + EPSILON)
         bias = norm["bias"] - moved["mean"] * scale
         before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
         before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
@@ -110,11 +112,6 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
             before["kernel"] = before["kernel"] * scale
             del parent[name]
     return {"params": params}
-
-
-def wide_type(x: jax.Array) -> jnp.dtype:
-    """The type of sums: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _norms(stats: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -191,7 +191,7 @@ class SwinRepeat(nn.Module):
 
         def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
-            return self.masking.mask(mix_logits(logits + self.position_bias().astype(logits.dtype)))
+            return self.masking.mask(mix_logits(logits + self.position_bias().astype(logits.dtype)[None]))
 
         y = self.windows.split(norm(name="attention_norm")(x))
         y = self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights)

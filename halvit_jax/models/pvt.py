@@ -215,7 +215,8 @@ class Stage(nn.Module):
         x = nn.LayerNorm(EMBED_EPSILON, dtype=self.dtype, name="embed_norm")(x)
         position = self.param("position", normal_02, (self.last + self.side**2, self.width))
         # Bilinear as in PVT's detectors.
-        x += resampled(position, side, grid, method="linear", antialias=False)[self.last :].astype(x.dtype)
+        moved = resampled(position, side, grid, method="linear", antialias=False)[self.last :]
+        x += moved.astype(x.dtype)[None]
         if classify:
             token = self.param("class_token", normal_02, (self.width,)) + position[0]
             token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, self.width))

@@ -183,7 +183,7 @@ class SwinBlock(nn.Module):
 
         def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
-            return windows.mask(logits + position_bias().astype(logits.dtype))
+            return windows.mask(logits + position_bias().astype(logits.dtype)[None])
 
         y = self.attention(name="attention")(windows.split(norm(name="attention_norm")(x)), logits_fn=logits_fn)
         x = x + drop(windows.join(y), train=train)

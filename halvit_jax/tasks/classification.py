@@ -135,11 +135,13 @@ class Classification:
     def summary_images(self, batch: Batch) -> dict[str, Any]:
         """The first 64 images of a batch, augmented."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
-        return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
+        mean, std = self._colours
+        return {"train_images": jnp.clip(images[:64] * std + mean, 0.0, 1.0)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
-        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+        mean, std = self._colours
+        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Raise a ValueError unless the classifier has the data set's number of classes."""
@@ -178,6 +180,11 @@ class Classification:
             {"top5": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
             for row, order in zip(probabilities, best, strict=True)
         ]
+
+    @property
+    def _colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """`mean` and `std`, [1, 1, 1, 3]."""
+        return self.mean[None, None, None], self.std[None, None, None]
 
     @property
     def _input_size(self) -> tuple[int, int]:

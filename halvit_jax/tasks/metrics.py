@@ -35,7 +35,7 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     NaN are False.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=-1)
     return (rank < k) & ~jnp.isnan(logits).any(axis=-1)
 

@@ -38,7 +38,8 @@ def cutmix(
     rows = _span(row_key, h, jnp.sqrt(1.0 - lam))
     columns = _span(column_key, w, jnp.sqrt(1.0 - lam))
     box = rows[..., :, None] & columns[..., None, :]  # [h, w] or [b, h, w]
-    mixed = jnp.where(box[..., None], images[::-1], images)
+    whole = box if per_image else box[None]
+    mixed = jnp.where(whole[..., None], images[::-1], images)
     return mixed, _blend(targets, 1.0 - box.mean((-2, -1)))
 
 
@@ -105,20 +106,21 @@ def _beta(key: jax.Array, alpha: float, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _beside(number: jax.Array, x: jax.Array) -> jax.Array:
-    """One number, or one for each of [b], reshaped to broadcast against x [b, ...]."""
-    return number.reshape(number.shape + (1,) * (x.ndim - 1))
+    """One number as it is, or one for each of [b] reshaped to broadcast against x [b, ...]."""
+    return number.reshape(-1, *(1,) * (x.ndim - 1)) if number.ndim else number
 
 
 def _blend(x: jax.Array, lam: jax.Array) -> jax.Array:
     lam = _beside(lam, x)
-    return (lam * x + (1.0 - lam) * x[::-1]).astype(x.dtype)
+    wide = x.astype(lam.dtype)
+    return (lam * wide + (1.0 - lam) * wide[::-1]).astype(x.dtype)
 
 
 def _span(key: jax.Array, size: int, fraction: jax.Array) -> jax.Array:
     """About `fraction * size` places around a uniformly drawn centre, cut at the ends: bool [..., size]."""
     half = jnp.floor(size * fraction).astype(jnp.int32)[..., None] // 2
     centre = jax.random.randint(key, fraction.shape, 0, size)[..., None]
-    place = jnp.arange(size)
+    place = jnp.arange(size).reshape((1,) * fraction.ndim + (size,))
     return (place >= centre - half) & (place < centre + half)
 
 

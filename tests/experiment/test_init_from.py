@@ -134,6 +134,13 @@ def test_a_wrong_init_from_is_refused_by_field(
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_a_task_without_a_model_loads_from_a_workdir_only(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "weights.npz"
+    file.touch()
+    with pytest.raises(ValueError, match=re.escape(f"init_from={file}: this task loads weights from a workdir only")):
+        init_from.read(str(file), "halvit_tiny", None, shapes={}, rules=())
+
+
 @pytest.mark.slow
 def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None:
     """Five digits are learned from what was learned of the five others, with other resolution and classifier."""

@@ -35,7 +35,8 @@ def test_training_normalises_with_the_biased_and_stores_the_unbiased_variance() 
     y, changed = _norm(x, variables, train=True)
     exact, old = np.asarray(x, np.float64).reshape(-1, C), variables["batch_stats"]
     mean, var = exact.mean(0), exact.var(0)
-    expected = (exact - mean) / np.sqrt(var + 1e-5) * variables["params"]["scale"] + variables["params"]["bias"]
+    scale, bias = np.asarray(variables["params"]["scale"]), np.asarray(variables["params"]["bias"])
+    expected = (exact - mean) / np.sqrt(var + 1e-5) * scale + bias
     np.testing.assert_allclose(y.reshape(-1, C), expected, atol=1e-5)
     stats = changed["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-5, atol=1e-6)
@@ -46,8 +47,8 @@ def test_evaluation_normalises_with_the_averages_and_keeps_them() -> None:
     x = _random(4, 5, 5, C)
     variables = _norm_variables(x)
     y, changed = _norm(x, variables, train=False)
-    params, stats = variables["params"], variables["batch_stats"]
-    expected = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+    params, stats = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
+    expected = (np.asarray(x) - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
     np.testing.assert_allclose(y, expected, atol=1e-5)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, changed["batch_stats"], stats))
 
@@ -60,7 +61,8 @@ def test_the_gradient_goes_through_mean_and_variance() -> None:
         return _norm(x, _norm_variables(x) | {"params": params}, train=True)[0]
 
     def textbook(x: jax.Array, params: Any) -> jax.Array:
-        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * params["scale"] + params["bias"]
+        normal = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)
+        return normal * params["scale"][None] + params["bias"][None]
 
     a, b = (jax.vjp(f, x, params)[1](weights) for f in (ours, textbook))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)

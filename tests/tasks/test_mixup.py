@@ -10,7 +10,7 @@ from halvit_jax.tasks import mixup
 B, H, W, C = 4, 12, 16, 4
 DRAWS = 2000
 # Pixel values tell image, row and column apart; the batch's order is its class.
-IMAGES = jnp.arange(1.0, B * H * W + 1).reshape(B, H, W, 1) * jnp.ones(3)
+IMAGES = jnp.arange(1.0, B * H * W + 1).reshape(B, H, W, 1) * jnp.ones((1, 1, 1, 3))
 TARGETS = jnp.eye(C)
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
 
