@@ -38,7 +38,7 @@ def to_decodable(encoded: tf.Tensor, *, rotate: bool = False) -> tf.Tensor:
     """
 
     def transcoded() -> tf.Tensor:
-        png = tf.numpy_function(lambda data: _as_png(data, rotate=rotate), [encoded], tf.string, stateful=False)
+        png = tf.numpy_function(lambda data: _as_png(data.item(), rotate=rotate), [encoded], tf.string, stateful=False)
         return tf.ensure_shape(png, [])
 
     # Padded, because a file may have fewer bytes.
@@ -49,13 +49,15 @@ def to_decodable(encoded: tf.Tensor, *, rotate: bool = False) -> tf.Tensor:
         return tf.reduce_any(found == tf.constant(words))
 
     bits = tf.io.decode_raw(tf.strings.substr(head, 28, 2), tf.uint16)[0]  # of a pixel, in a BMP
-    foreign = (has(0, b"RIFF") & has(8, b"WEBP")) | has(0, b"II*\0", b"MM\0*") | (has(0, b"BM") & (bits <= 8))
+    foreign = (
+        (has(0, b"RIFF") & has(8, b"WEBP")) | has(0, b"II*\0", b"MM\0*") | (has(0, b"BM") & (bits > 0) & (bits <= 8))
+    )
     return tf.cond(foreign, transcoded, lambda: encoded)
 
 
 def orientation(encoded: tf.Tensor) -> tf.Tensor:
     """The rotation that a JPEG notes in EXIF, as a row of ROTATIONS, bool [3]."""
-    code = tf.numpy_function(lambda data: np.int64(_exif_orientation(data)), [encoded], tf.int64, stateful=False)
+    code = tf.numpy_function(lambda data: np.int64(_exif_orientation(data.item())), [encoded], tf.int64, stateful=False)
     return tf.gather(ROTATIONS, tf.ensure_shape(code, []) - 1)
 
 
@@ -82,9 +84,7 @@ def box_in_file(box: tf.Tensor, seen: tf.Tensor, rotation: tf.Tensor) -> tf.Tens
 def _as_png(data: bytes, *, rotate: bool) -> bytes:
     kind = {b"RI": "WebP", b"BM": "a BMP with a palette"}.get(data[:2], "TIFF")
     if not has_pillow():
-        raise ValueError(
-            f"it is {kind} by its first bytes, which needs Pillow: pip install pillow, or convert it to PNG"
-        )
+        raise _unreadable(f"it is {kind} by its first bytes, which needs Pillow (pip install pillow); or convert it")
     from PIL import Image, ImageOps
 
     try:
@@ -93,8 +93,12 @@ def _as_png(data: bytes, *, rotate: bool) -> bytes:
             png = io.BytesIO()
             seen.convert("RGB").save(png, "PNG", compress_level=1)
     except Exception as error:  # of any kind, because the file is broken
-        raise ValueError(f"it is {kind} by its first bytes, and Pillow cannot read it: {error}") from error
+        raise _unreadable(f"it is {kind} by its first bytes, and Pillow cannot read it: {error}") from error
     return png.getvalue()
+
+
+def _unreadable(message: str) -> tf.errors.InvalidArgumentError:
+    return tf.errors.InvalidArgumentError(None, None, message)  # as TensorFlow's own decoders raise
 
 
 def _exif_orientation(data: bytes) -> int:

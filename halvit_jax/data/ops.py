@@ -240,7 +240,8 @@ def reason(error: Exception) -> str:
     if checked:
         return " ".join(line.removeprefix("b'").removesuffix("'") for line in checked[1].splitlines())
     place = r"\{\{.*?\}\} ?|Error in user-defined function passed to .*? with iterator: \S+: | ?\[(?:Op:|\[).*"
-    line = re.sub(place, "", message.splitlines()[0]).strip().removeprefix("ValueError: ")  # raised in Python
+    line = re.sub(place, "", message.splitlines()[0]).strip()
+    line = re.sub(r"^[\w.]*Error: ", "", line)  # raised in Python
     checked = re.match(r"assertion failed: (.*)", line)  # the same in a pipeline
     return re.sub(r"\[(.*?)\]", r"\1", checked[1]) if checked else line
 
