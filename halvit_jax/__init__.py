@@ -6,6 +6,7 @@ logits = model.apply(variables, images, train=False)
 variables = halvit_jax.from_torch("deit_tiny", state)            # state: {official PyTorch name: numpy array}
 state = halvit_jax.to_torch("deit_tiny", variables)
 model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run, or of a file
+predictor = halvit_jax.load_predictor("runs/halvit_digits")      # with preprocessing and classes: predictor("a.jpg")
 maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [b, heads, tokens, tokens], ...}
 """
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
+    from halvit_jax.experiment.predictor import Predictor
     from halvit_jax.models import create_model, fold, list_models
     from halvit_jax.models.intermediates import capture
 
-__all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
+__all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "load_predictor", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -37,6 +39,20 @@ def __getattr__(name: str) -> Any:
 
         return capture
     raise AttributeError(f"module 'halvit_jax' has no attribute {name!r}")
+
+
+def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> "Predictor":
+    """A trained model with its preprocessing and classes, which takes paths, arrays and images of Pillow.
+
+    `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best") or a .safetensors
+    file of `halvit_jax.export`.
+
+    Raises:
+        ValueError: no run or no checkpoint in a workdir, or a file that does not describe its images.
+    """
+    from halvit_jax.experiment import predictor
+
+    return predictor.load_predictor(source, step=step)
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:

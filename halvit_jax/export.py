@@ -100,6 +100,8 @@ def description(trained: Trained) -> dict[str, Any]:
         "image_size": height if height == width else [height, width],
         "crop": config.data.eval_crop,
         "interpolation": config.data.interpolation,
+        "resize": config.data.eval_resize,
+        "exif_rotation": config.data.exif_rotation,
         "mean": list(config.task.mean),
         "std": list(config.task.std),
         "classes": info.class_names,

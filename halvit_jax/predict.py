@@ -1,6 +1,6 @@
 """Classify images, or apply the model of any other task to them.
 
-python -m halvit_jax.predict --workdir=DIR [--attention=out.png] IMAGE...
+python -m halvit_jax.predict --workdir=DIR [--step=best] [--top=3] [--attention=out.png] IMAGE_OR_FOLDER...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]} (of another task, its decoded
 output), or, for a file that is not an image, {"image": path, "error": reason}, and the exit code 1. `--attention`
@@ -8,11 +8,13 @@ draws the attention of a transformer's last block: a row for each image, without
 from blue (least) to red (most).
 """
 
+import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,6 +23,10 @@ from absl import flags
 from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode, ServingModel
 
+if TYPE_CHECKING:
+    from halvit_jax.experiment.predictor import Predictor
+
+BATCH = 16  # images that are run at once
 MIN_SIDE = 224  # pixels of a drawn image
 
 
@@ -28,6 +34,7 @@ def define_flags() -> None:
     """Define the command-line flags."""
     flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
     flags.DEFINE_string("step", None, "The step whose checkpoint to use, or best; else the newest.")
+    flags.DEFINE_integer("top", None, "How many classes to list; else 5.")
     flags.DEFINE_string("attention", None, "A PNG file for a drawing of the attention of the last block.")
 
 
@@ -35,23 +42,26 @@ def main(argv: list[str]) -> None:
     """Print a line for every image; exit with 1 if one of them could not be read."""
     with app.report_user_errors():
         if flags.FLAGS.workdir is None or not argv[1:]:
-            raise ValueError("give --workdir=DIR and at least one image")
+            raise ValueError("give --workdir=DIR and at least one image or folder")
         picture = flags.FLAGS.attention
         if picture is not None and not picture.endswith(".png"):
             raise ValueError(f"--attention={picture} must end in .png")
-        from halvit_jax.experiment.trained import load_trained
+        if flags.FLAGS.top is not None and flags.FLAGS.top < 1:
+            raise ValueError(f"--top={flags.FLAGS.top} must be at least 1")
+        from halvit_jax.experiment.predictor import load_predictor
         from halvit_jax.experiment.workdir import parse_step
 
-        trained = load_trained(flags.FLAGS.workdir, step=parse_step(flags.FLAGS.step))
+        predictor = load_predictor(flags.FLAGS.workdir, step=parse_step(flags.FLAGS.step))
+        serving, paths = predictor.serving, _files(argv[1:])
         if picture is not None:
-            serving = trained.task.serving(trained.model_variables, folded=False)
             image = jax.ShapeDtypeStruct((1, *serving.input_size, 3), "uint8")
             jax.eval_shape(lambda images: _last_maps(serving, images), image)
 
     failed, drawn = False, []
-    for row, image in predict(trained, argv[1:]):
+    decoding = {} if flags.FLAGS.top is None else {"top": flags.FLAGS.top}
+    for row, image in predict(predictor, paths, **decoding):
         failed |= image is None
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row, ensure_ascii=False), flush=True)
         if picture is not None and image is not None:
             drawn.append(attention_over(serving, image))
     if drawn:
@@ -63,24 +73,25 @@ def main(argv: list[str]) -> None:
         sys.exit(ExitCode.PARTLY)
 
 
-def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+def predict(
+    predictor: "Predictor", paths: Iterable[str], **decoding: Any
+) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """For each image file the decoded output of the model, or the reason why there is none; and the image."""
-    from halvit_jax import data
-
-    serving = trained.task.serving(trained.model_variables, folded=False)
-    fields = trained.config.data
-    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
-    how["exif_rotation"] = fields.exif_rotation
-    transform = data.eval_transform(serving.input_size, **how)
-    apply = jax.jit(serving.apply)
-    for path in paths:
-        try:
-            image = data.read_image(path, transform)
-        except ValueError as error:
-            yield {"image": path, "error": str(error)}, None
-            continue
-        (decoded,) = trained.task.decode(apply(serving.variables, image[None]), trained.info)
-        yield {"image": path, **decoded}, image
+    iterator = iter(paths)
+    while chunk := list(itertools.islice(iterator, BATCH)):
+        images: list[np.ndarray | str] = []
+        for path in chunk:
+            try:
+                images.append(predictor.preprocess(path))
+            except ValueError as error:
+                images.append(str(error))
+        good = [image for image in images if not isinstance(image, str)]
+        rows = predictor.decoded(good, batch_size=BATCH, **decoding)
+        for path, image in zip(chunk, images, strict=True):
+            if isinstance(image, str):
+                yield {"image": path, "error": image}, None
+            else:
+                yield {"image": path, **next(rows)}, image
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
@@ -103,6 +114,19 @@ def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
     both = np.concatenate([image, np.uint8(0.5 * image + 0.5 * 255 * colours.clip(0, 1))], 1)
     enlarge = -(-MIN_SIDE // size)
     return both.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def _files(arguments: list[str]) -> list[str]:
+    """The image files that the command line names; a folder stands for all images in it and below."""
+    from halvit_jax import data
+
+    files = []
+    for argument in map(os.path.expanduser, arguments):
+        found = data.image_files(argument) if os.path.isdir(argument) else [argument]
+        if not found:
+            raise ValueError(f"{argument} holds no images")
+        files += found
+    return files
 
 
 def _last_maps(serving: ServingModel, images: jax.Array) -> jax.Array:

@@ -2,9 +2,20 @@
 
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
-from halvit_jax.data.transforms import eval_transform, read_image, write_png
+from halvit_jax.data.sources.image_folder import image_files
+from halvit_jax.data.transforms import eval_transform, read_image, transform_array, write_png
 
-__all__ = ["Host", "eval_transform", "hide_accelerators", "make_loaders", "open_source", "read_image", "write_png"]
+__all__ = [
+    "Host",
+    "eval_transform",
+    "hide_accelerators",
+    "image_files",
+    "make_loaders",
+    "open_source",
+    "read_image",
+    "transform_array",
+    "write_png",
+]
 
 
 def hide_accelerators() -> None:

@@ -133,6 +133,18 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
         raise ValueError(f"{path} is not an image that can be read: {ops.reason(error)}") from error
 
 
+def transform_array(image: np.ndarray, transform: Transform) -> np.ndarray:
+    """An image in memory, uint8 [h, w, 3] or grey [h, w], transformed as its file would be.
+
+    Raises:
+        ValueError: an array of another shape or type.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3)):
+        raise ValueError(f"an image must be uint8 [h, w, 3] or [h, w], not {image.dtype} {list(image.shape)}")
+    png = tf.io.encode_png(image if image.ndim == 3 else image[..., None])
+    return transform({"image": png, "name": tf.constant("")}, tf.zeros(2, tf.int64))["image"].numpy()
+
+
 def write_png(path: str, image: np.ndarray) -> None:
     """Write an image, uint8 [h, w, 3].
 

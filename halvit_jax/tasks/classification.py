@@ -172,12 +172,12 @@ class Classification:
 
         return ServingModel(apply, variables, self._input_size, captured)
 
-    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
-        """The five most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
+    def decode(self, outputs: PyTree, info: DatasetInfo, *, top: int = TOP) -> list[dict[str, Any]]:
+        """The most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
         probabilities = np.asarray(jax.nn.softmax(outputs))
-        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :TOP]
+        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
         return [
-            {"top5": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
+            {f"top{top}": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
             for row, order in zip(probabilities, best, strict=True)
         ]
 

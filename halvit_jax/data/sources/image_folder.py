@@ -87,6 +87,15 @@ def open_folder(name: str, data_dir: str, split: str, root: str) -> ImageFolder:
     return ImageFolder(root, split)
 
 
+def image_files(folder: str) -> list[str]:
+    """The paths of all images in a folder and below it, by their suffixes, sorted."""
+    return [path for path in _files(folder) if path.lower().endswith(_suffixes())]
+
+
+def _suffixes() -> tuple[str, ...]:
+    return SUFFIXES + PILLOW_SUFFIXES if has_pillow() else SUFFIXES
+
+
 def _read_folders(root: str, split: str) -> Labelled:
     """The images of root/split/<class>/; where no folder of a split is there, of a part of root/<class>/."""
     if not tf.io.gfile.isdir(root):
@@ -103,7 +112,7 @@ def _read_folders(root: str, split: str) -> Labelled:
     if not classes:
         raise ValueError(f"{folder} of data.root has no sub-folders; each class needs one, named after it")
     files = {name: _files(os.path.join(folder, name)) for name in classes}
-    suffixes = SUFFIXES + PILLOW_SUFFIXES if has_pillow() else SUFFIXES
+    suffixes = _suffixes()
     images = {name: [path for path in files[name] if path.lower().endswith(suffixes)] for name in classes}
     empty = [name for name in classes if not images[name]]
     if empty:
