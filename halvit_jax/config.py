@@ -29,6 +29,7 @@ def default_config() -> ConfigDict:
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
             "init_from": "",  # initial weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
             "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
+            "compilation_cache": "",  # folder for compiled programs, so that a resumed run compiles nothing; "" keeps none
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
@@ -53,7 +54,7 @@ def _model() -> dict[str, Any]:
     optional = config_dict.placeholder
     return {
         "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
-        "num_classes": 1000,  # size of the classifier
+        "num_classes": 1000,  # size of the classifier; 0: as many as the data set has
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "remat": False,  # recompute blocks in the backward pass to save memory
@@ -129,6 +130,7 @@ def _data() -> dict[str, Any]:
         "exif_rotation": False,  # rotate images as their EXIF notes, as phones write it; torchvision and timm do not
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
+        "balance": 0.0,  # 1: every class is drawn equally often, 0: every image; between: count ** -balance an image
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
         "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
         "shuffle_buffer": 16384,  # size of the shuffle buffers in records, over all virtual shards
@@ -147,6 +149,7 @@ def _classification() -> dict[str, Any]:
     return {
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
         "bce_threshold": 0.0,  # binary_cross_entropy: targets above it are 1, all others 0; 0: the targets themselves
+        "class_weights": (),  # weight of each class in the training loss, in the order of their names; () is 1 for all
         "label_smoothing": 0.0,  # fraction of a target spread over all classes
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
@@ -187,6 +190,7 @@ def _loop() -> dict[str, Any]:
         "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
         "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
         "ema_decay": 0.0,  # decay of the EMA of parameters and BatchNorm statistics; 0 keeps none
+        "early_stopping": 0,  # end after this many evaluations in a row without a better score; 0 never
         "accumulate": 1,  # sequential parts of a batch, to save memory; the update is the same
     }
 
@@ -264,7 +268,7 @@ def validate(config: ConfigDict) -> None:
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
             "the other at 0"
         )
-    loop = {name: value for name, value in config.loop.items() if name != "ema_decay"}
+    loop = {name: value for name, value in config.loop.items() if name not in ("ema_decay", "early_stopping")}
     counts = {"batch_size": config.batch_size, **_named("loop", loop), **_named("save", config.save)}
     for name, value in counts.items():
         if value < (0 if name == "save.keep_best" else 1):
@@ -275,6 +279,8 @@ def validate(config: ConfigDict) -> None:
     for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")
+    if config.loop.early_stopping < 0:
+        raise ValueError(f"loop.early_stopping={config.loop.early_stopping} must not be negative")
     if not 0.0 <= config.loop.ema_decay < 1.0:
         raise ValueError(f"loop.ema_decay={config.loop.ema_decay} must lie in [0, 1)")
     if config.compute_dtype not in COMPUTE_DTYPES:
@@ -289,6 +295,18 @@ def validate(config: ConfigDict) -> None:
             f"teacher.init_from={config.teacher.init_from} needs task.name='distillation', not 'classification'; "
             "change one of them"
         )
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The config shortened to 20 steps that touch all that a run does: two evaluations, two checkpoints, four reports."""
+    config = config.copy_and_resolve_references()
+    config.total_steps, config.num_epochs = 20, 0
+    config.loop.log_every = 5
+    config.loop.eval_every = config.loop.checkpoint_every = 10
+    config.optim.warmup_epochs = 0.0
+    if config.data.name != "folder" and "[" not in config.data.eval_split:
+        config.data.eval_split += "[:1%]"
+    return config
 
 
 def to_json(config: ConfigDict) -> str:

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,8 @@ def define_flags() -> None:
     flags.DEFINE_bool("restart_if_corrupt", False, "Start over if every checkpoint is corrupt.")
     flags.DEFINE_bool("resume_changed", False, "Resume with fields that change the run, such as the learning rate.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile, counted from 0.")
+    flags.DEFINE_bool("smoke", False, "Train 20 steps that touch all that the run will do, anew, in WORKDIR/smoke.")
+    flags.DEFINE_string("predictions", None, "With --mode=eval: a CSV file for the prediction on every image.")
     distributed.define_flags()
 
 
@@ -65,15 +68,22 @@ def main(argv: list[str]) -> None:
             profile = parse_range(values.profile)
             if values.mode != "train":
                 raise ValueError(f"--profile={values.profile} is for --mode=train")
+        if values.predictions is not None and values.mode != "eval":
+            raise ValueError(f"--predictions={values.predictions} is for --mode=eval")
         workdir, step = files.workdir_path(values.workdir), files.parse_step(values.step)
+        config = values.config
+        if values.smoke:
+            config, workdir = config_lib.smoke(config), workdir / files.SMOKE_FOLDER
+            shutil.rmtree(workdir, ignore_errors=True)
     run_experiment(
-        values.config,
+        config,
         workdir,
         mode=values.mode,
         step=step,
         restart_if_corrupt=values.restart_if_corrupt,
         resume_changed=values.resume_changed,
         profile=profile,
+        predictions=values.predictions,
         processes={name: values[name].value for name in distributed.FLAGS},
     )
 
@@ -87,6 +97,7 @@ def run_experiment(
     restart_if_corrupt: bool = False,
     resume_changed: bool = False,
     profile: "ProfileRange | None" = None,
+    predictions: str | None = None,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
@@ -99,6 +110,7 @@ def run_experiment(
             stack.enter_context(distributed.process_group(**processes, folder=workdir, **config.cluster))
             from halvit_jax.experiment import build
 
+            config = build.with_num_classes(config)
             if distributed.is_first() and sys.stdout.isatty():
                 print(f"opening the data and building {config.model.name}", flush=True)
             run = build.build(config, training=mode == "train")
@@ -111,11 +123,13 @@ def run_experiment(
                 stack.enter_context(lock.acquire(workdir))
             changes = resume.check_changes(workdir, config, allowed=resume_changed) if mode == "train" else []
         if mode == "eval":
-            return _evaluate(config, workdir, run, step)
+            return _evaluate(config, workdir, run, step, predictions)
         return _train(config, workdir, run, changes, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
-def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | str | None) -> dict[str, Any]:
+def _evaluate(
+    config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | str | None, predictions: str | None
+) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
@@ -124,13 +138,24 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
         checkpointer = Checkpointer(workdir, read_only=True)
         with _name_changes(workdir, config):
             restored = checkpointer.restore(run.abstract_state(), step=step)
-        report = _make_report(config, workdir, run)
+        report = _make_report(config, workdir, run, curves=False)
     with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
             run.task, restored.state, run.loaders.evals, mesh=run.mesh, report=report, **handlers
         )
     checkpointer.close()
     report.close()
+    data = {name: config.data[name] for name in ("eval_name", "eval_split")}
+    files.append_evaluation(workdir, {"step": restored.step, **data, **result})
+    if predictions:
+        from halvit_jax.experiment.predictions import write_predictions
+
+        values = restored.state.ema or restored.state.trained
+        variables = {"params": values["params"], **values["model_state"]}
+        with app.report_user_errors():
+            file = pathlib.Path(predictions).expanduser()
+            for line in write_predictions(file, run.task, variables, run.loaders.evals["eval"], run.loaders.info):
+                report.log(line)
     report.log(json.dumps(result))
     return result
 
@@ -224,7 +249,7 @@ def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
         ) from error
 
 
-def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
+def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curves: bool = True) -> Any:
     from halvit_jax.training.report import Report
 
     return Report(
@@ -233,6 +258,7 @@ def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
         batch_size=config.batch_size,
         progress=run.task.progress_metrics,
         units=run.task.units,
+        curves=curves,
     )
 
 

@@ -3,6 +3,7 @@
 The second half of the command `check`. One line per check; a failed check does not stop independent ones.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -25,6 +26,7 @@ from halvit_jax.training.sharding import bytes_of
 from halvit_jax.training.step import abstract_batch
 from halvit_jax.trees import count, flatten
 
+MAX_DECODED = 2_000  # examples of a split up to which all its images are decoded
 MAX_COUNTED = 10_000  # examples up to which the records of a training split are read once
 MEMORY_HINT = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
 UNKNOWN_LENGTH = 10**9  # steps, if the data could not be read
@@ -36,6 +38,7 @@ def preflight(
     workdir: pathlib.Path | None,
     *,
     compile_step: bool = True,
+    all_images: bool = False,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> int:
     """Print one line per check and return the exit code. Of several processes each checks for itself.
@@ -52,6 +55,8 @@ def preflight(
                 f"no device can be used ({reason}); stop the process that uses it, or set JAX_PLATFORMS=cpu"
             ) from error
         items = Checklist()
+        with contextlib.suppress(ValueError):  # which the data item answers
+            config = build.with_num_classes(config)
         valid = items.run("config", _config, config=config)
         task = items.run("model", _model, config=config)
         mesh = items.run("devices", _devices, config=config)
@@ -60,6 +65,7 @@ def preflight(
         loaders = items.run("data", _data, config=config, size=size)
         items.run("dataset", _dataset, config=config, model=task, data=loaders)
         items.run("batches", _batches, data=loaders)
+        items.run("images", _images, config=config, data=loaders, every=all_images)
         epoch = loaders.train.steps_per_epoch if loaders else 1
         optimizer = items.run("optimizer", _optimizer, config=config, epoch=epoch, known=loaders is not None)
         state = items.run("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
@@ -177,6 +183,30 @@ def _batches(data: Any) -> CheckResult:
         replaced += int((~batch["mask"]).sum()) if name == "train" else 0  # masked rows of the others only pad
     warning = f"{replaced} images of the first batch cannot be decoded and are replaced" if replaced else ""
     return CheckResult(f"the first were read and decoded: {', '.join(lines)}", warning=warning)
+
+
+def _images(config: ConfigDict, data: Any, every: bool) -> CheckResult:
+    from halvit_jax.data import open_source, undecodable
+
+    if getattr(config, config.task.name, None) is None or config.task.name not in ("classification", "distillation"):
+        return CheckResult("only those of the first batches were decoded")
+    fields, lines, count = config.data, [], 0
+    splits = {fields.train_split: data.train.num_examples, fields.eval_split: data.evals["eval"].num_examples}
+    for split, number in splits.items():
+        if every or number <= MAX_DECODED:
+            name = fields.eval_name if split == fields.eval_split and fields.eval_name else fields.name
+            lines += undecodable(open_source(name, fields.data_dir, split, root=fields.root))
+            count += number
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        message = f"{len(lines)} of {count:,} images cannot be decoded; remove them, or set data.on_bad_image='replace'"
+        if fields.on_bad_image == "error":
+            raise ValueError(f"{message}:{listed}")
+        return CheckResult(
+            f"{count:,} were decoded", warning=f"{len(lines)} of them cannot be and are replaced:{listed}"
+        )
+    rest = "" if count == sum(splits.values()) else f"; --all_images decodes all {sum(splits.values()):,}"
+    return CheckResult(f"{count:,} were decoded{rest}")
 
 
 def _optimizer(config: ConfigDict, epoch: int, known: bool) -> CheckResult:

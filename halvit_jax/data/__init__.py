@@ -1,5 +1,6 @@
 """Data: from sources to batches. The one package that imports TensorFlow."""
 
+from halvit_jax.data.errors import undecodable
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.image_folder import image_files
@@ -14,6 +15,7 @@ __all__ = [
     "open_source",
     "read_image",
     "transform_array",
+    "undecodable",
     "write_png",
 ]
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 from halvit_jax.data import ops
 from halvit_jax.data.errors import ErrorTracker
 from halvit_jax.data.sources import open_sources
+from halvit_jax.data.sources.balanced import BalancedSource
 from halvit_jax.data.sources.base import Entry, Source
 from halvit_jax.data.transforms import Example, Transform, eval_transform, train_transform
 from halvit_jax.protocols import DatasetInfo, Loader
@@ -66,6 +67,7 @@ def make_loaders(
     exif_rotation: bool,
     on_bad_image: str,
     bad_image_budget: float,
+    balance: float,
     repeated_aug: int,
     virtual_shards: int,
     shuffle_buffer: int,
@@ -107,7 +109,7 @@ def make_loaders(
     train_source, eval_sources = open_sources(name, data_dir, root, train_split, eval_name, eval_split, evals)
     sizes = {"batch_size": batch_size, "bad_image_budget": bad_image_budget, "host": host}
     train = TrainLoader(
-        train_source,
+        BalancedSource(train_source, balance) if balance else train_source,
         for_training,
         seed=seed,
         virtual_shards=virtual_shards,
@@ -243,8 +245,8 @@ class EvalLoader:
         self.num_examples = source.info.num_examples
         self.steps_per_epoch = math.ceil(math.ceil(self.num_examples / host.count) / self._rows)
 
-    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This host's rows of the batches from number `start_step` on."""
+    def batches(self, start_step: int = 0, *, names: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This host's rows of the batches from number `start_step` on; with `names` of the records, as bytes."""
         examples = self._entries().map(
             ops.no_autograph(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
@@ -256,7 +258,7 @@ class EvalLoader:
         tracker = ErrorTracker(
             self._source, self._prepare, self._replay, budget=self._budget, steps_per_epoch=self.steps_per_epoch
         )
-        return tracker.batches(batches.as_numpy_iterator(), start_step)
+        return tracker.batches(batches.as_numpy_iterator(), start_step, names=names)
 
     def _entries(self) -> tf.data.Dataset:
         return self._source.shard(self._host.index, self._host.count)

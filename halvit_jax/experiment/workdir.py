@@ -16,6 +16,7 @@ from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
 CONFIG_FILE = "config.json"  # the config of the run; before it was changed at step N: config.step_N.json
 DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class names
+EVALS_FILE = "evals.jsonl"  # a line for each --mode=eval: the step, the data and the metrics
 RESULT_FILE = "result.json"  # metrics of the finished run
 INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
 TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
@@ -24,6 +25,7 @@ CHECKPOINT_FOLDER = FOLDER  # a folder for each step, sealed by a manifest.json
 CORRUPT_CHECKPOINT_FOLDER = CORRUPT_FOLDER  # checkpoints that did not verify, moved away
 DEBUG_FOLDER = "debug"  # batches and stacks of a run that ended badly
 BEST = "best"  # of all steps; as in the checkpointer, whose module takes seconds to import
+SMOKE_FOLDER = "smoke"  # the workdir of --smoke
 PROFILE_FOLDER = "profile"  # traces of --profile
 # Beside them: TensorBoard's event files.
 
@@ -133,6 +135,13 @@ def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
     if result["images_per_s"] is None and path.is_file():
         result = {**result, "images_per_s": read_json(path).get("images_per_s")}
     write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def append_evaluation(workdir: pathlib.Path, evaluation: dict[str, Any]) -> None:
+    """Add an evaluation of a checkpoint to those that were made before."""
+    if jax.process_index() == 0:
+        with (workdir / EVALS_FILE).open("a") as file:
+            file.write(json.dumps(evaluation) + "\n")
 
 
 def directory_size(folder: pathlib.Path) -> int:

@@ -36,11 +36,12 @@ class Report:
         batch_size: int,
         progress: Sequence[str] = (),
         units: Mapping[str, str] = MappingProxyType({}),
+        curves: bool = True,
     ) -> None:
         self._is_primary, self._workdir = jax.process_index() == 0, workdir
         self._writer = (
             metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-            if self._is_primary
+            if self._is_primary and curves
             else metric_writers.MultiWriter([])
         )
         self._live = self._is_primary and sys.stdout.isatty()

@@ -129,7 +129,15 @@ class Checkpointer:
         self._manager.reload()
 
     def save(
-        self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        score: float | None = None,
+        evaluated: bool = False,
+        best: float | None = None,
+        stale: int = 0,
+        again: bool = False,
     ) -> None:
         """Start to save; the arrays may be donated as soon as this returns. A step that is saved is not saved again.
 
@@ -151,7 +159,7 @@ class Checkpointer:
             # Orbax has committed this step, and saves none twice; only its seal failed.
             self._sealing = self._worker.submit(self._seal, step)
             return
-        metadata = {"step": step, "score": score, "evaluated": evaluated}
+        metadata = {"step": step, "score": score, "evaluated": evaluated, "best": best, "stale": stale}
         metadata["arrays"] = array_metadata(leaves)
         try:
             arrays = ocp.args.StandardSave(unflatten(leaves))
