@@ -19,18 +19,15 @@ if TYPE_CHECKING:
     from flax import linen as nn
 
     from halvit_jax.experiment.predictor import Predictor
-    from halvit_jax.models import create_model, fold, list_models
+    from halvit_jax.models import fold, list_models
     from halvit_jax.models.intermediates import capture
 
 __all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "load_predictor", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
-    """Functions of modules that take a second to import, when they are first asked for.
-
-    A command imports this package before itself, and must answer signals as soon as it has started.
-    """
-    if name in ("create_model", "fold", "list_models"):
+    """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
+    if name in ("fold", "list_models"):
         from halvit_jax import models
 
         return getattr(models, name)
@@ -53,6 +50,21 @@ def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = N
     from halvit_jax.experiment import predictor
 
     return predictor.load_predictor(source, step=step)
+
+
+def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
+    """The model `name` as a flax.linen.Module; its size is in the family's table, and `fields` change it.
+
+    With `pretrained`, `load` of its published weights on the Hub, or of that source: (model, variables).
+
+    Raises:
+        ValueError: no such model, fields that do not fit it, or no published weights.
+    """
+    from halvit_jax import models
+
+    if pretrained:
+        return load(pretrained if isinstance(pretrained, str) else f"hf://{name}", name, **fields)
+    return models.create_model(name, **fields)
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -85,8 +97,9 @@ def load(
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best"; the EMA if there is
-    one); a .safetensors file of `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz
-    or .pth file, of the model `name` with `overrides`.
+    one); a .safetensors file of `halvit_jax.convert` or `halvit_jax.export`; a PyTorch state in a .safetensors, .npz or
+    .pth file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see
+    `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 
@@ -103,7 +116,6 @@ def load(
     if step is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     from halvit_jax.convert import readers, weights_file
-    from halvit_jax.models import create_model
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from halvit_jax.convert import hub
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -42,7 +44,7 @@ class Weights(NamedTuple):
 
 
 def read(path: str | os.PathLike[str]) -> Weights:
-    """All arrays of a weight file, in their stored types.
+    """All arrays of a weight file, in their stored types; hf://... is a file on the Hub, see `hub`.
 
     Memory: the file's size, or half as much again for a compressed npz. Nothing in a file is executed, and wrong sizes
     are refused before memory is allocated for them.
@@ -50,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     Raises:
         ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
-    path = pathlib.Path(path)
+    path = hub.download(str(path)) if hub.is_source(path) else pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     match path.suffix:

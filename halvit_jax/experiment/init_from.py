@@ -19,6 +19,7 @@ from halvit_jax.text import first_few
 from halvit_jax.training.state import TrainState, with_arrays
 from halvit_jax.trees import TransferRules, flatten
 
+HUB = "hf://"  # files that `convert.hub` fetches
 Log = Callable[[str], None]
 Init = Callable[[TrainState], TrainState]
 
@@ -96,7 +97,7 @@ def read(
     try:
         if pathlib.Path(path).is_dir():
             arrays = flatten(load_trained(path, step=step).model_variables)
-        elif not workdir_path(path).exists():
+        elif not path.startswith(HUB) and not workdir_path(path).exists():
             raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")

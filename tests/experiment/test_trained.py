@@ -30,3 +30,8 @@ def test_a_workdir_without_a_checkpoint_is_refused(finished: Finished, tmp_path:
     shutil.copy(finished[0] / CONFIG_FILE, tmp_path)
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path} has no checkpoint yet")):
         halvit_jax.load(tmp_path)
+
+
+def test_an_unknown_function_of_the_package_is_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'halvit_jax' has no attribute 'fit'"):
+        _ = halvit_jax.fit

@@ -33,6 +33,7 @@ PACKAGES: dict[str, set[str] | None] = {
         "numpy",
         "jax",
         "torch",
+        "huggingface_hub",
         "halvit_jax.models",
         "halvit_jax.layers",
         "halvit_jax.trees",
