@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
             "init_from": "",  # initial weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
             "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
-            "compilation_cache": "",  # folder for compiled programs, so that a resumed run compiles nothing; "" keeps none
+            "compilation_cache": "",  # folder that keeps compiled programs, for a faster start of a resumed run
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "model": _model(),
             "data": _data(),
@@ -298,7 +298,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def smoke(config: ConfigDict) -> ConfigDict:
-    """The config shortened to 20 steps that touch all that a run does: two evaluations, two checkpoints, four reports."""
+    """The config shortened to 20 steps with two evaluations, two checkpoints and four reports."""
     config = config.copy_and_resolve_references()
     config.total_steps, config.num_epochs = 20, 0
     config.loop.log_every = 5

@@ -107,7 +107,7 @@ class ErrorTracker:
 
 
 def undecodable(source: Source) -> list[str]:
-    """ "NAME: REASON" of every image of a source that cannot be decoded whole."""
+    """All images of a source that cannot be decoded whole, as "NAME: REASON"."""
 
     def probe(encoded: tf.Tensor) -> tf.Tensor:
         return tf.shape(ops.decode(file_formats.to_decodable(encoded)))[:1]

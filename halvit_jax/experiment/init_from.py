@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from halvit_jax.convert import readers
+from halvit_jax.convert import hub, readers
 from halvit_jax.convert.transfer import Transfer, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.experiment.workdir import INIT_FROM_FILE, read_dataset_info, split_source, workdir_path, write_text
@@ -19,7 +19,6 @@ from halvit_jax.text import first_few
 from halvit_jax.training.state import TrainState, with_arrays
 from halvit_jax.trees import TransferRules, flatten
 
-HUB = "hf://"  # files that `convert.hub` fetches
 Log = Callable[[str], None]
 Init = Callable[[TrainState], TrainState]
 
@@ -97,7 +96,7 @@ def read(
     try:
         if pathlib.Path(path).is_dir():
             arrays = flatten(load_trained(path, step=step).model_variables)
-        elif not path.startswith(HUB) and not workdir_path(path).exists():
+        elif not path.startswith(hub.PREFIX) and not workdir_path(path).exists():
             raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")

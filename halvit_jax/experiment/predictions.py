@@ -19,7 +19,8 @@ MAX_PAIRS = 10  # of confused classes
 def write_predictions(file: pathlib.Path, task: Any, variables: PyTree, loader: Any, info: DatasetInfo) -> list[str]:
     """Write a CSV file with a line for each image, beside it FILE.confusion.csv, and return lines for people.
 
-    `variables` are {"params": ..., **model_state}. The rows of the confusion matrix are labels, its columns predictions.
+    `variables` are {"params": ..., **model_state}. The rows of the confusion matrix are labels, its
+    columns predictions.
 
     Raises:
         ValueError: the task is no classification, several processes, or the file cannot be written.

@@ -13,6 +13,8 @@ UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed r
         "loop.log_every",
         "loop.eval_every",
         "loop.checkpoint_every",
+        "loop.early_stopping",
+        "loop.early_stopping",
         "save.",
         "compilation_cache",
         "mesh.",

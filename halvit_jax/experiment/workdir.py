@@ -57,7 +57,7 @@ def parse_step(text: str | None) -> int | str | None:
 def split_source(source: str) -> tuple[str, int | str | None]:
     """The workdir or file that a field such as `init_from` names, and its step: "runs/a@best", "runs/a@1200"."""
     found = re.fullmatch(rf"(.+)@({BEST}|\d+)", source)
-    if found is None or os.path.exists(source):
+    if found is None or "://" in source or os.path.exists(source):
         return os.path.expanduser(source), None
     return os.path.expanduser(found[1]), parse_step(found[2])
 

@@ -18,6 +18,7 @@ from halvit_jax.tasks.metrics import MeanCollector, classification_sums
 from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
+MAX_WEIGHTS = 20  # classes up to which their weights are spelt out
 UNBALANCED = 5  # times as many images of one class as of another, above which that is worth a word
 TOP = 5  # classes that `decode` lists
 MIXUP_MODES = ("batch", "elem")
@@ -156,8 +157,8 @@ class Classification:
         classes = len(info.class_names)
         if classes == 1:
             raise ValueError(
-                f"data.name={info.name!r} has the one class {info.class_names[0]!r}, so there is nothing to learn; each "
-                "class needs a folder of its own"
+                f"data.name={info.name!r} has the one class {info.class_names[0]!r}, so there is nothing to learn; a "
+                "class is a folder of its own"
             )
         if classes != self.model.num_classes:
             raise ValueError(

@@ -8,11 +8,13 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from helpers.runs import tiny
 from helpers.workdirs import listing
 from ml_collections import ConfigDict
 
+from halvit_jax import data
 from halvit_jax.cli import preflight
 from halvit_jax.experiment import lock
 
@@ -47,7 +49,7 @@ def test_a_good_config_passes_every_check(
 ) -> None:
     lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
     logged = [tuple(line.split()[:2]) for line in lines[:-1]]
-    names = "config model devices data dataset batches optimizer state workdir space lock checkpoint step"
+    names = "config model devices data dataset batches images optimizer state workdir space lock checkpoint step"
     assert logged == [("ok", name) for name in names.split()]
     assert lines[-1] == "all is well"
     assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
@@ -211,3 +213,32 @@ def test_a_step_that_does_not_fit_names_what_to_lower(
     assert failed.endswith(
         "MiB are there; lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
     )
+
+
+def test_every_image_of_a_small_set_is_decoded_and_all_bad_ones_listed(
+    tmp_path: pathlib.Path, digits_dir: pathlib.Path, capsys: Capsys
+) -> None:
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(8):
+                data.write_png(f"{tmp_path}/{split}/{name}/{number}.png", np.zeros((8, 8, 3), np.uint8))
+    changes = {"data.name": "folder", "data.root": str(tmp_path), "data.eval_split": "val", "model.num_classes": 0}
+    changes |= {"batch_size": 8, "data.virtual_shards": 1, "data.data_dir": ""}
+    config = small(digits_dir, **changes)
+    lines = tried(config, None, capsys, code=0)
+    assert line_of(lines, "ok", "images").endswith("32 were decoded")
+    assert "halvit_tiny" in line_of(lines, "ok", "model")  # with two classes, as the folder has
+    for path in ("train/ant/3.png", "val/bee/5.png"):
+        (tmp_path / path).write_text("<html>")
+    lines = tried(config, None, capsys)
+    assert "2 of 32 images cannot be decoded; remove them, or set data.on_bad_image" in line_of(lines, "FAIL", "images")
+    for path in ("train/ant/3.png", "val/bee/5.png"):
+        assert f"  {tmp_path}/{path}: by its first bytes it is no JPEG, PNG, GIF or BMP; it has 6 bytes" in lines
+    config.data.on_bad_image = "replace"
+    lines = tried(config, None, capsys, code=0)
+    assert "2 of them cannot be and are replaced" in line_of(lines, "warn", "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "MAX_DECODED", 8)
+        lines = tried(config, None, capsys, code=0)
+    assert "0 were decoded; --all_images decodes all 32" in line_of(lines, "ok", "images")

@@ -24,7 +24,7 @@ class BalancedSource(Source):
         entries = source.shard(0, 1)
         if set(entries.element_spec) != {"position"}:
             raise ValueError(
-                f"data.balance={power} needs random access: a folder, a data set prepared as ArrayRecord, or a small one"
+                f"data.balance={power} needs random access: a folder, a data set prepared as ArrayRecord or a small one"
             )
         self._source, self.info = source, source.info
         found = entries.map(no_autograph(lambda entry: source.fetch(entry)["label"]))
