@@ -9,18 +9,8 @@ from ml_collections import ConfigDict
 from halvit_jax.experiment.workdir import CONFIG_FILE, read_config, saved_steps
 
 UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed run, or only where its data lie
-    *(
-        "loop.log_every",
-        "loop.eval_every",
-        "loop.checkpoint_every",
-        "loop.early_stopping",
-        "loop.early_stopping",
-        "save.",
-        "compilation_cache",
-        "mesh.",
-        "cluster.",
-        "watchdog.",
-    ),
+    *("loop.log_every", "loop.eval_every", "loop.checkpoint_every", "loop.early_stopping"),
+    *("save.", "mesh.", "cluster.", "watchdog.", "compilation_cache"),
     *("data.data_dir", "data.root", "data.eval", "data.on_bad_image", "data.bad_image_budget"),
     *("init_from", "init_exclude", "teacher.init_from", "recipe_batch_size"),
 )
