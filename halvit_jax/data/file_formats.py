@@ -38,7 +38,7 @@ def to_decodable(encoded: tf.Tensor, *, rotate: bool = False) -> tf.Tensor:
     """
 
     def transcoded() -> tf.Tensor:
-        png = tf.numpy_function(lambda data: _as_png(data.item(), rotate=rotate), [encoded], tf.string, stateful=False)
+        png = tf.numpy_function(lambda data: _as_png(_bytes(data), rotate=rotate), [encoded], tf.string, stateful=False)
         return tf.ensure_shape(png, [])
 
     # Padded, because a file may have fewer bytes.
@@ -57,7 +57,9 @@ def to_decodable(encoded: tf.Tensor, *, rotate: bool = False) -> tf.Tensor:
 
 def orientation(encoded: tf.Tensor) -> tf.Tensor:
     """The rotation that a JPEG notes in EXIF, as a row of ROTATIONS, bool [3]."""
-    code = tf.numpy_function(lambda data: np.int64(_exif_orientation(data.item())), [encoded], tf.int64, stateful=False)
+    code = tf.numpy_function(
+        lambda data: np.int64(_exif_orientation(_bytes(data))), [encoded], tf.int64, stateful=False
+    )
     return tf.gather(ROTATIONS, tf.ensure_shape(code, []) - 1)
 
 
@@ -79,6 +81,11 @@ def box_in_file(box: tf.Tensor, seen: tf.Tensor, rotation: tf.Tensor) -> tf.Tens
     corner = tf.where(rotation[1:], seen - corner - extent, corner)
     swap = rotation[0]
     return tf.concat([tf.where(swap, corner[::-1], corner), tf.where(swap, extent[::-1], extent)], 0)
+
+
+def _bytes(data: bytes | np.ndarray) -> bytes:
+    """The argument of a function in Python: bytes in a pipeline, an array where TensorFlow runs eagerly."""
+    return data if isinstance(data, bytes) else data.item()
 
 
 def _as_png(data: bytes, *, rotate: bool) -> bytes:
