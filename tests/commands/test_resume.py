@@ -132,6 +132,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes_once_space_is_fre
             r"^error: the checkpoint of step \d+ could not be written to .* bytes, [\d,]+ are free; given up",
             error.splitlines()[-1],
         )
+        assert len(error.splitlines()) == 1  # and none of Orbax's tracebacks
+        assert "No space left on device" in error
         assert "step 10  good" in run_command("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
         assert (
