@@ -6,7 +6,7 @@ import logging as std_logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -123,6 +123,31 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def config_value(config: ConfigDict, name: str) -> Any:
+    """The field or sub-tree of a dotted name; "" is the whole config."""
+    for part in filter(None, name.split(".")):
+        config = config[part]
+    return config
+
+
+def _split_unset(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--config.some.field=None`, and the names of these fields, which the config may have set.
+
+    Raises:
+        ValueError: a field that cannot be None.
+    """
+    unset = [argument.removeprefix("--config.").removesuffix("=None") for argument in arguments if _unsets(argument)]
+    for name in unset:
+        value = config_value(default_config(), name)
+        if value is not None:
+            raise ValueError(f"--config.{name}=None: the field cannot be None; its default is {value!r}")
+    return [argument for argument in arguments if not _unsets(argument)], unset
+
+
+def _unsets(argument: str) -> bool:
+    return argument.startswith("--config.") and argument.endswith("=None")
+
+
 def _meant(name: str, known: list[str]) -> str:
     """The field that a wrong name stands for: by its usual meaning elsewhere, else the one that is spelt most alike."""
     word = name.rpartition(".")[2].lower()
@@ -134,8 +159,13 @@ def _parse(arguments: list[str]) -> list[str]:
         check_overrides(arguments, default_config())
         if "config" in flags.FLAGS:
             arguments = resolve_flags(arguments)
+        given, unset = _split_unset(arguments)
         try:
-            return flags.FLAGS(arguments)
+            rest = flags.FLAGS(given)
+            for name in unset:
+                tree, _, field = name.rpartition(".")
+                config_value(flags.FLAGS.config, tree)[field] = None
+            return rest
         except flags.Error as error:
             lines = str(error).strip().splitlines()  # a config file's own error is the last line of its traceback
             reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))

@@ -1,6 +1,7 @@
 """What all commands share: checks of overrides, and one-line errors with their exit codes."""
 
 import pytest
+from helpers.processes import run_command
 
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
@@ -70,3 +71,17 @@ def test_names_of_other_libraries_are_understood(given: str, meant: str) -> None
 
 def test_every_synonym_names_a_field() -> None:
     assert set(app.SYNONYMS.values()) <= set(app.field_names(default_config()))
+
+
+def test_a_field_that_a_config_sets_can_be_unset() -> None:
+    given, unset = app._split_unset(["main", "--config=x.py", "--config.model.image_size=None", "--config.seed=1"])
+    assert (given, unset) == (["main", "--config=x.py", "--config.seed=1"], ["model.image_size"])
+    with pytest.raises(ValueError, match=r"--config.batch_size=None: the field cannot be None; its default is 128"):
+        app._split_unset(["--config.batch_size=None"])
+
+
+def test_an_unset_field_is_none_in_the_config() -> None:
+    """The dry run prints the size that the table of models has, not the digits' 8x8."""
+    flags = ("--config=configs/halvit_digits.py", "--config.model.image_size=None", "--config.model.patch_size=None")
+    done = run_command("halvit_jax.check", *flags, "--no_compile", "--config.data.name=mnist", code=2)
+    assert "images of 224x224" in done.stdout
