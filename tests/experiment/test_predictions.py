@@ -21,12 +21,12 @@ def test_an_evaluation_writes_its_predictions_and_adds_itself_to_those_before(
     curves = set(workdir.glob("events.*"))
     file = tmp_path / "test.csv"
     result = run_experiment(config, workdir, mode="eval", step="best", predictions=str(file))
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     assert list(rows[0]) == ["image", "label", "prediction", "probability", "probability_of_label"]
     assert len({row["image"] for row in rows}) == 364
     right = np.mean([row["label"] == row["prediction"] for row in rows])
     assert right == pytest.approx(result["ema_eval"]["top1"])
-    matrix = list(csv.reader((tmp_path / "test.confusion.csv").open()))
+    matrix = list(csv.reader((tmp_path / "test.confusion.csv").read_text().splitlines()))
     counts = np.array([row[1:] for row in matrix[1:]], int)
     assert matrix[0][1:] == [row[0] for row in matrix[1:]] == [str(i) for i in range(10)]
     assert (counts.sum(), counts.trace()) == (364, sum(row["label"] == row["prediction"] for row in rows))

@@ -63,7 +63,7 @@ def test_the_story_of_own_data_runs_as_it_is_written(tmp_path: pathlib.Path) -> 
     assert "1 files passed over, 1 .db" in checked
     assert "1 of 61 images cannot be decoded" in checked
     assert "balanced accuracy, the mean over 2 classes" in evaluated
-    assert len(list(csv.DictReader((tmp_path / "predictions.csv").open()))) == 12
+    assert len(list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))) == 12
     rows = [json.loads(line) for line in predicted.splitlines() if line.startswith("{")]
     assert len(rows) == 6
     right = [pathlib.Path(row["image"]).parts[1] == row["top2"][0]["class"] for row in rows if "top2" in row]
