@@ -180,8 +180,9 @@ class Report:
         width, position = shutil.get_terminal_size().columns - 1, self._position(what, done, total)
         text = f"[{bar}] {position}" if len(position) + BAR + 3 <= width else position
         for part in shown:
-            if len(text) + 2 + len(part) <= width:
-                text = f"{text}  {part}"
+            if len(text) + 2 + len(part) > width:
+                break
+            text = f"{text}  {part}"
         self._write_live(text[:width])
         self._shown = (time.perf_counter(), shown if keep is None else keep)
 
