@@ -4,7 +4,7 @@ python -m halvit_jax.export --workdir=DIR --format=stablehlo|safetensors|onnx --
 
 The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float32; normalisation is inside, resizing is
 not. The file also contains a description: the size of the images, the fraction of the resized image that the
-central crop keeps (`crop`), and the names of the classes.
+central crop keeps (`crop`), how it is resized (`resize`, short_side or squash), and the names of the classes.
 
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install -e '.[onnx]'`; the description is in the model's metadata
@@ -99,8 +99,8 @@ def description(trained: Trained) -> dict[str, Any]:
         "model": config.model.name,
         "image_size": height if height == width else [height, width],
         "crop": config.data.eval_crop,
-        "interpolation": config.data.interpolation,
         "resize": config.data.eval_resize,
+        "interpolation": config.data.interpolation,
         "exif_rotation": config.data.exif_rotation,
         "mean": list(config.task.mean),
         "std": list(config.task.std),
@@ -114,7 +114,7 @@ def verify_export(trained: Trained, written: Predictor, out: pathlib.Path) -> li
     Where the evaluation set cannot be read, it is compared on random images.
     """
     try:
-        loader = build_loaders(trained.config, size=input_size(trained.task)).evals["eval"]
+        loader = build_loaders(trained.config, size=input_size(trained.task), training=False).evals["eval"]
         return [_size(out), *_compare(trained, written, loader.batches(), "images of the evaluation set")]
     except (ValueError, OSError) as error:  # data that are not there, or an image that cannot be decoded
         lines = _compare(trained, written, iter([_random_batch(trained.task)]), "random images")

@@ -2,6 +2,7 @@
 
 python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvit_digits [--mode=train|eval] [--cluster]
 python -m halvit_jax.main ... --profile=100:105        also trace these steps, counted from 0, for TensorBoard
+python -m halvit_jax.main --config=configs/shvit.py:s4 --mode=eval --config.init_from=FILE       evaluate these weights
 
 The program from here: experiment/build.py makes the parts of a run from its config (experiment/tasks.py the task,
 data/pipeline.py the loaders, training/optim.py the optimizer), experiment/init_from.py its initial weights,
@@ -19,7 +20,8 @@ import json
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -58,22 +60,34 @@ def main(argv: list[str]) -> None:
     profile = None
     with app.report_user_errors():
         app.reject_positional_args(argv, "flags look like --config.batch_size=64")
-        if values.config is None or values.workdir is None:
-            raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
-        if values.step is not None and values.mode != "eval":
-            raise ValueError(f"--step={values.step} is for --mode=eval; training resumes from the newest checkpoint")
+        weights_only = values.mode == "eval" and values.config is not None and values.config.init_from
+        if values.config is None or (values.workdir is None and not weights_only):
+            raise ValueError(
+                "give both --config=configs/NAME.py and --workdir=DIR; only --mode=eval of the weights in "
+                "--config.init_from=FILE needs no workdir"
+            )
+        if values.step is not None and (values.mode != "eval" or values.workdir is None):
+            raise ValueError(
+                f"--step={values.step} is for --mode=eval with a --workdir; training resumes from the newest checkpoint"
+            )
         if values.profile is not None:
             from halvit_jax.training.profiling import parse_range
 
             profile = parse_range(values.profile)
             if values.mode != "train":
                 raise ValueError(f"--profile={values.profile} is for --mode=train")
-        if values.predictions is not None and values.mode != "eval":
-            raise ValueError(f"--predictions={values.predictions} is for --mode=eval")
-        workdir, step = files.workdir_path(values.workdir), files.parse_step(values.step)
-        config = values.config
+        if values.predictions is not None and (values.mode != "eval" or values.workdir is None):
+            raise ValueError(f"--predictions={values.predictions} is for --mode=eval with a --workdir")
+        step = files.parse_step(values.step)
+    processes = {name: values[name].value for name in distributed.FLAGS}
+    config = config_lib.smoke(values.config) if values.smoke else values.config
+    if values.workdir is None:
+        evaluate_weights(config, processes=processes)
+        return
+    with app.report_user_errors():
+        workdir = files.workdir_path(values.workdir)
         if values.smoke:
-            config, workdir = config_lib.smoke(config), workdir / files.SMOKE_FOLDER
+            workdir = workdir / files.SMOKE_FOLDER
             shutil.rmtree(workdir, ignore_errors=True)
     run_experiment(
         config,
@@ -84,7 +98,7 @@ def main(argv: list[str]) -> None:
         resume_changed=values.resume_changed,
         profile=profile,
         predictions=values.predictions,
-        processes={name: values[name].value for name in distributed.FLAGS},
+        processes=processes,
     )
 
 
@@ -117,7 +131,10 @@ def run_experiment(
             if profile and profile.last >= run.total_steps:
                 raise ValueError(f"--profile={profile.first}:{profile.last} must end below {run.total_steps} steps")
             if mode == "eval" and not files.saved_steps(workdir):  # a folder would be made for a typing error
-                raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
+                raise ValueError(
+                    f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train"
+                    + ("; or leave out --workdir to evaluate the weights of init_from" if config.init_from else "")
+                )
             files.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.acquire(workdir))
@@ -125,6 +142,47 @@ def run_experiment(
         if mode == "eval":
             return _evaluate(config, workdir, run, step, predictions)
         return _train(config, workdir, run, changes, restart_if_corrupt=restart_if_corrupt, profile=profile)
+
+
+def evaluate_weights(
+    config: ConfigDict, *, processes: Mapping[str, Any] = distributed.SINGLE_PROCESS
+) -> dict[str, Any]:
+    """Evaluate the weights of `config.init_from`, print the result beside the published one, and return it.
+
+    Bad input ends the program with one line and exit code 2, before anything is compiled.
+    """
+    with contextlib.ExitStack() as stack:
+        with app.report_user_errors():
+            from halvit_jax.experiment import evaluation
+
+            config = evaluation.without_teacher(config)
+            config_lib.validate(config)
+            stack.enter_context(distributed.process_group(**processes, folder=None, **config.cluster))
+            from halvit_jax.training import loop
+            from halvit_jax.training.report import Report
+
+            parts = evaluation.build_evaluation(config)
+        # For the curves, which nobody reads, and the stacks of a stalled run, which are printed too.
+        workdir = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = {"progress": parts.task.progress_metrics, "units": parts.task.units}
+        report = Report(workdir, total_steps=0, batch_size=config.batch_size, **names)
+        for line in parts.loaded.lines():
+            report.log(f"init_from={config.init_from}: {line}")
+        with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
+            result = loop.evaluate_state(
+                parts.task, parts.state, parts.evals, mesh=parts.mesh, report=report, **handlers
+            )
+        _log_evaluation(config, report, result)
+    return result
+
+
+def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any], lines: Sequence[str] = ()) -> None:
+    from halvit_jax.experiment import evaluation
+
+    for line in [*lines, *evaluation.published_lines(config, result)]:
+        report.log(line)
+    report.close()
+    report.log(json.dumps(result))
 
 
 def _evaluate(
@@ -144,9 +202,9 @@ def _evaluate(
             run.task, restored.state, run.loaders.evals, mesh=run.mesh, report=report, **handlers
         )
     checkpointer.close()
-    report.close()
     data = {name: config.data[name] for name in ("eval_name", "eval_split")}
     files.append_evaluation(workdir, {"step": restored.step, **data, **result})
+    lines = []
     if predictions:
         from halvit_jax.experiment.predictions import write_predictions
 
@@ -154,9 +212,8 @@ def _evaluate(
         variables = {"params": values["params"], **values["model_state"]}
         with app.report_user_errors():
             file = pathlib.Path(predictions).expanduser()
-            for line in write_predictions(file, run.task, variables, run.loaders.evals["eval"], run.loaders.info):
-                report.log(line)
-    report.log(json.dumps(result))
+            lines = write_predictions(file, run.task, variables, run.loaders.evals["eval"], run.loaders.info)
+    _log_evaluation(config, report, result, lines)
     return result
 
 

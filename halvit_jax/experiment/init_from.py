@@ -72,7 +72,8 @@ def read_for_task(config: ConfigDict, task: Task) -> Transfer:
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
     model, rules = getattr(task, "model", None), task.transfer_rules
-    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, exclude=config.init_exclude)
+    how = {"exclude": config.init_exclude, "ema": config.init_ema, "positions": config.init_positions}
+    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, **how)
 
 
 def read(
@@ -83,11 +84,14 @@ def read(
     shapes: Mapping[str, tuple[int, ...]],
     rules: TransferRules,
     exclude: Sequence[str] = (),
+    ema: bool = True,
+    positions: str = "timm",
     field: str = "init_from",
 ) -> Transfer:
     """The arrays of a workdir or a weight file that fit the model `name` with variables of these shapes.
 
-    `field` of the config names the source; "DIR@best" and "DIR@1200" are checkpoints of a workdir.
+    `field` of the config names the source; "DIR@best" and "DIR@1200" are checkpoints of a workdir. Of raw weights and
+    their averages it takes the averages with `ema`. `positions` is a key of `transfer.RESAMPLINGS`.
 
     Raises:
         ValueError: the source is neither, or some of its arrays do not fit, each listed by path.
@@ -95,14 +99,14 @@ def read(
     path, step = split_source(source)
     try:
         if pathlib.Path(path).is_dir():
-            arrays = flatten(load_trained(path, step=step).model_variables)
+            arrays = flatten(load_trained(path, step=step, ema=ema).model_variables)
         elif not path.startswith(hub.PREFIX) and not workdir_path(path).exists():
             raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")
         else:
-            arrays = read_for(path, name, model)
-        return transfer(name, arrays, shapes, rules, exclude=exclude)
+            arrays = read_for(path, name, model, ema=ema)
+        return transfer(name, arrays, shapes, rules, exclude=exclude, positions=positions)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error
 

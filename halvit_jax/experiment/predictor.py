@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from halvit_jax.convert import readers, weights_file
-from halvit_jax.experiment.trained import load_trained
+from halvit_jax.experiment.trained import CONFIG, load_trained
 from halvit_jax.models import create_model
 from halvit_jax.protocols import DatasetInfo, PyTree
 from halvit_jax.tasks.classification import Classification
@@ -85,21 +85,21 @@ class Predictor:
 
 def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> Predictor:
     """The predictor of a workdir (its newest checkpoint, or that of `step`, which may be "best"), or of a .safetensors
-    file of `halvit_jax.export`. It computes in float32.
+    file of `halvit_jax.export` or `halvit_jax.halve`. It computes in float32.
 
     Raises:
         ValueError: no run or no checkpoint in a workdir, or a file without a description of its images.
     """
     source = os.path.expanduser(os.fspath(source))
-    if os.path.isdir(source):
+    weights = None if os.path.isdir(source) else readers.read(source)
+    if step is not None and weights is not None:
+        raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
+    if weights is None or CONFIG in weights.metadata:
         trained = load_trained(source, step=step)
         fields = trained.config.data
         how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
         how["exif_rotation"] = fields.exif_rotation
         return Predictor(trained.task, trained.model_variables, trained.info, how)
-    if step is not None:
-        raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
-    weights = readers.read(source)
     found = weights_file.from_weights(weights)
     described = json.loads(weights.metadata.get("info", "{}"))
     if found is None or "classes" not in described:

@@ -12,7 +12,7 @@ UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed r
     *("loop.log_every", "loop.eval_every", "loop.checkpoint_every", "loop.early_stopping"),
     *("save.", "mesh.", "cluster.", "watchdog.", "compilation_cache"),
     *("data.data_dir", "data.root", "data.eval", "data.on_bad_image", "data.bad_image_budget"),
-    *("init_from", "init_exclude", "teacher.init_from", "recipe_batch_size"),
+    *("init_", "teacher.init_from", "recipe_batch_size", "published_top1"),
 )
 
 
