@@ -156,7 +156,7 @@ def test_an_own_task_resumes_bit_for_bit(
     trained: tuple[pathlib.Path, dict[str, Any]], digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run_experiment(own_config(digits_dir, total_steps=4), tmp_path)
-    resumed = run_experiment(own_config(digits_dir), tmp_path)
+    resumed = run_experiment(own_config(digits_dir), tmp_path, resume_changed=True)
     assert resumed["params_sha256"] == trained[1]["params_sha256"]
 
 
