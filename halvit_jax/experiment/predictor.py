@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from halvit_jax.convert import readers, weights_file
-from halvit_jax.experiment.trained import CONFIG, load_trained
+from halvit_jax.experiment.trained import CONFIG, Trained, load_trained
 from halvit_jax.models import create_model
 from halvit_jax.protocols import DatasetInfo, PyTree
 from halvit_jax.tasks.classification import Classification
@@ -95,11 +95,7 @@ def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = N
     if step is not None and weights is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     if weights is None or CONFIG in weights.metadata:
-        trained = load_trained(source, step=step)
-        fields = trained.config.data
-        how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
-        how["exif_rotation"] = fields.exif_rotation
-        return Predictor(trained.task, trained.model_variables, trained.info, how)
+        return predictor_of(load_trained(source, step=step))
     found = weights_file.from_weights(weights)
     described = json.loads(weights.metadata.get("info", "{}"))
     if found is None or "classes" not in described:
@@ -110,6 +106,14 @@ def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = N
     task = Classification(create_model(found.name, **found.fields), mean=described["mean"], std=described["std"])
     how = {keyword: described[name] for name, keyword in PREPROCESSING.items() if name in described}
     return Predictor(task, found.variables, DatasetInfo(described["classes"], 0), how)
+
+
+def predictor_of(trained: Trained) -> Predictor:
+    """The predictor of a trained model, which preprocesses as its evaluation did."""
+    fields = trained.config.data
+    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
+    how["exif_rotation"] = fields.exif_rotation
+    return Predictor(trained.task, trained.model_variables, trained.info, how)
 
 
 def _batched(images: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, ...]]:

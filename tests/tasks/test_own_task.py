@@ -19,6 +19,7 @@ from halvit_jax import config as config_lib
 from halvit_jax.analysis import aot_plan
 from halvit_jax.analysis.tpu_topology import Topology
 from halvit_jax.cli.preflight import preflight
+from halvit_jax.experiment.predictor import predictor_of
 from halvit_jax.experiment.tasks import TASKS
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import run_experiment
@@ -166,7 +167,7 @@ def test_an_own_task_predicts_and_is_exported(
     digit = tmp_path / "digit.png"
     tf.io.write_file(str(digit), tf.io.encode_png(np.full((8, 8, 1), 100, np.uint8)))
     model = load_trained(trained[0])
-    ((row, _),) = predict.predict(model, [str(digit)])
+    ((row, _),) = predict.predict(predictor_of(model), [str(digit)])
     assert row.keys() == {"image", "stroke_width"}
     out = tmp_path / "model.zip"
     lines = export.verify_export(model, export.export(model, "stablehlo", out), out)
