@@ -6,6 +6,7 @@ logits = model.apply(variables, images, train=False)
 variables = halvit_jax.from_torch("deit_tiny", state)            # state: {official PyTorch name: numpy array}
 state = halvit_jax.to_torch("deit_tiny", variables)
 model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run, or of a file
+predictor = halvit_jax.load_predictor("runs/halvit_digits")      # with preprocessing and classes: predictor("a.jpg")
 model, variables = halvit_jax.halve(deit, variables, images)     # a trained DeiT as a HaLViT, half of its weights
 maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [b, heads, tokens, tokens], ...}
 """
@@ -18,23 +19,48 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
+    from halvit_jax.experiment.predictor import Predictor
     from halvit_jax.models import fold, list_models
     from halvit_jax.models.intermediates import capture
 
-__all__ = ["capture", "create_model", "fold", "from_torch", "halve", "list_models", "load", "to_torch"]
+__all__ = [
+    "capture",
+    "create_model",
+    "fold",
+    "from_torch",
+    "halve",
+    "list_models",
+    "load",
+    "load_predictor",
+    "to_torch",
+]
 
 
 def __getattr__(name: str) -> Any:
     """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
-    if name == "capture":
-        from halvit_jax.models.intermediates import capture
-
-        return capture
     if name in ("fold", "list_models"):
         from halvit_jax import models
 
         return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "capture":
+        from halvit_jax.models.intermediates import capture
+
+        return capture
+    raise AttributeError(f"module 'halvit_jax' has no attribute {name!r}")
+
+
+def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> "Predictor":
+    """A trained model with its preprocessing and classes, which takes paths, arrays and images of Pillow.
+
+    `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best") or a .safetensors
+    file of `halvit_jax.export`.
+
+    Raises:
+        ValueError: no run or no checkpoint in a workdir, or a file that does not describe its images.
+    """
+    from halvit_jax.experiment import predictor
+
+    return predictor.load_predictor(source, step=step)
 
 
 def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
@@ -92,13 +118,14 @@ def halve(
 
 
 def load(
-    source: str | os.PathLike[str], name: str | None = None, **overrides: Any
+    source: str | os.PathLike[str], name: str | None = None, *, step: int | str | None = None, **overrides: Any
 ) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
-    `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; a PyTorch state in a .safetensors, .npz or .pth
-    file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see
+    `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best"; the EMA if there is
+    one); a .safetensors file of `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; a PyTorch state in a
+    .safetensors, .npz or .pth file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub,
+    hf://OWNER/REPOSITORY (see
     `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
@@ -111,8 +138,10 @@ def load(
             raise ValueError(f"{source} is the workdir of a run, whose config names the model; give no other argument")
         from halvit_jax.experiment.trained import load_trained  # slow: imports the trainer
 
-        trained = load_trained(os.fspath(source))
+        trained = load_trained(os.fspath(source), step=step)
         return trained.task.model, trained.model_variables
+    if step is not None:
+        raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     from halvit_jax.convert import readers, weights_file
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)

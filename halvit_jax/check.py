@@ -18,6 +18,7 @@ import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
+from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import preflight
@@ -37,6 +38,8 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "With --config: the workdir of the future run. Without: the run to verify.")
     flags.DEFINE_bool("files_only", False, "Without --config: compare files only, and restore no arrays.")
     flags.DEFINE_bool("no_compile", False, "With --config: do not compile the training step, which takes longest.")
+    flags.DEFINE_bool("all_images", False, "With --config: decode every image, however many there are.")
+    flags.DEFINE_bool("smoke", False, "With --config: check the 20 steps that --smoke of halvit_jax.main trains.")
     distributed.define_flags()
 
 
@@ -51,12 +54,14 @@ def main(argv: list[str]) -> None:
         wrong = "no_compile" if values.config is None else "files_only"
         if values[wrong].value:
             raise ValueError(f"--{wrong} goes {'with' if values.config is None else 'without'} --config")
-        workdir = None if values.workdir is None else pathlib.Path(values.workdir)
+        workdir = None if values.workdir is None else files.workdir_path(values.workdir)
         if values.config is None:
             jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for a run that may use it
             sys.exit(verify(workdir, files_only=values.files_only))
         processes = {name: values[name].value for name in distributed.FLAGS}
-        sys.exit(preflight(values.config, workdir, compile_step=not values.no_compile, processes=processes))
+        config = config_lib.smoke(values.config) if values.smoke else values.config
+        how = {"compile_step": not values.no_compile, "all_images": values.all_images, "processes": processes}
+        sys.exit(preflight(config, workdir, **how))
 
 
 def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:

@@ -33,6 +33,7 @@ def default_config() -> ConfigDict:
             "init_ema": True,  # of a source with raw weights and their averages, the averages; False: the raw weights
             "init_positions": "timm",  # resampling of positions to another grid: timm (a=-0.5) or torch (a=-0.75)
             "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
+            "compilation_cache": "",  # folder that keeps compiled programs, for a faster start of a resumed run
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "matmul_precision": "highest",  # of products if compute_dtype is float32: default (fast), high or highest
             "model": _model(),
@@ -60,7 +61,7 @@ def _model() -> dict[str, Any]:
     optional = config_dict.placeholder
     return {
         "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
-        "num_classes": 1000,  # size of the classifier
+        "num_classes": 1000,  # size of the classifier; 0: as many as the data set has
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
         "residual_float32": optional(bool),  # ViT, Swin, PVT: residual sums in float32, whatever compute_dtype is
@@ -134,8 +135,10 @@ def _data() -> dict[str, Any]:
         "train_size": 0,  # height and width of the images in training, for models of any size; 0: model.image_size
         "eval_crop": 0.875,  # side of the central crop / side of the resized image, in evaluation
         "eval_resize": "short_side",  # in evaluation: short_side, or squash (both sides, ignoring the aspect ratio)
+        "exif_rotation": False,  # rotate images as their EXIF notes, as phones write it; torchvision and timm do not
         "on_bad_image": "error",  # images that cannot be decoded: error, or replace (grey, no weight in training)
         "bad_image_budget": 1e-4,  # largest fraction of an epoch that may be replaced; one image always may
+        "balance": 0.0,  # 1: every class is drawn equally often, 0: every image; between: count ** -balance an image
         "repeated_aug": 1,  # repeated augmentation: copies of an example; an epoch has 1 / repeated_aug of the examples
         "virtual_shards": 64,  # parts of the training split, each filling fixed rows of a batch; split over the hosts
         "shuffle_buffer": 16384,  # size of the shuffle buffers in records, over all virtual shards
@@ -175,6 +178,7 @@ def _classification() -> dict[str, Any]:
     return {
         "loss": "cross_entropy",  # in training: cross_entropy or binary_cross_entropy
         "bce_threshold": 0.0,  # binary_cross_entropy: targets above it are 1, all others 0; 0: the targets themselves
+        "class_weights": (),  # weight of each class in the training loss, in the order of their names; () is 1 for all
         "label_smoothing": 0.0,  # fraction of a target spread over all classes
         "mixup": 0.0,  # alpha of Mixup; 0 is off
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
@@ -251,13 +255,15 @@ def _loop() -> dict[str, Any]:
         "eval_every": 1000,  # steps between two evaluations; the last step is always evaluated
         "checkpoint_every": 1000,  # steps between two checkpoints; the last step is always saved
         "ema_decay": 0.0,  # decay of the EMA of parameters and BatchNorm statistics; 0 keeps none
+        "early_stopping": 0,  # end after this many evaluations in a row without a better score; 0 never
         "accumulate": 1,  # sequential parts of a batch, to save memory; the update is the same
     }
 
 
 def _save() -> dict[str, int]:
     return {
-        "keep": 2,  # number of newest checkpoints to keep; the best is kept too
+        "keep": 2,  # number of newest checkpoints to keep
+        "keep_best": 1,  # number of checkpoints with the best scores to keep beside them
         "attempts": 3,  # saves in a row that may fail before the run ends; each failure is logged
         "timeout": 600,  # seconds for all hosts to write their part of a checkpoint
     }
@@ -329,17 +335,19 @@ def validate(config: ConfigDict) -> None:
             f"total_steps={config.total_steps} and num_epochs={config.num_epochs}: set one of them above 0 and leave "
             "the other at 0"
         )
-    loop = {name: value for name, value in config.loop.items() if name != "ema_decay"}
+    loop = {name: value for name, value in config.loop.items() if name not in ("ema_decay", "early_stopping")}
     counts = {"batch_size": config.batch_size, **_named("loop", loop), **_named("save", config.save)}
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+        if value < (0 if name == "save.keep_best" else 1):
+            raise ValueError(f"{name}={value} must be at least {0 if name == 'save.keep_best' else 1}")
     for name, value in (_named("cluster", config.cluster) | _named("watchdog", config.watchdog)).items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be a positive number of seconds")
     for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")
+    if config.loop.early_stopping < 0:
+        raise ValueError(f"loop.early_stopping={config.loop.early_stopping} must not be negative")
     if not 0.0 <= config.loop.ema_decay < 1.0:
         raise ValueError(f"loop.ema_decay={config.loop.ema_decay} must lie in [0, 1)")
     for name in ("mix_group", "norm_group"):
@@ -374,6 +382,18 @@ def validate(config: ConfigDict) -> None:
                 "instances.masks=False leaves nothing to learn masks from; set detection.masks=False too, or "
                 "detection.detector='retinanet'"
             )
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The config shortened to 20 steps with two evaluations, two checkpoints and four reports."""
+    config = config.copy_and_resolve_references()
+    config.total_steps, config.num_epochs = 20, 0
+    config.loop.log_every = 5
+    config.loop.eval_every = config.loop.checkpoint_every = 10
+    config.optim.warmup_epochs = 0.0
+    if config.data.name != "folder" and "[" not in config.data.eval_split:
+        config.data.eval_split += "[:1%]"
+    return config
 
 
 def to_json(config: ConfigDict) -> str:

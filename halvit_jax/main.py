@@ -9,12 +9,19 @@ data/pipeline.py the loaders, training/optim.py the optimizer), experiment/init_
 training/loop.py trains (training/step.py is the step), training/evaluate.py evaluates, training/checkpoint/ saves.
 """
 
+if __name__ == "__main__":  # before the imports below, which take seconds
+    from halvit_jax.cli import startup
+
+    startup.exit_on_signals()
+
 import contextlib
 import functools
 import json
 import pathlib
+import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -23,7 +30,7 @@ from ml_collections import ConfigDict, config_flags
 from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.cli import app
-from halvit_jax.experiment import lock
+from halvit_jax.experiment import lock, resume
 from halvit_jax.experiment import workdir as files
 
 if TYPE_CHECKING:
@@ -36,10 +43,15 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
-    flags.DEFINE_integer("step", None, "With --mode=eval: the step whose checkpoint to evaluate; else the newest.")
+    flags.DEFINE_string(
+        "step", None, "With --mode=eval: the step whose checkpoint to evaluate, or best; else the newest."
+    )
     flags.DEFINE_string("detections", None, "With --mode=eval: a file to write, in the form of COCO's results.")
     flags.DEFINE_bool("restart_if_corrupt", False, "Start over if every checkpoint is corrupt.")
+    flags.DEFINE_bool("resume_changed", False, "Resume with fields that change the run, such as the learning rate.")
     flags.DEFINE_string("profile", None, "FIRST:LAST, steps to trace into WORKDIR/profile, counted from 0.")
+    flags.DEFINE_bool("smoke", False, "Train 20 steps that touch all that the run will do, anew, in WORKDIR/smoke.")
+    flags.DEFINE_string("predictions", None, "With --mode=eval: a CSV file for the prediction on every image.")
     distributed.define_flags()
 
 
@@ -72,18 +84,29 @@ def main(argv: list[str]) -> None:
             profile = parse_range(values.profile)
             if values.mode != "train":
                 raise ValueError(f"--profile={values.profile} is for --mode=train")
+        if values.predictions is not None and (values.mode != "eval" or values.workdir is None):
+            raise ValueError(f"--predictions={values.predictions} is for --mode=eval with a --workdir")
+        step = files.parse_step(values.step)
     processes = {name: values[name].value for name in distributed.FLAGS}
+    config = config_lib.smoke(values.config) if values.smoke else values.config
     if values.workdir is None:
-        evaluate_weights(values.config, processes=processes)
+        evaluate_weights(config, processes=processes)
         return
+    with app.report_user_errors():
+        workdir = files.workdir_path(values.workdir)
+        if values.smoke:
+            workdir = workdir / files.SMOKE_FOLDER
+            shutil.rmtree(workdir, ignore_errors=True)
     run_experiment(
-        values.config,
-        pathlib.Path(values.workdir),
+        config,
+        workdir,
         mode=values.mode,
-        step=values.step,
+        step=step,
         detections=values.detections,
         restart_if_corrupt=values.restart_if_corrupt,
+        resume_changed=values.resume_changed,
         profile=profile,
+        predictions=values.predictions,
         processes=processes,
     )
 
@@ -93,10 +116,12 @@ def run_experiment(
     workdir: pathlib.Path,
     *,
     mode: str = "train",
-    step: int | None = None,
+    step: int | str | None = None,
     detections: str | None = None,
     restart_if_corrupt: bool = False,
+    resume_changed: bool = False,
     profile: "ProfileRange | None" = None,
+    predictions: str | None = None,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> dict[str, Any]:
     """Train to the end, or evaluate a checkpoint; print the result and return it.
@@ -111,15 +136,24 @@ def run_experiment(
             stack.enter_context(distributed.process_group(**processes, folder=workdir, **config.cluster))
             from halvit_jax.experiment import build
 
+            config = build.with_num_classes(config)
+            if distributed.is_first() and sys.stdout.isatty():
+                print(f"opening the data and building {config.model.name}", flush=True)
             run = build.build(config, training=mode == "train")
             if profile and profile.last >= run.total_steps:
                 raise ValueError(f"--profile={profile.first}:{profile.last} must end below {run.total_steps} steps")
+            if mode == "eval" and not files.saved_steps(workdir):  # a folder would be made for a typing error
+                raise ValueError(
+                    f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train"
+                    + ("; or leave out --workdir to evaluate the weights of init_from" if config.init_from else "")
+                )
             files.create_workdir(workdir)
             if mode == "train" and distributed.is_first():
                 stack.enter_context(lock.acquire(workdir))
+            changes = resume.check_changes(workdir, config, allowed=resume_changed) if mode == "train" else []
         if mode == "eval":
-            return _evaluate(config, workdir, run, step, detections)
-        return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt, profile=profile)
+            return _evaluate(config, workdir, run, step, predictions, detections)
+        return _train(config, workdir, run, changes, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
 def evaluate_weights(
@@ -154,17 +188,22 @@ def evaluate_weights(
     return result
 
 
-def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any]) -> None:
+def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any], lines: Sequence[str] = ()) -> None:
     from halvit_jax.experiment import evaluation
 
-    for line in evaluation.published_lines(config, result):
+    for line in [*lines, *evaluation.published_lines(config, result)]:
         report.log(line)
     report.close()
     report.log(json.dumps(result))
 
 
 def _evaluate(
-    config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None, detections: str | None
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    run: "Run",
+    step: int | str | None,
+    predictions: str | None,
+    detections: str | None,
 ) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
@@ -172,13 +211,9 @@ def _evaluate(
 
     with app.report_user_errors():
         checkpointer = Checkpointer(workdir, read_only=True)
-        restored = checkpointer.restore(run.abstract_state(), step=step)
-        if restored is None:
-            raise ValueError(
-                f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train"
-                + ("; or leave out --workdir to evaluate the weights of init_from" if config.init_from else "")
-            )
-        report = _make_report(config, workdir, run)
+        with _name_changes(workdir, config):
+            restored = checkpointer.restore(run.abstract_state(), step=step)
+        report = _make_report(config, workdir, run, curves=False)
     collectors: dict[str, Any] = {}
     with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
@@ -195,12 +230,29 @@ def _evaluate(
         pathlib.Path(detections).write_text(json.dumps(found) + "\n")
         report.log(f"{detections}: {len(found):,} detections")
     checkpointer.close()
-    _log_evaluation(config, report, result)
+    data = {name: config.data[name] for name in ("eval_name", "eval_split")}
+    files.append_evaluation(workdir, {"step": restored.step, **data, **result})
+    lines = []
+    if predictions:
+        from halvit_jax.experiment.predictions import write_predictions
+
+        values = restored.state.ema or restored.state.trained
+        variables = {"params": values["params"], **values["model_state"]}
+        with app.report_user_errors():
+            file = pathlib.Path(predictions).expanduser()
+            lines = write_predictions(file, run.task, variables, run.loaders.evals["eval"], run.loaders.info)
+    _log_evaluation(config, report, result, lines)
     return result
 
 
 def _train(
-    config: ConfigDict, workdir: pathlib.Path, run: "Run", *, restart_if_corrupt: bool, profile: "ProfileRange | None"
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    run: "Run",
+    changes: list[str],
+    *,
+    restart_if_corrupt: bool,
+    profile: "ProfileRange | None",
 ) -> dict[str, Any]:
     from halvit_jax.experiment import build, init_from, teacher
     from halvit_jax.training import loop
@@ -210,28 +262,31 @@ def _train(
     with app.report_user_errors():
         report = _make_report(config, workdir, run)
         checkpointer = Checkpointer(workdir, **config.save, log=report.log)
-        start = loop.restore_or_init(
-            checkpointer,
-            report,
-            run.abstract_state(),
-            functools.partial(
-                init_from.fresh_state,
-                task=run.task,
-                init=run.fresh_state,
-                config=config,
-                workdir=workdir,
-                log=report.log,
-            ),
-            eval_every=config.loop.eval_every,
-            restart_if_corrupt=restart_if_corrupt,
-        )
+        with _name_changes(workdir, config):
+            start = loop.restore_or_init(
+                checkpointer,
+                report,
+                run.abstract_state(),
+                functools.partial(
+                    init_from.fresh_state,
+                    task=run.task,
+                    init=run.fresh_state,
+                    config=config,
+                    info=run.loaders.info,
+                    workdir=workdir,
+                    log=report.log,
+                ),
+                eval_every=config.loop.eval_every,
+                restart_if_corrupt=restart_if_corrupt,
+            )
+        resumed_at = int(start.state.step)
         if run.distillation:
-            teacher.pin_teacher(run.distillation.record, workdir, resumed=int(start.state.step) > 0)
+            teacher.pin_teacher(run.distillation.record, workdir, resumed=resumed_at > 0)
             for line in run.distillation.lines():
                 report.log(line)
-    for line in build.recipe_deviations(config):
+    for line in [*(changes if resumed_at else []), *build.recipe_deviations(config)]:
         report.log(f"WARNING: {line}")
-    files.write_run_metadata(workdir, config, run.loaders.info)
+    files.write_run_metadata(workdir, config, run.loaders.info, resumed_at=resumed_at)
     report.hyperparameters(config.to_dict())
     profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
     with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:
@@ -262,7 +317,24 @@ def _train(
     return result
 
 
-def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
+@contextlib.contextmanager
+def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
+    """Answer a checkpoint of another model with the fields that differ, in place of its arrays."""
+    from halvit_jax.training.checkpoint.metadata import MismatchError
+
+    try:
+        yield
+    except MismatchError as error:
+        changed = resume.changed_fields(workdir, config)
+        if not changed:
+            raise
+        raise ValueError(
+            f"{str(error).splitlines()[0].partition(';')[0]}: it was trained with {resume.describe(changed)}; give the "
+            "old values, or another --workdir"
+        ) from error
+
+
+def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curves: bool = True) -> Any:
     from halvit_jax.training.report import Report
 
     return Report(
@@ -271,6 +343,7 @@ def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run") -> Any:
         batch_size=config.batch_size,
         progress=run.task.progress_metrics,
         units=run.task.units,
+        curves=curves,
     )
 
 

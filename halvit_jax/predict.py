@@ -1,18 +1,21 @@
 """Classify images, find objects in them, or apply the model of any other task to them.
 
-python -m halvit_jax.predict --workdir=DIR [--attention=out.png] [--draw=FOLDER] IMAGE...
+python -m halvit_jax.predict --workdir=DIR [--step=best] [--top=3] [--attention=out.png] [--draw=FOLDER] IMAGE...
 
 One JSON object a line: {"image": path, "top5": [{"class": name, "probability": p}, ...]} (of another task, its decoded
 output), or, for a file that is not an image, {"image": path, "error": reason}, and the exit code 1. `--attention`
 draws the attention of a transformer's last block: a row for each image, without and with the attention as an overlay
-from blue (least) to red (most). `--draw` writes every image with its detections into a folder.
+from blue (least) to red (most). `--draw` writes every image with its detections into a folder. An IMAGE may be a
+folder, which stands for all images in it and below.
 """
 
+import itertools
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -21,12 +24,19 @@ from absl import flags
 from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode, ServingModel
 
+if TYPE_CHECKING:
+    from halvit_jax.experiment.predictor import Predictor
+    from halvit_jax.experiment.trained import Trained
+
+BATCH = 16  # images that are run at once
 MIN_SIDE = 224  # pixels of a drawn image
 
 
 def define_flags() -> None:
     """Define the command-line flags."""
     flags.DEFINE_string("workdir", None, "The workdir of a run of halvit_jax.main.")
+    flags.DEFINE_string("step", None, "The step whose checkpoint to use, or best; else the newest.")
+    flags.DEFINE_integer("top", None, "How many classes to list; else 5.")
     flags.DEFINE_string("draw", None, "A folder for the images with their detections.")
     flags.DEFINE_string("attention", None, "A PNG file for a drawing of the attention of the last block.")
 
@@ -35,29 +45,25 @@ def main(argv: list[str]) -> None:
     """Print a line for every image; exit with 1 if one of them could not be read."""
     with app.report_user_errors():
         if flags.FLAGS.workdir is None or not argv[1:]:
-            raise ValueError("give --workdir=DIR and at least one image")
+            raise ValueError("give --workdir=DIR and at least one image or folder")
         picture = flags.FLAGS.attention
-        folder = flags.FLAGS.draw
         if picture is not None and not picture.endswith(".png"):
             raise ValueError(f"--attention={picture} must end in .png")
-        from halvit_jax.experiment.trained import load_trained
-
-        trained = load_trained(flags.FLAGS.workdir)
-        if folder is not None:
-            from halvit_jax.cli import drawing
-
-            drawing.check(trained.config.task.name, folder, argv[1:])
+        if flags.FLAGS.top is not None and flags.FLAGS.top < 1:
+            raise ValueError(f"--top={flags.FLAGS.top} must be at least 1")
+        serving, rows = _predictions(argv[1:])
         if picture is not None:
-            serving = trained.task.serving(trained.model_variables, folded=False)
             image = jax.ShapeDtypeStruct((1, *serving.input_size, 3), "uint8")
             jax.eval_shape(lambda images: _last_maps(serving, images), image)
 
     failed, drawn = False, []
-    for row, image in predict(trained, argv[1:]):
+    for row, image in rows:
         failed |= image is None
-        if folder is not None and image is not None:
-            drawing.draw(image, row["detections"], drawing.file_of(folder, row["image"]))
-        print(json.dumps(row), flush=True)
+        if flags.FLAGS.draw is not None and image is not None:
+            from halvit_jax.cli import drawing
+
+            drawing.draw(image, row["detections"], drawing.file_of(flags.FLAGS.draw, row["image"]))
+        print(json.dumps(row, ensure_ascii=False), flush=True)
         if picture is not None and image is not None:
             drawn.append(attention_over(serving, image))
     if drawn:
@@ -69,39 +75,43 @@ def main(argv: list[str]) -> None:
         sys.exit(ExitCode.PARTLY)
 
 
-def predict(trained: Any, paths: list[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
-    """For each image file the decoded output of the model, or the reason why there is none; and the image.
+def predict(
+    predictor: "Predictor", paths: Iterable[str], **decoding: Any
+) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+    """For each image file the decoded output of the model, or the reason why there is none; and the image."""
+    iterator = iter(paths)
+    while chunk := list(itertools.islice(iterator, BATCH)):
+        images: list[np.ndarray | str] = []
+        for path in chunk:
+            try:
+                images.append(predictor.preprocess(path))
+            except ValueError as error:
+                images.append(str(error))
+        good = [image for image in images if not isinstance(image, str)]
+        rows = predictor.decoded(good, batch_size=BATCH, **decoding)
+        for path, image in zip(chunk, images, strict=True):
+            if isinstance(image, str):
+                yield {"image": path, "error": image}, None
+            else:
+                yield {"image": path, **next(rows)}, image
 
-    The image is as the model gets it, or, for a detector, that of the file.
-    """
-    serving = trained.task.serving(trained.model_variables, folded=False)
-    read, apply = _reader(trained.config, serving), jax.jit(serving.apply)
+
+def detect(trained: "Trained", paths: Iterable[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+    """`predict` for a detector: the detections in the pixels of each file; and the file's image."""
+    from halvit_jax import data
+
+    fields, serving = trained.config.instances, trained.task.serving(trained.model_variables, folded=False)
+    apply, canvases = jax.jit(serving.apply), [tuple(canvas) for canvas in fields.canvases]
     for path in paths:
         try:
-            row = read(path)
+            row = data.read_on_canvas(path, canvases, short_side=fields.short_side, long_side=fields.long_side)
         except ValueError as error:
             yield {"image": path, "error": str(error)}, None
             continue
         outputs = apply(serving.variables, *(row[name][None] for name in serving.inputs))
-        if "original" in row:
-            outputs |= {name: row[name][None] for name in ("size", "original")}
+        outputs |= {name: row[name][None] for name in ("size", "original")}
         (decoded,) = trained.task.decode(outputs, trained.info)
-        yield {"image": path, **decoded}, row.get("pixels", row["image"])
-
-
-def _reader(config: Any, serving: ServingModel) -> Callable[[str], dict[str, np.ndarray]]:
-    """A function of a path: what an evaluation would read of this image."""
-    from halvit_jax import data
-
-    if config.task.name == "detection":
-        fields = config.instances
-        sides = {"short_side": fields.short_side, "long_side": fields.long_side}
-        canvases = [tuple(canvas) for canvas in fields.canvases]
-        return lambda path: data.read_on_canvas(path, canvases, **sides)
-    fields = config.data
-    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
-    transform = data.eval_transform(serving.input_size, **how)
-    return lambda path: {"image": data.read_image(path, transform)}
+        yield {"image": path, **decoded}, row["pixels"]
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
@@ -124,6 +134,38 @@ def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
     both = np.concatenate([image, np.uint8(0.5 * image + 0.5 * 255 * colours.clip(0, 1))], 1)
     enlarge = -(-MIN_SIDE // size)
     return both.repeat(enlarge, 0).repeat(enlarge, 1)
+
+
+def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dict[str, Any], np.ndarray | None]]]:
+    """The model, and the rows of `predict` or `detect`, which are made one after the other."""
+    from halvit_jax.cli import drawing
+    from halvit_jax.experiment.predictor import load_predictor, predictor_of
+    from halvit_jax.experiment.trained import load_trained
+    from halvit_jax.experiment.workdir import parse_step
+
+    workdir, step, paths = flags.FLAGS.workdir, parse_step(flags.FLAGS.step), _files(arguments)
+    trained = load_trained(workdir, step=step) if os.path.isdir(os.path.expanduser(workdir)) else None
+    name = trained.config.task.name if trained else "classification"
+    if flags.FLAGS.draw is not None:
+        drawing.check(name, flags.FLAGS.draw, paths)
+    if trained and name == "detection":
+        return trained.task.serving(trained.model_variables, folded=False), detect(trained, paths)
+    predictor = predictor_of(trained) if trained else load_predictor(workdir, step=step)
+    decoding = {} if flags.FLAGS.top is None else {"top": flags.FLAGS.top}
+    return predictor.serving, predict(predictor, paths, **decoding)
+
+
+def _files(arguments: list[str]) -> list[str]:
+    """The image files that the command line names; a folder stands for all images in it and below."""
+    from halvit_jax import data
+
+    files = []
+    for argument in map(os.path.expanduser, arguments):
+        found = data.image_files(argument) if os.path.isdir(argument) else [argument]
+        if not found:
+            raise ValueError(f"{argument} holds no images")
+        files += found
+    return files
 
 
 def _last_maps(serving: ServingModel, images: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 MAX_NAMES = 5
 MAX_CHARACTERS = 300
+CUT = " ... "
 
 
 def first_few(names: Sequence[str], most: int = MAX_NAMES) -> str:
@@ -13,5 +14,10 @@ def first_few(names: Sequence[str], most: int = MAX_NAMES) -> str:
 
 
 def one_line(error: object) -> str:
-    """The text of an error without line breaks, cut off after `MAX_CHARACTERS`."""
-    return " ".join(str(error).split())[:MAX_CHARACTERS]
+    """The text of an error without line breaks; of one longer than `MAX_CHARACTERS` the start and the end.
+
+    The end, because libraries put the cause last.
+    """
+    text = " ".join(str(error).split())
+    half = (MAX_CHARACTERS - len(CUT)) // 2
+    return text if len(text) <= MAX_CHARACTERS else f"{text[:half]}{CUT}{text[-half:]}"

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from halvit_jax import data, distributed
-from halvit_jax.config import default_config, from_json, to_json, validate
+from halvit_jax.config import default_config, from_json, smoke, to_json, validate
 from halvit_jax.experiment import teacher
 from halvit_jax.models import FAMILIES
 from halvit_jax.recipes import imagenet
@@ -156,3 +156,23 @@ def test_the_model_has_the_fields_of_all_families_with_their_types() -> None:
     assert set(config) - {"name"} == set(kinds) - {"dtype", "folded"}
     for field in set(config) - {"name"}:
         assert issubclass(config.get_type(field), typing.get_origin(kinds[field]) or kinds[field]), field
+
+
+def test_smoke_shortens_any_config_and_leaves_the_given_one_alone() -> None:
+    config = imagenet.deit("halvit_tiny")
+    before = to_json(config)
+    short = smoke(config)
+    validate(short)
+    assert to_json(config) == before
+    assert (short.total_steps, short.num_epochs, short.optim.warmup_epochs) == (20, 0, 0.0)
+    assert (short.loop.log_every, short.loop.eval_every, short.loop.checkpoint_every) == (5, 10, 10)
+    assert short.data.eval_split == "validation[:1%]"
+    assert short.model.width == config.model.width
+
+
+def test_early_stopping_must_not_be_negative() -> None:
+    config = default_config()
+    config.total_steps = 1
+    config.loop.early_stopping = -1
+    with pytest.raises(ValueError, match=r"loop\.early_stopping=-1 must not be negative"):
+        validate(config)

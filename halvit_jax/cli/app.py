@@ -6,15 +6,34 @@ import logging as std_logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from halvit_jax.cli.config_files import resolve_flags
+from halvit_jax.cli.config_files import explain, resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
+from halvit_jax.cli.startup import ignore_signals
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError, ExitCode
+
+SYNONYMS = {  # names of other libraries
+    **dict.fromkeys(("lr", "base_lr", "peak_lr"), "optim.learning_rate"),
+    **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
+    **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
+    **dict.fromkeys(("epochs", "max_epochs", "num_train_epochs"), "num_epochs"),
+    **dict.fromkeys(("steps", "max_steps", "num_steps", "num_train_steps"), "total_steps"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data.name"),
+    **dict.fromkeys(("image_dir", "data_path", "train_dir", "folder"), "data.root"),
+    **dict.fromkeys(("img_size", "resolution", "input_size"), "model.image_size"),
+    **dict.fromkeys(("nb_classes", "n_classes", "classes"), "model.num_classes"),
+    **dict.fromkeys(("pretrained", "checkpoint", "finetune", "resume"), "init_from"),
+    **dict.fromkeys(("optimizer", "opt"), "optim.name"),
+    **dict.fromkeys(("warmup", "warmup_steps"), "optim.warmup_epochs"),
+    **dict.fromkeys(("grad_clip", "clip_grad", "max_grad_norm"), "optim.clip_norm"),
+    **dict.fromkeys(("ema", "model_ema"), "loop.ema_decay"),
+    **dict.fromkeys(("smoothing",), "classification.label_smoothing"),
+}
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -25,7 +44,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     # If a checkpoint cannot be written, asyncio logs each array; the Checkpointer logs it once.
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    finally:  # the exit code stands, whatever comes while Python shuts down
+        ignore_signals()
 
 
 @contextlib.contextmanager
@@ -90,8 +112,7 @@ def check_overrides(arguments: list[str], config: ConfigDict) -> None:
         if argument.startswith("--config."):
             name = argument.removeprefix("--config.").split("=")[0]
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name} is not a field of the config; did you mean --config.{near}?")
+                raise ValueError(f"{name} is not a field of the config; did you mean --config.{_meant(name, known)}?")
 
 
 def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
@@ -102,14 +123,52 @@ def field_names(config: ConfigDict, prefix: str = "") -> list[str]:
     return names
 
 
+def config_value(config: ConfigDict, name: str) -> Any:
+    """The field or sub-tree of a dotted name; "" is the whole config."""
+    for part in filter(None, name.split(".")):
+        config = config[part]
+    return config
+
+
+def _split_unset(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments without `--config.some.field=None`, and the names of these fields, which the config may have set.
+
+    Raises:
+        ValueError: a field that cannot be None.
+    """
+    unset = [argument.removeprefix("--config.").removesuffix("=None") for argument in arguments if _unsets(argument)]
+    for name in unset:
+        value = config_value(default_config(), name)
+        if value is not None:
+            raise ValueError(f"--config.{name}=None: the field cannot be None; its default is {value!r}")
+    return [argument for argument in arguments if not _unsets(argument)], unset
+
+
+def _unsets(argument: str) -> bool:
+    return argument.startswith("--config.") and argument.endswith("=None")
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """The field that a wrong name stands for: by its usual meaning elsewhere, else the one that is spelt most alike."""
+    word = name.rpartition(".")[2].lower()
+    return SYNONYMS.get(word) or difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+
+
 def _parse(arguments: list[str]) -> list[str]:
     with report_user_errors():
         check_overrides(arguments, default_config())
         if "config" in flags.FLAGS:
             arguments = resolve_flags(arguments)
+        given, unset = _split_unset(arguments)
         try:
-            return flags.FLAGS(arguments)
+            rest = flags.FLAGS(given)
+            for name in unset:
+                tree, _, field = name.rpartition(".")
+                config_value(flags.FLAGS.config, tree)[field] = None
+            return rest
         except flags.Error as error:
             lines = str(error).strip().splitlines()  # a config file's own error is the last line of its traceback
             reason = " ".join(dict.fromkeys([lines[0], lines[-1]]))
             raise ValueError(f"{reason}; --help lists the flags") from error
+        except Exception as error:  # of any kind: a config file is a program
+            raise ValueError(f"the config file cannot be read: {explain(error)}") from error

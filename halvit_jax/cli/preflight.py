@@ -3,6 +3,7 @@
 The second half of the command `check`. One line per check; a failed check does not stop independent ones.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax import distributed
 from halvit_jax.analysis.hlo import memory_of
-from halvit_jax.experiment import build, init_from, lock, tasks, teacher
+from halvit_jax.experiment import build, init_from, lock, resume, tasks, teacher
 from halvit_jax.experiment import workdir as files
 from halvit_jax.protocols import ExitCode, PyTree
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
@@ -25,6 +26,7 @@ from halvit_jax.training.sharding import bytes_of
 from halvit_jax.training.step import abstract_batch
 from halvit_jax.trees import count, flatten
 
+MAX_DECODED = 2_000  # examples of a split up to which all its images are decoded
 MAX_COUNTED = 10_000  # examples up to which the records of a training split are read once
 MEMORY_HINT = "lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
 UNKNOWN_LENGTH = 10**9  # steps, if the data could not be read
@@ -36,6 +38,7 @@ def preflight(
     workdir: pathlib.Path | None,
     *,
     compile_step: bool = True,
+    all_images: bool = False,
     processes: Mapping[str, Any] = distributed.SINGLE_PROCESS,
 ) -> int:
     """Print one line per check and return the exit code. Of several processes each checks for itself.
@@ -52,6 +55,8 @@ def preflight(
                 f"no device can be used ({reason}); stop the process that uses it, or set JAX_PLATFORMS=cpu"
             ) from error
         items = Checklist()
+        with contextlib.suppress(ValueError):  # which the data item answers
+            config = build.with_num_classes(config)
         valid = items.run("config", _config, config=config)
         task = items.run("model", _model, config=config)
         mesh = items.run("devices", _devices, config=config)
@@ -60,11 +65,12 @@ def preflight(
         loaders = items.run("data", _data, config=config, size=size)
         items.run("dataset", _dataset, config=config, model=task, data=loaders)
         items.run("batches", _batches, data=loaders)
+        items.run("images", _images, config=config, data=loaders, every=all_images)
         epoch = loaders.train.steps_per_epoch if loaders else 1
         optimizer = items.run("optimizer", _optimizer, config=config, epoch=epoch, known=loaders is not None)
         state = items.run("state", _state, config=config, model=task, optimizer=optimizer, devices=mesh)
         if config.init_from:
-            items.run("init_from", _init_from, config=config, model=task)
+            items.run("init_from", _init_from, config=config, model=task, data=loaders)
         if teacher.is_used(config):
             task = items.run("teacher", _teacher, config=valid, model=task, devices=mesh)
         if workdir is None:
@@ -74,7 +80,7 @@ def preflight(
             items.run("space", _space, config=config, workdir=workdir, state=state)
             items.run("lock", _lock, workdir=workdir)
             total = build.total_steps(config, epoch) if loaders else UNKNOWN_LENGTH
-            items.run("checkpoint", _checkpoint, workdir=workdir, state=state, total=total)
+            items.run("checkpoint", _checkpoint, config=config, workdir=workdir, state=state, total=total)
         if compile_step:
             subject = "teacher" if teacher.is_used(config) else "model"
             items.run("step", _step, config=valid, optimizer=optimizer, devices=mesh, state=state, **{subject: task})
@@ -185,6 +191,30 @@ def _batches(data: Any) -> CheckResult:
     return CheckResult(f"the first were read and decoded: {', '.join(lines)}", warning=warning)
 
 
+def _images(config: ConfigDict, data: Any, every: bool) -> CheckResult:
+    from halvit_jax.data import open_source, undecodable
+
+    if getattr(config, config.task.name, None) is None or config.task.name not in ("classification", "distillation"):
+        return CheckResult("only those of the first batches were decoded")
+    fields, lines, count = config.data, [], 0
+    splits = {fields.train_split: data.train.num_examples, fields.eval_split: data.evals["eval"].num_examples}
+    for split, number in splits.items():
+        if every or number <= MAX_DECODED:
+            name = fields.eval_name if split == fields.eval_split and fields.eval_name else fields.name
+            lines += undecodable(open_source(name, fields.data_dir, split, root=fields.root))
+            count += number
+    if lines:
+        listed = "".join(f"\n  {line}" for line in lines)
+        message = f"{len(lines)} of {count:,} images cannot be decoded; remove them, or set data.on_bad_image='replace'"
+        if fields.on_bad_image == "error":
+            raise ValueError(f"{message}:{listed}")
+        return CheckResult(
+            f"{count:,} were decoded", warning=f"{len(lines)} of them cannot be and are replaced:{listed}"
+        )
+    rest = "" if count == sum(splits.values()) else f"; --all_images decodes all {sum(splits.values()):,}"
+    return CheckResult(f"{count:,} were decoded{rest}")
+
+
 def _optimizer(config: ConfigDict, epoch: int, known: bool) -> CheckResult:
     make_guard(**config.skip_updates)
     if not known:  # then the length is unknown, and taken to be long
@@ -199,8 +229,10 @@ def _state(config: ConfigDict, model: Any, optimizer: Any, devices: Any) -> Chec
     return CheckResult(f"{bytes_of(state):,} bytes, and so has a checkpoint", state)
 
 
-def _init_from(config: ConfigDict, model: Any) -> CheckResult:
-    return CheckResult("; ".join(init_from.read_for_task(config, model).lines()))
+def _init_from(config: ConfigDict, model: Any, data: Any) -> CheckResult:
+    found = init_from.read_for_task(config, model)
+    warnings = init_from.other_classes(config, model, found, data.info)
+    return CheckResult("; ".join(found.lines()), warning="; ".join(warnings).removeprefix("WARNING: "))
 
 
 def _teacher(config: ConfigDict, model: Any, devices: Any) -> CheckResult:
@@ -238,10 +270,11 @@ def _lock(workdir: pathlib.Path) -> CheckResult:
     return CheckResult("free")
 
 
-def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
+def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.checkpoint.metadata import diff, mismatch_message
 
+    changes = resume.check_changes(workdir, config, allowed=False)
     checkpointer, warnings = Checkpointer(workdir, read_only=True), []
     try:
         for step in reversed(checkpointer.steps()):
@@ -255,7 +288,9 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult
                 raise ValueError(mismatch_message(step, f"--workdir={workdir}", differences))
             if step >= total:
                 warnings.append(f"the run is finished at step {step} of {total} and would only be evaluated")
-            return CheckResult(f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(warnings))
+            return CheckResult(
+                f"that of step {step} fits; --workdir alone verifies it", warning="; ".join(changes + warnings)
+            )
     finally:
         checkpointer.close()
     if warnings:

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
         if len(argv) != 3:
             raise ValueError("give an input and an output file: python -m halvit_jax.convert IN OUT --model=NAME")
         given = flags.FLAGS
+        if os.path.exists(argv[2]):
+            raise ValueError(f"{argv[2]} exists; name another file, or remove it")
         fields = {"num_classes": given.num_classes, "image_size": given.image_size}
         for line in convert(argv[1], argv[2], name=given.model, to=given.to, fields=fields):
             print(line)

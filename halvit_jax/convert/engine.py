@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from halvit_jax.text import first_few
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,6 +57,7 @@ LAYOUTS: dict[str, Layout] = {
 # follows from the fields, such as indices, is ignored when read and not written.
 COUNTER, CACHE = "counter", "cache"
 BUFFERS = (COUNTER, CACHE)
+MAX_LISTED = 10  # entries of one kind in a message
 FLOATS = ("float32", "float16", "bfloat16")  # exact in float32
 
 
@@ -218,9 +221,9 @@ class Problems:
         self._found.setdefault(kind, []).append(entry)
 
     def raise_any(self) -> None:
-        """Raise a ValueError that lists all entries, if there are any."""
+        """Raise a ValueError that counts all entries and lists the first of each kind, if there are any."""
         if self._found:
-            kinds = [f"{len(found)} {kind}: {', '.join(found)}" for kind, found in self._found.items()]
+            kinds = [f"{len(found)} {kind}: {first_few(found, MAX_LISTED)}" for kind, found in self._found.items()]
             raise ValueError(f"{self._what}; {'; '.join(kinds)}")
 
 

@@ -1,20 +1,25 @@
 """Data: from sources to batches. The one package that imports TensorFlow."""
 
+from halvit_jax.data.errors import undecodable
 from halvit_jax.data.instance_loaders import make_detection_loaders
 from halvit_jax.data.instances import read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
-from halvit_jax.data.transforms import eval_transform, read_image, write_png
+from halvit_jax.data.sources.image_folder import image_files
+from halvit_jax.data.transforms import eval_transform, read_image, transform_array, write_png
 
 __all__ = [
     "Host",
     "eval_transform",
     "hide_accelerators",
+    "image_files",
     "make_detection_loaders",
     "make_loaders",
     "open_source",
     "read_image",
     "read_on_canvas",
+    "transform_array",
+    "undecodable",
     "write_png",
 ]
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from halvit_jax.data import ops
-from halvit_jax.data.sources.base import RECORD_HINT, Source
+from halvit_jax.data import file_formats, ops
+from halvit_jax.data.sources.base import RECORD_HINT, Entry, Source
 from halvit_jax.protocols import DataError
 from halvit_jax.text import first_few
 
@@ -47,19 +47,21 @@ class ErrorTracker:
         self._allowed = max(1, int(budget * source.info.num_examples))
         self._replaced: set[str] = set()  # in this epoch; a repeated image counts once
 
-    def batches(self, batches: Iterator[dict[str, np.ndarray]], first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        """The batches from step `first_step` on.
+    def batches(
+        self, batches: Iterator[dict[str, np.ndarray]], first_step: int, *, names: bool = False
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """The batches from step `first_step` on; with `names`, the name of each record as well.
 
         Raises:
             DataError: a file is corrupt, an image cannot be decoded, or more images were replaced than allowed.
         """
-        tracked = self._tracked(batches, first_step)
+        tracked = self._tracked(batches, first_step, names)
         ACTIVE_ITERATORS.add(tracked)
         _close_iterators_at_exit()
         return tracked
 
     def _tracked(
-        self, batches: Iterator[dict[str, np.ndarray]], step: int
+        self, batches: Iterator[dict[str, np.ndarray]], step: int, keep_names: bool
     ) -> Generator[dict[str, np.ndarray], None, None]:
         try:
             for batch in batches:
@@ -68,7 +70,7 @@ class ErrorTracker:
                 decoded, names = batch.pop("decoded"), batch.pop("name")
                 if not decoded.all():
                     self._count({name.decode() for name in names[~decoded]})
-                yield batch
+                yield {**batch, "name": names} if keep_names else batch
                 step += 1
         except tf.errors.OpError as error:
             traceback.clear_frames(error.__traceback__)  # they hold the iterator, as this frame does
@@ -102,6 +104,28 @@ class ErrorTracker:
         except (tf.errors.OpError, ValueError) as cause:  # of the record itself, whose message names it
             return f"{ops.reason(cause)}; {RECORD_HINT}"
         return ops.reason(error)  # all could be read this time
+
+
+def undecodable(source: Source) -> list[str]:
+    """All images of a source that cannot be decoded whole, as "NAME: REASON"."""
+
+    def probe(encoded: tf.Tensor) -> tf.Tensor:
+        return tf.shape(ops.decode(file_formats.to_decodable(encoded)))[:1]
+
+    def tried(entry: Entry) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        record = source.fetch(entry)
+        _, good = ops.try_or_default(probe, record["image"], default=np.zeros(1, np.int32))
+        return record["name"], record["image"], good
+
+    found = source.shard(0, 1).map(ops.no_autograph(tried), num_parallel_calls=tf.data.AUTOTUNE)
+    lines = []
+    for name, encoded, good in found.filter(ops.no_autograph(lambda name, encoded, good: ~good)):
+        del good
+        try:
+            probe(encoded)
+        except tf.errors.OpError as error:
+            lines.append(f"{name.numpy().decode()}: {ops.reason(error)}")
+    return lines
 
 
 @functools.cache

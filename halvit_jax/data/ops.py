@@ -9,6 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import tensorflow as tf
 
+from halvit_jax.data import file_formats
+
 RESIZE_METHODS = ("bilinear", "bicubic")
 CROP_ATTEMPTS = 10  # boxes tried before the central crop, as in torchvision
 MAX_PIXELS = 2**27  # of an image; a file of some kilobytes can claim more than there is memory
@@ -21,7 +23,7 @@ HEAD = 26  # header with the size, in these three formats
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """JPEG, PNG, GIF or BMP bytes -> uint8 [h, w, 3]; grey and CMYK become three colours.
 
-    A JPEG has the pixels of Pillow. A rotation noted in EXIF is not applied, as in torchvision's and timm's loaders.
+    A JPEG has the pixels of Pillow. A rotation noted in EXIF is not applied; see `decode_rotated`.
 
     Raises:
         tf.errors.InvalidArgumentError: the bytes are not such an image, are truncated, or claim too many pixels.
@@ -35,19 +37,38 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(image, [None, None, 3])
 
 
+def decode_rotated(encoded: tf.Tensor) -> tf.Tensor:
+    """`decode`, rotated as a JPEG notes in EXIF."""
+    return file_formats.rotate(decode(encoded), file_formats.orientation(encoded))
+
+
 def random_resized_crop(
-    encoded: tf.Tensor, seed: tf.Tensor, *, size: tuple[int, int], method: str, antialias: bool, min_area: float
+    encoded: tf.Tensor,
+    seed: tf.Tensor,
+    *,
+    size: tuple[int, int],
+    method: str,
+    antialias: bool,
+    min_area: float,
+    rotate: bool = False,
 ) -> tf.Tensor:
     """A random box of `min_area` to 1 of the image at an aspect ratio of 3/4 to 4/3, resized to (height, width).
 
-    Of a JPEG only the blocks the box needs are decoded. The box is drawn as in torchvision: up to ten tries, the first
-    that fits, else the largest central box with an allowed ratio.
+    With `rotate`, of the image as a JPEG notes its rotation in EXIF. Of a JPEG only the blocks the box needs are
+    decoded. The box is drawn as in torchvision: up to ten tries, the first that fits, else the largest central box with
+    an allowed ratio.
 
     Raises:
         tf.errors.InvalidArgumentError: as in `decode`, but bytes that a JPEG lacks below the box are not noticed.
     """
     shape = image_shape(encoded)
-    crop = decode_box(encoded, random_box(shape[0], shape[1], seed, min_area))
+    if rotate:
+        rotation = file_formats.orientation(encoded)
+        seen = file_formats.seen_shape(shape, rotation)
+        box = file_formats.box_in_file(random_box(seen[0], seen[1], seed, min_area), seen, rotation)
+        crop = file_formats.rotate(decode_box(encoded, box), rotation)
+    else:
+        crop = decode_box(encoded, random_box(shape[0], shape[1], seed, min_area))
     return resize(crop, size, method=method, antialias=antialias)
 
 
@@ -171,7 +192,7 @@ def image_shape(encoded: tf.Tensor) -> tf.Tensor:
     """(height, width) of an image from the first bytes of its file, int32 [2].
 
     Raises:
-        tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP, or one of more than MAX_PIXELS.
+        tf.errors.InvalidArgumentError: no JPEG, PNG, GIF or BMP by its first bytes, or one of more than MAX_PIXELS.
     """
     shape = tf.cond(
         tf.io.is_jpeg(encoded),
@@ -197,13 +218,18 @@ def _shape_of_others(encoded: tf.Tensor) -> tf.Tensor:
     def first(kind: bytes) -> tf.Tensor:
         return tf.strings.substr(head, 0, len(kind)) == kind
 
+    def unknown() -> tf.Tensor:
+        message = ["by its first bytes it is no JPEG, PNG, GIF or BMP; it has", tf.strings.length(encoded), "bytes"]
+        with tf.control_dependencies([tf.debugging.Assert(False, message)]):
+            return tf.zeros(2, tf.int64)
+
     return tf.case(  # PNG has its width first, and so have GIF and BMP
         [
             (first(PNG), lambda: numbers(16, np.int32, False)()[::-1]),
             (first(GIF), lambda: numbers(6, np.uint16, True)()[::-1]),
             (first(BMP), lambda: tf.abs(numbers(18, np.int32, True)()[::-1])),
         ],
-        default=lambda: tf.cast(tf.io.extract_jpeg_shape(encoded)[:2], tf.int64),  # raises for a non-JPEG
+        default=unknown,
     )
 
 
@@ -215,6 +241,7 @@ def reason(error: Exception) -> str:
         return " ".join(line.removeprefix("b'").removesuffix("'") for line in checked[1].splitlines())
     place = r"\{\{.*?\}\} ?|Error in user-defined function passed to .*? with iterator: \S+: | ?\[(?:Op:|\[).*"
     line = re.sub(place, "", message.splitlines()[0]).strip()
+    line = re.sub(r"^[\w.]*Error: ", "", line)  # raised in Python
     checked = re.match(r"assertion failed: (.*)", line)  # the same in a pipeline
     return re.sub(r"\[(.*?)\]", r"\1", checked[1]) if checked else line
 

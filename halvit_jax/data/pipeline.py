@@ -17,6 +17,7 @@ import tensorflow as tf
 from halvit_jax.data import ops
 from halvit_jax.data.errors import ErrorTracker
 from halvit_jax.data.sources import open_sources
+from halvit_jax.data.sources.balanced import BalancedSource
 from halvit_jax.data.sources.base import Entry, Source
 from halvit_jax.data.transforms import Example, Transform, eval_transform, train_transform
 from halvit_jax.protocols import DatasetInfo, Loader
@@ -64,8 +65,10 @@ def make_loaders(
     train_size: int,
     eval_crop: float,
     eval_resize: str,
+    exif_rotation: bool,
     on_bad_image: str,
     bad_image_budget: float,
+    balance: float,
     repeated_aug: int,
     virtual_shards: int,
     shuffle_buffer: int,
@@ -95,11 +98,17 @@ def make_loaders(
         color_jitter=color_jitter,
         method=interpolation,
         antialias=antialias,
+        exif_rotation=exif_rotation,
         mean=mean,
         on_bad_image=on_bad_image,
     )
     for_evaluation = eval_transform(
-        size, fraction=eval_crop, method=interpolation, resize=eval_resize, on_bad_image=on_bad_image
+        size,
+        fraction=eval_crop,
+        method=interpolation,
+        resize=eval_resize,
+        exif_rotation=exif_rotation,
+        on_bad_image=on_bad_image,
     )
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
@@ -110,7 +119,7 @@ def make_loaders(
     if train_source is None:
         return Loaders(None, loaders, eval_sources["eval"].info)
     train = TrainLoader(
-        train_source,
+        BalancedSource(train_source, balance) if balance else train_source,
         for_training,
         seed=seed,
         virtual_shards=virtual_shards,
@@ -158,9 +167,11 @@ class TrainLoader:
         self.info, self.num_examples = source.info, source.info.num_examples
         self.steps_per_epoch = self.num_examples // self._shards // self._rows_per_shard
         if not self.steps_per_epoch:
+            fits = 2 ** int(math.log2(self.num_examples))
             raise ValueError(
-                f"batch_size={batch_size} over {self._shards} virtual shards needs more than the "
-                f"{self.num_examples} examples of data.train_split; lower batch_size or data.virtual_shards"
+                f"batch_size={batch_size} in data.virtual_shards={virtual_shards} needs more than the "
+                f"{self.num_examples} examples of data.train_split; set e.g. batch_size={fits} and "
+                "data.virtual_shards=1"
             )
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -243,8 +254,8 @@ class EvalLoader:
         self.info, self.num_examples = source.info, source.info.num_examples
         self.steps_per_epoch = math.ceil(math.ceil(self.num_examples / host.count) / self._rows)
 
-    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """This host's rows of the batches from number `start_step` on."""
+    def batches(self, start_step: int = 0, *, names: bool = False) -> Iterator[dict[str, np.ndarray]]:
+        """This host's rows of the batches from number `start_step` on; with `names` of the records, as bytes."""
         examples = self._entries().map(
             ops.no_autograph(self._prepare), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
         )
@@ -256,7 +267,7 @@ class EvalLoader:
         tracker = ErrorTracker(
             self._source, self._prepare, self._replay, budget=self._budget, steps_per_epoch=self.steps_per_epoch
         )
-        return tracker.batches(batches.as_numpy_iterator(), start_step)
+        return tracker.batches(batches.as_numpy_iterator(), start_step, names=names)
 
     def _entries(self) -> tf.data.Dataset:
         return self._source.shard(self._host.index, self._host.count)

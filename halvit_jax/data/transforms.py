@@ -6,7 +6,7 @@ from typing import TypedDict
 import numpy as np
 import tensorflow as tf
 
-from halvit_jax.data import augment, ops
+from halvit_jax.data import augment, file_formats, ops
 from halvit_jax.data.sources.base import Record
 
 Example = dict[str, tf.Tensor]
@@ -38,6 +38,7 @@ def train_transform(
     color_jitter: float,
     method: str,
     antialias: bool,
+    exif_rotation: bool = False,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     on_bad_image: str = "error",
 ) -> Transform:
@@ -52,11 +53,14 @@ def train_transform(
     _check_method(method)
 
     def cropped(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-        return ops.random_resized_crop(encoded, seed, size=size, method=method, antialias=antialias, min_area=min_area)
+        how = {"size": size, "method": method, "antialias": antialias, "rotate": exif_rotation}
+        return ops.random_resized_crop(encoded, seed, min_area=min_area, **how)
 
     def whole(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return ops.resize(ops.decode(encoded), size, method=method, antialias=antialias)
+        return ops.resize(decode_whole(encoded), size, method=method, antialias=antialias)
+
+    decode_whole = ops.decode_rotated if exif_rotation else ops.decode
 
     crops = {"random_resized": cropped, "whole": whole}
     if crop not in crops:
@@ -77,7 +81,7 @@ def train_transform(
     if color_jitter:
         strengths = dict.fromkeys(("brightness", "contrast", "saturation"), color_jitter)
         augmentations.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
-    decode = _decoder(crops[crop], size, on_bad_image)
+    decode = _decoder(crops[crop], size, on_bad_image, exif_rotation)
 
     def transform(record: Record, seed: tf.Tensor) -> Example:
         example = {**record, **decode(record["image"], ops.fold_in(seed, 0))}
@@ -89,7 +93,13 @@ def train_transform(
 
 
 def eval_transform(
-    size: tuple[int, int], *, fraction: float, method: str, resize: str = "short_side", on_bad_image: str = "error"
+    size: tuple[int, int],
+    *,
+    fraction: float,
+    method: str,
+    resize: str = "short_side",
+    exif_rotation: bool = False,
+    on_bad_image: str = "error",
 ) -> Transform:
     """Resize to cover `size` (height, width) / fraction, cut out the middle; the seed is not used.
 
@@ -106,14 +116,15 @@ def eval_transform(
 
     def middle(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
         del seed
-        return EVAL_RESIZES[resize](ops.decode(encoded), size=size, fraction=fraction, method=method)
+        return EVAL_RESIZES[resize](decode_whole(encoded), size=size, fraction=fraction, method=method)
 
-    decode = _decoder(middle, size, on_bad_image)
+    decode_whole = ops.decode_rotated if exif_rotation else ops.decode
+    decode = _decoder(middle, size, on_bad_image, exif_rotation)
     return lambda record, seed: {**record, **decode(record["image"], seed)}
 
 
 def read_image(path: str, transform: Transform) -> np.ndarray:
-    """The image of a file (JPEG, PNG, GIF, BMP), transformed: uint8 [height, width, 3].
+    """The image of a file, transformed: uint8 [height, width, 3].
 
     Raises:
         ValueError: the file cannot be read, or is not such an image.
@@ -123,6 +134,18 @@ def read_image(path: str, transform: Transform) -> np.ndarray:
         return transform(record, tf.zeros(2, tf.int64))["image"].numpy()
     except tf.errors.OpError as error:
         raise ValueError(f"{path} is not an image that can be read: {ops.reason(error)}") from error
+
+
+def transform_array(image: np.ndarray, transform: Transform) -> np.ndarray:
+    """An image in memory, uint8 [h, w, 3] or grey [h, w], transformed as its file would be.
+
+    Raises:
+        ValueError: an array of another shape or type.
+    """
+    if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] not in (1, 3)):
+        raise ValueError(f"an image must be uint8 [h, w, 3] or [h, w], not {image.dtype} {list(image.shape)}")
+    png = tf.io.encode_png(image if image.ndim == 3 else image[..., None])
+    return transform({"image": png, "name": tf.constant("")}, tf.zeros(2, tf.int64))["image"].numpy()
 
 
 def write_png(path: str, image: np.ndarray) -> None:
@@ -138,18 +161,21 @@ def write_png(path: str, image: np.ndarray) -> None:
 
 
 def _decoder(
-    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: tuple[int, int], on_bad_image: str
+    crop: Callable[[tf.Tensor, tf.Tensor], tf.Tensor], size: tuple[int, int], on_bad_image: str, rotate: bool
 ) -> Callable[[tf.Tensor, tf.Tensor], DecodedImage]:
     """(encoded image, seed) -> its crop; bytes that cannot be decoded raise an error or become grey."""
     if on_bad_image not in ON_BAD_IMAGE:
         raise ValueError(f"data.on_bad_image={on_bad_image!r} is not one of {', '.join(ON_BAD_IMAGE)}")
     grey = np.full((*size, 3), GREY, np.uint8)
 
+    def decodable_crop(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        return crop(file_formats.to_decodable(encoded, rotate=rotate), seed)
+
     def raise_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
-        return {"image": crop(encoded, seed), "decoded": tf.constant(True)}
+        return {"image": decodable_crop(encoded, seed), "decoded": tf.constant(True)}
 
     def replace_on_error(encoded: tf.Tensor, seed: tf.Tensor) -> DecodedImage:
-        image, decoded = ops.try_or_default(crop, encoded, seed, default=grey)
+        image, decoded = ops.try_or_default(decodable_crop, encoded, seed, default=grey)
         return {"image": image, "decoded": decoded}
 
     return raise_on_error if on_bad_image == "error" else replace_on_error

@@ -3,6 +3,7 @@
 Each sub-tree becomes the keywords of one constructor.
 """
 
+import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -60,6 +61,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
     Raises:
         ValueError: a value that is not allowed; the message names the field, the value and what is allowed.
     """
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(config.compilation_cache)))
     task = build_task(config)
     mesh = build_mesh(config)
     guard = make_guard(**config.skip_updates)
@@ -78,6 +81,24 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         guard=guard,
         distillation=setup,
     )
+
+
+def with_num_classes(config: ConfigDict) -> ConfigDict:
+    """The config, a `model.num_classes` of 0 replaced by the number of classes of the training split.
+
+    Raises:
+        ValueError: the data set is not there.
+    """
+    if config.model.num_classes or config.task.name not in ("classification", "distillation"):
+        return config
+    from halvit_jax import data
+
+    data.hide_accelerators()
+    fields = config.data
+    source = data.open_source(fields.name, fields.data_dir, fields.train_split, root=fields.root)
+    config = config.copy_and_resolve_references()
+    config.model.num_classes = len(source.info.class_names)
+    return config
 
 
 def build_mesh(config: ConfigDict, **devices: Any) -> Mesh:

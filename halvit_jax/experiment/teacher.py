@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from halvit_jax.convert import readers, shapes_of, weights_file
 from halvit_jax.convert.transfer import Transfer
 from halvit_jax.experiment import init_from, tasks
-from halvit_jax.experiment.workdir import TEACHER_FILE, read_config
+from halvit_jax.experiment.workdir import TEACHER_FILE, read_config, read_json, split_source, write_text
 from halvit_jax.models import create_model, partition_rules, transfer_rules
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
@@ -104,7 +104,7 @@ def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool)
     """
     path = workdir / TEACHER_FILE
     if resumed and path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         if before["sha256"] != record["sha256"]:
             raise ValueError(
                 f"teacher.init_from={record['source']} (sha256 {record['sha256'][:16]}) holds other weights than the "
@@ -112,7 +112,7 @@ def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool)
                 f"{before['sha256'][:16]}); give that one, or another --workdir"
             )
     elif jax.process_index() == 0:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
@@ -154,15 +154,21 @@ def _describe(
 ) -> tuple[Teacher, str]:
     """The model of `config.teacher` and its normalisation, without variables, and the model's name."""
     images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
-    known = _known(init_from) if os.path.exists(init_from) else None
+    path, _ = split_source(init_from)
+    known = _known(path) if os.path.exists(path) else None
     if known:
         _check_agreement(init_from, {"name": name or known.name, **images}, {"name": known.name, **known.images})
         # The stored number of classes is kept, to be compared with the student's.
         name, fields, images = known.name, known.fields, images | known.images
     elif name:
         fields = {"num_classes": student.model.num_classes}
+    elif os.path.exists(path):
+        raise ValueError(f"teacher.init_from={init_from} does not name its model; set teacher.name")
     else:
-        raise ValueError(f"teacher.init_from={init_from} does not name its model, or does not exist; set teacher.name")
+        raise ValueError(
+            f"teacher.init_from={init_from} does not exist ({os.path.abspath(path)}); train the teacher first, or set "
+            "teacher.name to plan a run without it"
+        )
     try:
         model = create_model(name, **fields | {"image_size": student.model.image_size, "dtype": student.model.dtype})
     except ValueError as error:

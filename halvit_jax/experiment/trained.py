@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax.convert import readers, weights_file
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.workdir import read_config, read_dataset_info
+from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
@@ -36,21 +36,21 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path, *, ema: bool = True) -> Trained:
-    """The newest checkpoint of a run, or the model of a file of `save_trained`, to compute in float32.
+def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, ema: bool = True) -> Trained:
+    """The newest checkpoint of a run, or that of a step, which may be "best"; or the model of a file of `save_trained`.
 
-    Without `ema` the raw weights of a run, even if it has averages.
+    It computes in float32. Without `ema` it has the raw weights of a run, even if that has averages.
 
     Raises:
         ValueError: no run or no checkpoint here, one that does not fit its own config, or a file without a config.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = workdir_path(workdir)
     if workdir.is_file():
         return _load_file(workdir)
     config = read_config(workdir)
     config.compute_dtype = "float32"
     task = build_task(config)
-    state = restore_newest(task, config, workdir)
+    state = restore(task, config, workdir, step=step)
     variables = (ema and state.ema) or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
@@ -85,8 +85,8 @@ def _load_file(path: pathlib.Path) -> Trained:
     )
 
 
-def restore_newest(task: Task, config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """The state of the newest checkpoint in `workdir` that verifies, whole on the first device of this host.
+def restore(task: Task, config: ConfigDict, workdir: pathlib.Path, *, step: int | str | None = None) -> TrainState:
+    """The state of the newest checkpoint in `workdir` that verifies, or of a step; whole on this host's first device.
 
     Raises:
         ValueError: there is no checkpoint, none verifies, or it does not fit.
@@ -96,7 +96,7 @@ def restore_newest(task: Task, config: ConfigDict, workdir: pathlib.Path) -> Tra
     abstract = abstract_checkpoint_state(task, config)
     checkpointer = Checkpointer(workdir, read_only=True, log=lambda line: print(line, file=sys.stderr))
     try:
-        restored = checkpointer.restore(abstract)
+        restored = checkpointer.restore(abstract, step=step)
     finally:
         checkpointer.close()
     if restored is None:

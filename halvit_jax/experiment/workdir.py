@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -13,17 +14,57 @@ from halvit_jax import config as config_lib
 from halvit_jax.protocols import DatasetInfo
 from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
-CONFIG_FILE = "config.json"  # the config of the run
+CONFIG_FILE = "config.json"  # the config of the run; before it was changed at step N: config.step_N.json
 DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class names
+EVALS_FILE = "evals.jsonl"  # a line for each --mode=eval: the step, the data and the metrics
 RESULT_FILE = "result.json"  # metrics of the finished run
 INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
 TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
 LOCK_FILE = "lock.json"  # the process that trains here
 CHECKPOINT_FOLDER = FOLDER  # a folder for each step, sealed by a manifest.json
 CORRUPT_CHECKPOINT_FOLDER = CORRUPT_FOLDER  # checkpoints that did not verify, moved away
-DEBUG_FOLDER = "debug"  # batches and thread stacks of a failed run
+DEBUG_FOLDER = "debug"  # batches and stacks of a run that ended badly
+BEST = "best"  # of all steps; as in the checkpointer, whose module takes seconds to import
+SMOKE_FOLDER = "smoke"  # the workdir of --smoke
 PROFILE_FOLDER = "profile"  # traces of --profile
 # Beside them: TensorBoard's event files.
+
+
+def workdir_path(text: str | os.PathLike[str]) -> pathlib.Path:
+    """The folder that a flag or field names; a leading ~ is the home folder.
+
+    Raises:
+        ValueError: a URL, such as that of a bucket.
+    """
+    if "://" in os.fspath(text):
+        raise ValueError(f"{text} is a URL; give a folder, which may be a bucket that is mounted, e.g. with gcsfuse")
+    return pathlib.Path(text).expanduser()
+
+
+def parse_step(text: str | None) -> int | str | None:
+    """The step that a flag names: a number, "best", or None for the newest.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text is None or text == BEST:
+        return text
+    if not text.isdecimal():
+        raise ValueError(f"--step={text} must be the step of a checkpoint, or {BEST}")
+    return int(text)
+
+
+def split_source(source: str) -> tuple[str, int | str | None]:
+    """The workdir or file that a field such as `init_from` names, and its step: "runs/a@best", "runs/a@1200"."""
+    found = re.fullmatch(rf"(.+)@({BEST}|\d+)", source)
+    if found is None or "://" in source or os.path.exists(source):
+        return os.path.expanduser(source), None
+    return os.path.expanduser(found[1]), parse_step(found[2])
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+    """The steps that have a checkpoint, good or corrupt, in order."""
+    return sorted(int(path.name) for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit())
 
 
 def create_workdir(workdir: pathlib.Path) -> None:
@@ -41,29 +82,49 @@ def create_workdir(workdir: pathlib.Path) -> None:
         raise ValueError(f"--workdir={workdir} cannot be written to ({error.strerror}); name another one") from error
 
 
-def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetInfo) -> None:
-    """Write what `load_trained` needs beside the checkpoint: the config and the `DatasetInfo`."""
+def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetInfo, *, resumed_at: int = 0) -> None:
+    """Write what `load_trained` needs beside the checkpoint: the config and the data set's facts.
+
+    A config that was another one until the step `resumed_at` is kept.
+    """
     if jax.process_index():
         return
-    (workdir / CONFIG_FILE).write_text(config_lib.to_json(config) + "\n")
-    (workdir / DATASET_FILE).write_text(json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n")
+    path, text = workdir / CONFIG_FILE, config_lib.to_json(config) + "\n"
+    if resumed_at and path.is_file() and path.read_text() != text:
+        path.replace(path.with_suffix(f".step_{resumed_at}.json"))
+    write_text(path, text)
+    write_text(workdir / DATASET_FILE, json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all, whenever the process is killed."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def read_config(workdir: pathlib.Path) -> ConfigDict:
     """The config that a workdir was trained with.
 
     Raises:
-        ValueError: the workdir has none, so no run has started there.
+        ValueError: there is none, so no run has started here; or it is damaged.
     """
     path = workdir / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{workdir} is not the workdir of a run: it has no {CONFIG_FILE}")
-    return config_lib.from_json(path.read_text())
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def read_dataset_info(workdir: pathlib.Path) -> DatasetInfo:
-    """The `DatasetInfo` that a workdir was trained on."""
-    return DatasetInfo(**json.loads((workdir / DATASET_FILE).read_text()))
+    """The facts of the data set that a workdir was trained on.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return DatasetInfo(**read_json(workdir / DATASET_FILE))
 
 
 def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
@@ -72,8 +133,15 @@ def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
         return
     path = workdir / RESULT_FILE
     if result["images_per_s"] is None and path.is_file():
-        result = {**result, "images_per_s": json.loads(path.read_text())["images_per_s"]}
-    path.write_text(json.dumps(result, indent=2) + "\n")
+        result = {**result, "images_per_s": read_json(path).get("images_per_s")}
+    write_text(path, json.dumps(result, indent=2) + "\n")
+
+
+def append_evaluation(workdir: pathlib.Path, evaluation: dict[str, Any]) -> None:
+    """Add an evaluation of a checkpoint to those that were made before."""
+    if jax.process_index() == 0:
+        with (workdir / EVALS_FILE).open("a") as file:
+            file.write(json.dumps(evaluation) + "\n")
 
 
 def directory_size(folder: pathlib.Path) -> int:
@@ -84,3 +152,15 @@ def directory_size(folder: pathlib.Path) -> int:
             with contextlib.suppress(FileNotFoundError):
                 total += os.stat(os.path.join(parent, name)).st_size
     return total
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error

@@ -59,8 +59,11 @@ def family_of(model: str | nn.Module) -> Family:
     if not isinstance(model, str):
         raise ValueError(f"{type(model).__name__} is in none of models.FAMILIES")
     names = list_models()
-    near = difflib.get_close_matches(model, names, n=1, cutoff=0.0)[0]
-    raise ValueError(f"model.name={model!r} is unknown; did you mean {near!r}? All: {', '.join(names)}")
+    near = difflib.get_close_matches(model, names, n=3, cutoff=0.0)
+    raise ValueError(
+        f"model.name={model!r} is unknown; did you mean {near[0]!r}, {near[1]!r} or {near[2]!r}? "
+        "`python -m halvit_jax.summary` lists all"
+    )
 
 
 def baseline_of(name: str) -> str | None:

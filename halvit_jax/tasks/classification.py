@@ -14,11 +14,13 @@ from halvit_jax.models import fold, norm_groups, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
 from halvit_jax.tasks import mixup
-from halvit_jax.tasks.losses import LOSSES, any_label_cross_entropy, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.losses import LOSSES, any_label_cross_entropy, cross_entropy, smooth_one_hot, weighted
 from halvit_jax.tasks.metrics import MeanCollector, best_label, classification_sums
 from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
+MAX_WEIGHTS = 20  # classes up to which their weights are spelt out
+UNBALANCED = 5  # times as many images of one class as of another, above which that is worth a word
 TOP = 5  # classes that `decode` lists
 MIXUP_MODES = ("batch", "elem")
 
@@ -34,6 +36,7 @@ class Classification:
         mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
         loss: a key of LOSSES, for training.
         bce_threshold: where above 0 and the loss is binary, targets above it count as 1 and all others as 0.
+        class_weights: weight of each class: the loss of an image is multiplied by the mean over its target; () is 1.
         label_smoothing: fraction of a target spread over all classes.
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mixup_switch: probability of CutMix where both are on.
@@ -56,6 +59,7 @@ class Classification:
         std: Sequence[float],
         loss: str = "cross_entropy",
         bce_threshold: float = 0.0,
+        class_weights: Sequence[float] = (),
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
@@ -79,6 +83,11 @@ class Classification:
                 f"classification.bce_threshold={bce_threshold} is for classification.loss='binary_cross_entropy', not "
                 f"{loss!r}"
             )
+        if class_weights and (len(class_weights) != model.num_classes or min(class_weights) < 0):
+            raise ValueError(
+                f"classification.class_weights={tuple(class_weights)} must be one number >= 0 for each of "
+                f"model.num_classes={model.num_classes} classes"
+            )
         shares = {"label_smoothing": label_smoothing, "mixup_switch": mixup_switch, "erase": erase}
         for name, value in (shares | {"bce_threshold": bce_threshold}).items():
             if not 0.0 <= value <= 1.0:
@@ -91,7 +100,7 @@ class Classification:
         self.constants: PyTree = {}
         self.partition_rules, self.transfer_rules = partition_rules(model), transfer_rules(model)
         self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self._loss = LOSSES[loss]
+        self._loss = weighted(LOSSES[loss], class_weights) if class_weights else LOSSES[loss]
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mixup_switch}
         self._mixing |= {"per_image": mixup_mode == "elem", "group": mix_group}
@@ -159,8 +168,13 @@ class Classification:
         return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Raise a ValueError unless the classifier has the data set's number of classes."""
+        """Raise a ValueError unless the data set has two classes or more, and the classifier as many."""
         classes = len(info.class_names)
+        if classes == 1:
+            raise ValueError(
+                f"data.name={info.name!r} has the one class {info.class_names[0]!r}, so there is nothing to learn; a "
+                "class is a folder of its own"
+            )
         if classes != self.model.num_classes:
             raise ValueError(
                 f"model.num_classes={self.model.num_classes}, but data.name={info.name!r} has {classes} classes; "
@@ -173,7 +187,14 @@ class Classification:
         numbers = [counts[label] for label in range(len(info.class_names))]
         empty = [name for name, number in zip(info.class_names, numbers, strict=True) if not number]
         warning = f"{len(empty)} classes of data.train_split have no image: {first_few(empty)}" if empty else ""
-        return f"{len(numbers)} classes of {min(numbers):,} to {max(numbers):,} images", warning
+        line = f"{len(numbers)} classes of {min(numbers):,} to {max(numbers):,} images"
+        if max(numbers) > UNBALANCED * max(min(numbers), 1):
+            weights = ",".join(f"{sum(numbers) / len(numbers) / max(number, 1):.3g}" for number in numbers)
+            hint = (
+                f"--config.data.balance=1 draws them equally often, --config.classification.class_weights='({weights})'"
+            )
+            warning = "; ".join(filter(None, [warning, f"{hint} weights their loss" if len(numbers) <= 20 else hint]))
+        return line, warning
 
     def serving(self, variables: PyTree, *, folded: bool = True) -> ServingModel:
         """Images -> logits [b, num_classes]; `folded` merges batch normalisations into the layers before them."""
@@ -187,12 +208,12 @@ class Classification:
 
         return ServingModel(apply, variables, self._input_size, captured)
 
-    def decode(self, outputs: PyTree, info: DatasetInfo) -> list[dict[str, Any]]:
-        """The five most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
+    def decode(self, outputs: PyTree, info: DatasetInfo, *, top: int = TOP) -> list[dict[str, Any]]:
+        """The most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
         probabilities = np.asarray(jax.nn.softmax(outputs))
-        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :TOP]
+        best = np.argsort(-probabilities, axis=-1, kind="stable")[:, :top]
         return [
-            {"top5": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
+            {f"top{top}": [{"class": info.class_names[i], "probability": round(float(row[i]), 6)} for i in order]}
             for row, order in zip(probabilities, best, strict=True)
         ]
 

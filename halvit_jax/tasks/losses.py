@@ -1,5 +1,7 @@
 """Losses over class scores. Shapes: `b` batch, `c` classes."""
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +46,12 @@ DISTILL_LOSSES = {"hard": hard_distillation, "soft": soft_distillation, "soft_cr
 
 
 LOSSES = {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}
+
+
+def weighted(loss: Callable[..., jax.Array], class_weights: Sequence[float]) -> Callable[..., jax.Array]:
+    """The loss [b], each times the mean of `class_weights` [c] over its target [b, c]."""
+    weights = jnp.asarray(class_weights, jnp.float32)
+    return lambda logits, targets: loss(logits, targets) * (targets @ weights) / jnp.maximum(targets.sum(-1), 1e-12)
 
 
 def smooth_one_hot(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:

@@ -46,10 +46,13 @@ def best_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def classification_sums(loss: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    """Sums of loss, top-1 and top-5 over the rows where mask is True, and their number: [b] each, -> scalars."""
+    """Sums of loss, top-1 and top-5 over the rows where mask is True, and their number: [b] each, -> scalars.
+
+    Of five classes and fewer there is no top-5, which would always be 1.
+    """
+    tops = {f"top{k}": k for k in (1, 5) if k == 1 or k < logits.shape[-1]}
     return {
         "loss": jnp.sum(jnp.where(mask, loss, 0.0)),
-        "top1": jnp.sum(in_top(logits, labels, 1) & mask).astype(jnp.float32),
-        "top5": jnp.sum(in_top(logits, labels, 5) & mask).astype(jnp.float32),
+        **{name: jnp.sum(in_top(logits, labels, k) & mask).astype(jnp.float32) for name, k in tops.items()},
         "examples": jnp.sum(mask).astype(jnp.float32),
     }

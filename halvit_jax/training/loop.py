@@ -4,15 +4,17 @@ restore or initialise -> for each step: batch, train step, check the step before
 """
 
 import collections
+import contextlib
 import functools
+import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from halvit_jax.protocols import Array, Collector, Loader, PyTree, Task
+from halvit_jax.protocols import Array, Collector, DataError, Loader, PyTree, Task
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.evaluate import Metrics, PreemptedError, evaluate
@@ -34,10 +36,12 @@ EMA = "ema_"  # prefix of an evaluation of the EMA
 
 
 class Start(NamedTuple):
-    """The state to start from, and whether the evaluation of its step is still due."""
+    """The state to start from, whether the evaluation of its step is still due, and what early stopping remembers."""
 
     state: TrainState
     evaluation_due: bool = False
+    best: float | None = None  # score of all evaluations up to here
+    stale: int = 0  # evaluations since then
 
 
 def restore_or_init(
@@ -71,7 +75,9 @@ def restore_or_init(
         return Start(fresh_state(abstract))
     checkpointer.quarantine(list(restored.corrupt))
     report.log(f"resuming from the checkpoint of step {restored.step}")
-    return Start(restored.state, restored.step % eval_every == 0 and not restored.metadata["evaluated"])
+    metadata = restored.metadata
+    due = restored.step % eval_every == 0 and not metadata["evaluated"]
+    return Start(restored.state, due, metadata.get("best"), metadata.get("stale", 0))
 
 
 def train(
@@ -93,6 +99,7 @@ def train(
     eval_every: int,
     checkpoint_every: int,
     ema_decay: float,
+    early_stopping: int = 0,
     accumulate: int = 1,
     guard: grad_spikes.GradSpikeGuard = grad_spikes.OFF,
     profiler: Profiler | None = None,
@@ -108,18 +115,34 @@ def train(
             saved.
         SaveError: a checkpoint could not be written.
     """
-    state, evaluation_due = start
+    state, evaluation_due, best, stale = start
     profiler = profiler or Profiler(debug_folder)
     step = first = int(state.step)
     report.parameters(state.params)
     results: dict[str, Metrics] = {}
     stop = False
     evaluating: dict[str, Any] = {"mesh": mesh, "report": report, "preemption": preemption, "watchdog": watchdog}
+
+    def judge() -> float:
+        """The score of the newest evaluation, remembered for early stopping."""
+        nonlocal best, stale
+        score = primary(results)[task.primary_metric]
+        improved = best is None or (score is not None and score > best)
+        best, stale = (score, 0) if improved else (best, stale + 1)
+        return score
+
+    def stale_enough() -> bool:
+        return 0 < early_stopping <= stale
+
+    over = step >= total_steps or stale_enough()
     try:
-        if step >= total_steps:
+        if over:
             report.log(f"finished: the newest checkpoint is of step {step} of {total_steps}; evaluating it")
-        if step >= total_steps or evaluation_due:
+        if over or evaluation_due:
             results = evaluate_state(task, state, evals, **evaluating)
+        if evaluation_due:
+            judge()
+            over = over or stale_enough()
     except PreemptedError:
         stop = True
 
@@ -138,12 +161,28 @@ def train(
             nonfinite.write_bundle(bundle, step, outcome.finite, dict(recent))
             raise type(error)(
                 f"{error}; the last batches are in {bundle}, the checkpoints before it are good. Lower "
-                "optim.learning_rate, set optim.clip_norm, or skip single updates with skip_updates.norm_factor"
+                "optim.learning_rate, set optim.clip_norm, or skip single updates with skip_updates.norm_factor, and "
+                "resume with --resume_changed"
             ) from error
 
-    while step < total_steps and not stop:
+    @contextlib.contextmanager
+    def saving_on_data_errors() -> Iterator[None]:
+        """Save the newest state before an error in the data ends the run; of several processes each ends alone."""
+        try:
+            yield
+        except DataError as error:
+            if step == first or jax.process_count() > 1:
+                raise
+            raise_if_unhealthy(add_state_flags(state, before), step - 1)
+            unevaluated = {**UNEVALUATED, "best": best, "stale": stale}
+            checkpointer.save(step, state, **unevaluated)
+            while not checkpointer.wait():
+                checkpointer.save(step, state, **unevaluated, again=True)
+            raise DataError(f"{error}; saved at step {step}") from error
+
+    while not over and not stop:
         watchdog.heartbeat("waiting for data", step)
-        with report.waiting_for_data():
+        with report.waiting_for_data(), saving_on_data_errors():
             rows = next(batches)
             rows = preemption.attach_request({name: rows[name] for name in spec}, save_again=checkpointer.failed())
             batch = to_devices(rows, mesh)
@@ -153,6 +192,8 @@ def train(
         # A step is only dispatched: while the device works on it, the step before is checked and the next batch is
         # fetched. So at most two steps are in flight, and failures and stop requests are seen one step late.
         watchdog.heartbeat(COMPILING if step == first else TRAINING, step)
+        if step == first:
+            report.waiting("compiling the training step")
         profiler.before(step)
         with jax.profiler.StepTraceAnnotation("train", step_num=step), jax.transfer_guard("disallow"):
             state, outcome = train_step(state, task.constants, batch)
@@ -168,6 +209,8 @@ def train(
         unreported.append(outcome)
         step += 1
         last, stop = step == total_steps, request == STOP
+        over = last
+        report.tick(step)
         if step == first + 1:
             jax.block_until_ready(outcome)
             report.first_step_done()
@@ -184,20 +227,24 @@ def train(
         if (step % eval_every == 0 or last) and not stop:
             raise_if_unhealthy(add_state_flags(state, outcome), step - 1)
             try:
-                results = evaluate_state(task, state, evals, **evaluating)
-                metadata = {"evaluated": True, "score": primary(results)[task.primary_metric]}
+                with saving_on_data_errors():
+                    results = evaluate_state(task, state, evals, **evaluating)
+                metadata = {"evaluated": True, "score": judge()}
+                if stale_enough() and not last:
+                    report.log(f"early stopping: no better {task.primary_metric} in {stale} evaluations")
+                    over = True
             except PreemptedError:
                 stop = True
-        if step % checkpoint_every == 0 or last or stop or request == SAVE_AGAIN:
+        if step % checkpoint_every == 0 or over or stop or request == SAVE_AGAIN:
             raise_if_unhealthy(add_state_flags(state, outcome), step - 1)
             watchdog.heartbeat("saving", step)
             with report.pausing():
-                checkpointer.save(step, state, **metadata, again=request == SAVE_AGAIN)
+                checkpointer.save(step, state, **metadata, best=best, stale=stale, again=request == SAVE_AGAIN)
 
     profiler.close()
     watchdog.heartbeat("saving", step)
     while not checkpointer.wait():
-        checkpointer.save(step, state, **metadata, again=True)
+        checkpointer.save(step, state, **metadata, best=best, stale=stale, again=True)
     if stop:
         return {"step": step, "stopped": preemption.name or "another process"}
     return {"step": step, **results, **digest(state), "images_per_s": report.images_per_s}
@@ -237,6 +284,11 @@ def evaluate_state(
     """
     step = int(state.step)
     results = {}
+
+    def beat(name: str, batch: Iterator[int], batches: int) -> None:
+        watchdog.heartbeat("evaluating", step)
+        report.evaluating(name, next(batch), batches)
+
     with report.pausing():
         for name, loader in evals.items():
             for prefix, values in {"": state.trained, EMA: state.ema}.items():
@@ -248,7 +300,7 @@ def evaluate_state(
                         loader,
                         mesh,
                         preemption=preemption,
-                        heartbeat=lambda: watchdog.heartbeat("evaluating", step),
+                        heartbeat=functools.partial(beat, prefix + name, itertools.count(1), loader.steps_per_epoch),
                         collected=functools.partial(collected, prefix + name),
                     )
         for name, metrics in results.items():

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import pathlib
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from clu import metric_writers, parameter_overview
 from halvit_jax.protocols import PyTree
 from halvit_jax.text import one_line
 
+BAR = 20  # columns of the progress bar
 GRID = 8  # images along a side of the grid that TensorBoard shows
 
 
@@ -33,11 +36,12 @@ class Report:
         batch_size: int,
         progress: Sequence[str] = (),
         units: Mapping[str, str] = MappingProxyType({}),
+        curves: bool = True,
     ) -> None:
         self._is_primary, self._workdir = jax.process_index() == 0, workdir
         self._writer = (
             metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir)))
-            if self._is_primary
+            if self._is_primary and curves
             else metric_writers.MultiWriter([])
         )
         self._live = self._is_primary and sys.stdout.isatty()
@@ -45,6 +49,7 @@ class Report:
         self._progress_metrics, self._units = progress, units
         self._speeds: list[float] = []
         self._line = ""
+        self._shown: tuple[float, list[str]] = (0.0, [])  # when the live line was written, and what beside the step
         self._clock = time.perf_counter()  # start of the interval since the last report, shifted by every pause
         self._waited = 0.0  # seconds of the interval spent waiting for data
         self._uncounted = 0  # steps reported with this interval that ran before it
@@ -119,10 +124,11 @@ class Report:
         rows += [("parameters", f"{result['params']:,}"), ("steps", f"{result['step']:,}")]
         if result["images_per_s"]:
             rows.append(("training speed", f"{result['images_per_s']:,.0f} images/s"))
-        rows.append(("run", str(workdir)))
+        folder = shlex.quote(str(workdir))
+        rows.append(("run", folder))
         python = os.path.relpath(sys.executable) if sys.prefix.startswith(os.getcwd()) else "python"
-        rows.append(("curves", f"{python} -m tensorboard.main --logdir={workdir}"))
-        rows.append(("use it", f"{python} -m halvit_jax.predict --workdir={workdir} IMAGE..."))
+        rows.append(("curves", f"{python} -m tensorboard.main --logdir={folder}"))
+        rows.append(("use it", f"{python} -m halvit_jax.predict --workdir={folder} IMAGE..."))
         self.log("\n" + "\n".join(f"  {name:<18}{value}" for name, value in rows))
 
     def close(self) -> None:
@@ -146,13 +152,46 @@ class Report:
             left = (self._total_steps - step) * self._batch_size / scalars["images_per_s"]
             shown += [f"{scalars['images_per_s']:,.0f} images/s", f"data {scalars['waiting_for_data']:.0%}"]
             shown += [f"ETA {int(left) // 3600}:{int(left) % 3600 // 60:02}:{int(left) % 60:02}"]
-        share = step / self._total_steps
-        self._line = f"step {step}/{self._total_steps}  {share:4.0%}  " + "  ".join(shown)
-        if self._live:
-            bar = "#" * round(20 * share) + "-" * (20 - round(20 * share))
-            print(f"\r\033[K[{bar}] {self._line}", end="", flush=True)
+        if self._live:  # what a narrow terminal has no place for is left out from the end on
+            ordered = sorted(shown, key=lambda part: part.startswith("data") or "images/s" in part)
+            self._bar("step", step, self._total_steps, ordered)
         else:
-            print(self._line, flush=True)
+            print(self._position("step", step, self._total_steps) + "  ".join(["", *shown]), flush=True)
+
+    def tick(self, step: int) -> None:
+        """Move the live line on, at most once a second, with the metrics of the last report."""
+        if self._live and time.perf_counter() - self._shown[0] > 1.0:
+            self._bar("step", step, self._total_steps, self._shown[1])
+
+    def evaluating(self, name: str, batch: int, batches: int) -> None:
+        """Move the live line of an evaluation on."""
+        if self._live and (batch == batches or time.perf_counter() - self._shown[0] > 0.2):
+            self._bar(name, batch, batches, [], keep=self._shown[1])
+
+    def waiting(self, text: str) -> None:
+        """A live line for what takes long and has no steps, such as compiling."""
+        if self._live:
+            self._write_live(text)
+
+    def _bar(self, what: str, done: int, total: int, shown: list[str], keep: list[str] | None = None) -> None:
+        """A bar and what fits behind it into the terminal."""
+        share = done / max(total, 1)
+        bar = "#" * round(BAR * share) + "-" * (BAR - round(BAR * share))
+        width, position = shutil.get_terminal_size().columns - 1, self._position(what, done, total)
+        text = f"[{bar}] {position}" if len(position) + BAR + 3 <= width else position
+        for part in shown:
+            if len(text) + 2 + len(part) > width:
+                break
+            text = f"{text}  {part}"
+        self._write_live(text[:width])
+        self._shown = (time.perf_counter(), shown if keep is None else keep)
+
+    def _write_live(self, text: str) -> None:
+        self._line = text
+        print(f"\r\033[K{text}", end="", flush=True)
+
+    def _position(self, what: str, done: int, total: int) -> str:
+        return f"{what} {done}/{total}  {done / max(total, 1):4.0%}"
 
     def _summary(self, scalars: Mapping[str, float | None]) -> str:
         """All metrics but those of parts, such as `box_ap/person`."""

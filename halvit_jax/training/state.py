@@ -14,6 +14,9 @@ from halvit_jax.training.optim import Optimizer
 from halvit_jax.training.sharding import partition
 from halvit_jax.trees import map_paths
 
+OPTIONAL_PARTS = ("ema/", "grad_spikes/")  # may be switched on and off between two runs of a workdir
+NEVER = -(2**30)  # a step before all others
+
 
 @struct.dataclass
 class TrainState:
@@ -49,6 +52,18 @@ def init_state(
     """A fresh state, created in the shardings of `abstract`, so no device ever holds more than its shards."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(lambda: _fresh(task, optimizer, seed, use_ema, guard), out_shardings=shardings)()
+
+
+def begin_part(path: str, arrays: Mapping[str, jax.Array], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """The initial value of an array of OPTIONAL_PARTS, for a state whose other arrays are these.
+
+    Averages begin as copies; the guard knows of no norm and no skipped update.
+    """
+    copied = arrays.get(path.removeprefix("ema/"))
+    if copied is not None:
+        return jnp.copy(copied)
+    value = np.full(leaf.shape, 0 if path.endswith("/norm") else NEVER, leaf.dtype)
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index])
 
 
 def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainState:

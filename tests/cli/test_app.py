@@ -1,6 +1,7 @@
 """What all commands share: checks of overrides, and one-line errors with their exit codes."""
 
 import pytest
+from helpers.processes import run_command
 
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
@@ -51,3 +52,36 @@ def test_an_unknown_override_is_refused_with_the_nearest_name() -> None:
     app.check_overrides(["prog", "--config.model.width=3", "--config=x.py", "--workdir=y"], default_config())
     with pytest.raises(ValueError, match=r"model.widht is not a field .*; did you mean --config.model.width"):
         app.check_overrides(["--config.model.widht=3"], default_config())
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("optim.lr", "optim.learning_rate"),
+        ("bs", "batch_size"),
+        ("epochs", "num_epochs"),
+        ("data.image_dir", "data.root"),
+        ("wd", "optim.weight_decay"),
+    ],
+)
+def test_names_of_other_libraries_are_understood(given: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=rf"{given} is not a field of the config; did you mean --config.{meant}\?"):
+        app.check_overrides([f"--config.{given}=1"], default_config())
+
+
+def test_every_synonym_names_a_field() -> None:
+    assert set(app.SYNONYMS.values()) <= set(app.field_names(default_config()))
+
+
+def test_a_field_that_a_config_sets_can_be_unset() -> None:
+    given, unset = app._split_unset(["main", "--config=x.py", "--config.model.image_size=None", "--config.seed=1"])
+    assert (given, unset) == (["main", "--config=x.py", "--config.seed=1"], ["model.image_size"])
+    with pytest.raises(ValueError, match=r"--config.batch_size=None: the field cannot be None; its default is 128"):
+        app._split_unset(["--config.batch_size=None"])
+
+
+def test_an_unset_field_is_none_in_the_config() -> None:
+    """The dry run prints the size that the table of models has, not the digits' 8x8."""
+    flags = ("--config=configs/halvit_digits.py", "--config.model.image_size=None", "--config.model.patch_size=None")
+    done = run_command("halvit_jax.check", *flags, "--no_compile", "--config.data.name=mnist", code=2)
+    assert "images of 224x224" in done.stdout

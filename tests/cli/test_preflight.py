@@ -1,5 +1,6 @@
 """The dry run of a config: every line of it."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,12 +9,14 @@ import types
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from helpers import small_coco
 from helpers.runs import tiny
 from helpers.workdirs import listing
 from ml_collections import ConfigDict
 
+from halvit_jax import data
 from halvit_jax.cli import preflight
 from halvit_jax.config import default_config
 from halvit_jax.experiment import lock
@@ -49,7 +52,7 @@ def test_a_good_config_passes_every_check(
 ) -> None:
     lines = tried(small(digits_dir), tmp_path / "new" / "run", capsys, code=0, whole=True)
     logged = [tuple(line.split()[:2]) for line in lines[:-1]]
-    names = "config model devices data dataset batches optimizer state workdir space lock checkpoint step"
+    names = "config model devices data dataset batches images optimizer state workdir space lock checkpoint step"
     assert logged == [("ok", name) for name in names.split()]
     assert lines[-1] == "all is well"
     assert re.search(r"halvit_tiny, [\d,]+ parameters, images of 8x8, float32", line_of(lines, "ok", "model"))
@@ -137,12 +140,23 @@ def test_classes_without_images_and_another_batch_size_are_warned_of(digits_dir:
     assert "batch_size=8, but this recipe was made for 64" in line_of(lines, "warn", "optimizer")
 
 
-def test_a_checkpoint_of_another_model_is_compared_by_path(
+def test_a_checkpoint_of_another_model_is_refused_by_field(
     digits_dir: pathlib.Path, done: pathlib.Path, capsys: Capsys
 ) -> None:
     lines = tried(small(digits_dir, **{"model.width": 64}), done, capsys)
     failed = line_of(lines, "FAIL", "checkpoint")
-    assert f"the checkpoint of step 8 in --workdir={done} is of another model or optimizer; use another" in failed
+    assert f"--workdir={done} was trained to step 8 with model.width=32 (now 64); give the old values, or" in failed
+
+
+def test_a_checkpoint_that_does_not_fit_its_own_config_is_compared_by_path(
+    digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: Capsys
+) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    config["model"]["width"] = 64
+    (workdir / "config.json").write_text(json.dumps(config))
+    lines = tried(small(digits_dir, **{"model.width": 64}), workdir, capsys)
+    failed = line_of(lines, "FAIL", "checkpoint")
+    assert f"the checkpoint of step 8 in --workdir={workdir} is of another model or optimizer; use another" in failed
     differences = [line for line in lines if " saved, " in line]
     assert "  params/head/kernel: float32 (32, 10) saved, float32 (64, 10) in this model" in differences
     assert any(line.startswith("  ema/params/") for line in differences)
@@ -222,3 +236,32 @@ def test_a_step_that_does_not_fit_names_what_to_lower(
     assert failed.endswith(
         "MiB are there; lower batch_size, raise loop.accumulate or mesh.fsdp, or set model.remat=True"
     )
+
+
+def test_every_image_of_a_small_set_is_decoded_and_all_bad_ones_listed(
+    tmp_path: pathlib.Path, digits_dir: pathlib.Path, capsys: Capsys
+) -> None:
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(8):
+                data.write_png(f"{tmp_path}/{split}/{name}/{number}.png", np.zeros((8, 8, 3), np.uint8))
+    changes = {"data.name": "folder", "data.root": str(tmp_path), "data.eval_split": "val", "model.num_classes": 0}
+    changes |= {"batch_size": 8, "data.virtual_shards": 1, "data.data_dir": ""}
+    config = small(digits_dir, **changes)
+    lines = tried(config, None, capsys, code=0)
+    assert line_of(lines, "ok", "images").endswith("32 were decoded")
+    assert "halvit_tiny" in line_of(lines, "ok", "model")  # with two classes, as the folder has
+    for path in ("train/ant/3.png", "val/bee/5.png"):
+        (tmp_path / path).write_text("<html>")
+    lines = tried(config, None, capsys)
+    assert "2 of 32 images cannot be decoded; remove them, or set data.on_bad_image" in line_of(lines, "FAIL", "images")
+    for path in ("train/ant/3.png", "val/bee/5.png"):
+        assert f"  {tmp_path}/{path}: by its first bytes it is no JPEG, PNG, GIF or BMP; it has 6 bytes" in lines
+    config.data.on_bad_image = "replace"
+    lines = tried(config, None, capsys, code=0)
+    assert "2 of them cannot be and are replaced" in line_of(lines, "warn", "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "MAX_DECODED", 8)
+        lines = tried(config, None, capsys, code=0)
+    assert "0 were decoded; --all_images decodes all 32" in line_of(lines, "ok", "images")

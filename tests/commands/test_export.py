@@ -140,5 +140,19 @@ def test_a_file_of_another_kind_and_a_missing_package_are_refused(
     with pytest.raises(ValueError, match=r"--out=.*model.bin must end in .safetensors"):
         export.export(trained, "safetensors", tmp_path / "model.bin")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(ValueError, match=r"pip install 'halvit_jax\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[onnx\]'"):
         export.export(trained, "onnx", tmp_path / "model.onnx")
+
+
+def test_an_export_without_the_data_is_compared_on_random_images(
+    workdir: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"] |= {"name": "folder", "root": "moved"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "model.safetensors"
+    flags = (f"--workdir={workdir}", "--format=safetensors", f"--out={out}", "--step=best")
+    lines = run_command(EXPORT, *flags).stdout.splitlines()
+    assert "largest difference of the output: 0.0e+00" in lines
+    assert "the same best answer for 16 of the 16 random images" in lines
+    assert lines[-1] == "not compared on the evaluation set: data.root='moved' is not a folder"

@@ -12,7 +12,7 @@ from helpers.processes import run_command
 from helpers.runs import Finished, classification
 
 from halvit_jax import data, predict
-from halvit_jax.experiment.trained import load_trained
+from halvit_jax.experiment.predictor import load_predictor
 from halvit_jax.models import create_model
 from halvit_jax.protocols import ServingModel
 
@@ -47,7 +47,7 @@ def test_predict_agrees_with_the_evaluation(
     paths = [tmp_path / f"{i}.png" for i in range(len(records))]
     for path, record in zip(paths, records, strict=True):
         path.write_bytes(record["image"])
-    rows = predict.predict(load_trained(workdir), [str(path) for path in paths])
+    rows = predict.predict(load_predictor(workdir), [str(path) for path in paths])
     right = [row["top5"][0]["class"] == str(record["label"]) for (row, _), record in zip(rows, records, strict=True)]
     assert np.mean(right) == pytest.approx(result["ema_eval"]["top1"])
 
@@ -73,6 +73,22 @@ def test_attention_of_a_model_that_has_none_is_refused() -> None:
     model = ServingModel(apply=lambda variables, images: images, variables={}, input_size=(8, 8))
     with pytest.raises(ValueError, match="--attention: this task's model has no attention maps"):
         predict.attention_over(model, np.zeros((8, 8, 3), np.uint8))
+
+
+def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letters(
+    finished: Finished, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("Blüte/a.png", "b.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        data.write_png(str(tmp_path / name), np.zeros((8, 8, 3), np.uint8))
+    flags = (f"--workdir={finished[0]}", "--step=best", "--top=3", str(tmp_path))
+    lines = run_command(PREDICT, *flags).stdout.splitlines()
+    assert [json.loads(line)["image"] for line in lines] == [f"{tmp_path}/Blüte/a.png", f"{tmp_path}/b.png"]
+    assert all(len(json.loads(line)["top3"]) == 3 for line in lines)
+    assert "Blüte" in lines[0]
+    (tmp_path / "empty").mkdir()
+    for wrong, message in ((tmp_path / "empty", "empty holds no images"), ("--top=0", "--top=0 must be at least 1")):
+        assert message in run_command(PREDICT, f"--workdir={finished[0]}", "a.png", str(wrong), code=2).stderr
 
 
 @pytest.mark.slow

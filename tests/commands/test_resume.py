@@ -12,8 +12,10 @@ import pytest
 from helpers.processes import Started, run_command
 from helpers.runs import MAIN, tiny
 
+import halvit_jax
 from halvit_jax.main import run_experiment
-from halvit_jax.training.checkpoint.checkpointer import FOLDER, manifest
+from halvit_jax.training.checkpoint.checkpointer import FOLDER, Checkpointer, manifest
+from halvit_jax.trees import sha256
 
 STEPS = 60
 
@@ -132,6 +134,8 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes_once_space_is_fre
             r"^error: the checkpoint of step \d+ could not be written to .* bytes, [\d,]+ are free; given up",
             error.splitlines()[-1],
         )
+        assert len(error.splitlines()) == 1  # and none of Orbax's tracebacks
+        assert "No space left on device" in error
         assert "step 10  good" in run_command("halvit_jax.check", f"--workdir={disk / 'run'}", "--files_only").stdout
         subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
         assert (
@@ -141,3 +145,32 @@ def test_a_full_disk_ends_the_run_with_one_line_and_it_resumes_once_space_is_fre
         assert results[0]["params_sha256"] == results[1]["params_sha256"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_run_is_resumed_with_changed_fields_which_are_logged_and_the_old_config_is_kept(
+    digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the message about values that are not finite advises: another learning rate and the guard."""
+    before = (workdir / "config.json").read_text()
+    changes = {"total_steps": 9, "optim.learning_rate": 1e-3, "skip_updates.norm_factor": 20.0}
+    config = tiny(digits_dir, **{"loop.eval_every": 8} | changes)
+    result = run_experiment(config, workdir, resume_changed=True)
+    assert result["step"] == 9
+    out = capsys.readouterr().out
+    for line in ("optim.learning_rate=0.001, before 0.003", "total_steps=9, before 8"):
+        assert f"WARNING: resuming with {line}" in out
+    assert "differ in grad_spikes, which starts anew" in out
+    assert (workdir / "config.step_8.json").read_text() == before
+    assert json.loads((workdir / "config.json").read_text())["total_steps"] == 9
+    best = halvit_jax.load(workdir, step="best")[1]["params"]
+    assert sha256(best) == sha256(
+        halvit_jax.load(workdir, step=8 if result_is_worse(workdir, result) else 9)[1]["params"]
+    )
+
+
+def result_is_worse(workdir: pathlib.Path, result: dict) -> bool:
+    """Whether step 9, as the run ended, is worse than step 8."""
+    checkpointer = Checkpointer(workdir, read_only=True)
+    score = checkpointer.metadata(8)["score"]
+    checkpointer.close()
+    return result["ema_eval"]["top1"] < score

@@ -66,9 +66,12 @@ def _jpeg_bomb() -> bytes:
 
 GOOD = _file(PIECE, quality=90)
 BAD = {  # name -> bytes, and why they cannot be decoded
-    "empty": (b"", "Invalid JPEG data, size 0"),
+    "empty": (b"", "by its first bytes it is no JPEG, PNG, GIF or BMP; it has 0 bytes"),
     "truncated": (GOOD[: 9 * len(GOOD) // 10], "jpeg::Uncompress failed. Invalid JPEG data or crop window."),
-    "page": (b"<html><body>404 Not Found</body></html>", "Invalid JPEG data, size 39"),
+    "page": (
+        b"<html><body>404 Not Found</body></html>",
+        "by its first bytes it is no JPEG, PNG, GIF or BMP; it has 39 bytes",
+    ),
     "start of a PNG": (_file(PIECE, "PNG")[:12], "an image of 0 x 0 pixels, which must be 1 to 134217728"),
     "truncated PNG": (_file(PIECE, "PNG")[:900], "Invalid PNG data, size 900"),
     "PNG bomb": (_png_bomb(), "an image of 20000 x 20000 pixels, which must be 1 to 134217728"),

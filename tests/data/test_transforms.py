@@ -166,12 +166,12 @@ def test_other_features_of_a_record_travel_along() -> None:
 
 @pytest.mark.parametrize("crop", ["whole", "random_resized"])
 def test_undecodable_bytes_are_an_error_or_grey(crop: str) -> None:
-    with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG data"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="by its first bytes it is no JPEG"):
         train(crop=crop)(HTML, seed(0))
     example = train(crop=crop, on_bad_image="replace")(HTML, seed(0))
     assert not example["decoded"]
     np.testing.assert_array_equal(example["image"], np.full((SIZE, SIZE, 3), 128))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG data"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="by its first bytes it is no JPEG"):
         eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic")(HTML, seed(0))
     example = eval_transform((SIZE, SIZE), fraction=0.875, method="bicubic", on_bad_image="replace")(HTML, seed(0))
     assert not example["decoded"]
@@ -246,7 +246,7 @@ def test_read_image_transforms_as_in_evaluation(tmp_path: pathlib.Path) -> None:
 def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.Path) -> None:
     transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
     for name, content, why in (
-        ("page.jpg", b"<html>", "Invalid JPEG data, size 6"),
+        ("page.jpg", b"<html>", "by its first bytes it is no JPEG, PNG, GIF or BMP; it has 6 bytes"),
         ("empty.jpg", b"", "Invalid JPEG data, size 0"),
         ("start.png", b"\x89PNG", "an image of 0 x 0 pixels, which must be 1 to 134217728"),
     ):

@@ -58,3 +58,21 @@ def test_a_batch_size_that_is_not_the_recipes_is_a_deviation(scaling: str, effec
     assert effect in line
     config.batch_size = 256
     assert build.recipe_deviations(config) == []
+
+
+def test_a_number_of_classes_of_0_is_that_of_the_data(digits_dir: pathlib.Path) -> None:
+    config = tiny(digits_dir, **{"model.num_classes": 0})
+    assert build.with_num_classes(config).model.num_classes == 10
+    assert config.model.num_classes == 0
+    config.model.num_classes = 7
+    assert build.with_num_classes(config) is config
+
+
+def test_the_compilation_cache_is_where_the_config_says(
+    digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_to = {}
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.update({name: value}))
+    build.build(tiny(digits_dir, compilation_cache="~/cache"))
+    assert set_to == {"jax_compilation_cache_dir": "/home/someone/cache"}

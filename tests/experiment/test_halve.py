@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from halvit_jax import load, predict
 from halvit_jax.convert import weights_file
 from halvit_jax.experiment import halve, init_from
+from halvit_jax.experiment.predictor import predictor_of
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.recipes import digits
@@ -76,7 +77,7 @@ def test_the_file_serves_as_a_run_does(
     from halvit_jax import data
 
     data.write_png(str(image), np.zeros((8, 8, 3), np.uint8))
-    ((row, _),) = predict.predict(trained, [str(image)])
+    ((row, _),) = predict.predict(predictor_of(trained), [str(image)])
     logits = model.apply(variables, jnp.full((1, 8, 8, 3), -1.0), train=False)
     assert row["top5"][0]["class"] == str(int(logits.argmax()))
     errors = result["blocks"][1]

@@ -13,12 +13,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import halvit_jax
+from halvit_jax import export
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.convert import readers, to_torch, weights_file
 from halvit_jax.experiment import build, init_from, tasks
 from halvit_jax.experiment import workdir as files
-from halvit_jax.experiment.trained import restore_newest
+from halvit_jax.experiment.trained import load_trained, restore
 from halvit_jax.main import run_experiment
+from halvit_jax.protocols import DatasetInfo
 from halvit_jax.recipes import digits
 from halvit_jax.trees import flatten
 
@@ -52,6 +54,7 @@ def test_init_from_loads_what_fits_and_lists_the_rest(
         task=run.task,
         init=run.fresh_state,
         config=config,
+        info=run.loaders.info,
         workdir=tmp_path,
         log=logged.append,
     )
@@ -84,7 +87,7 @@ def test_init_from_takes_the_averages_of_a_run_or_its_raw_weights(
 ) -> None:
     config = tiny(digits_dir, **{"init_from": str(finished[0]), "init_ema": ema})
     task = tasks.build_task(config)
-    state = restore_newest(task, config, finished[0])
+    state = restore(task, config, finished[0])
     wanted, other = (state.ema, state.trained) if ema else (state.trained, state.ema)
     kernel = init_from.read_for_task(config, task).arrays["params/head/kernel"]
     np.testing.assert_array_equal(kernel, wanted["params"]["head"]["kernel"])
@@ -102,7 +105,7 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
     assert preflight(tiny(digits_dir, **short), None, compile_step=False) == 0
     assert re.search(r"^ok    init_from   \d+ arrays copied$", capsys.readouterr().out, re.MULTILINE)
     config = files.read_config(tmp_path)
-    state = restore_newest(tasks.build_task(config), config, tmp_path)
+    state = restore(tasks.build_task(config), config, tmp_path)
     old = flatten(halvit_jax.load(finished[0])[1]["params"])
     for path, value in flatten(state.params).items():
         same = np.array_equal(value, old[path])
@@ -181,3 +184,45 @@ def test_fine_tuning_beats_training_from_scratch(tmp_path: pathlib.Path) -> None
     tuned = run("tuned", "high", **larger, init_from=str(tmp_path / "run_low"), init_exclude=("^head/",))
     print(f"scratch {scratch:.2%}, fine-tuned {tuned:.2%}")
     assert tuned > scratch + 0.05
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_a_classifier_of_other_classes_is_warned_of(
+    exported: bool, finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    source = finished[0]
+    if exported:
+        trained = load_trained(source)
+        export.export(trained, "safetensors", source := tmp_path / "model.safetensors")
+    names = [f"animal {i}" for i in range(10)]
+    for exclude, info, count in (((), names, 1), (("^head/",), names, 0), ((), [str(i) for i in range(10)], 0)):
+        config = tiny(digits_dir, init_from=str(source), init_exclude=exclude)
+        task = tasks.build_task(config)
+        found = init_from.read_for_task(config, task)
+        lines = init_from.other_classes(config, task, found, DatasetInfo(info, 1))
+        assert len(lines) == count
+    config.init_exclude = ()
+    (line,) = init_from.other_classes(config, task, init_from.read_for_task(config, task), DatasetInfo(names, 1))
+    assert line.startswith("WARNING: its classes are 0, 1, 2, 3, 4 and 5 more, those of the data animal 0, animal 1")
+    assert "--config.init_exclude" in line
+
+
+def test_a_source_that_is_not_there_is_named_with_its_whole_path(
+    digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for source, message in {
+        "runs/nothere": rf"init_from=runs/nothere: {pathlib.Path.cwd()}/runs/nothere does not exist; train it first",
+        "gs://bucket/run": "init_from=gs://bucket/run: gs://bucket/run is a URL; give a folder",
+    }.items():
+        config = tiny(digits_dir, init_from=source)
+        with pytest.raises(ValueError, match=message):
+            init_from.read_for_task(config, tasks.build_task(config))
+
+
+def test_init_from_takes_the_best_checkpoint_or_that_of_a_step(finished: Finished, digits_dir: pathlib.Path) -> None:
+    found = {}
+    for step in ("", "@best", "@4"):
+        config = tiny(digits_dir, init_from=f"{finished[0]}{step}")
+        found[step] = init_from.read_for_task(config, tasks.build_task(config)).arrays["params/head/bias"]
+    np.testing.assert_array_equal(found[""], found["@best"])
+    assert (found[""] != found["@4"]).any()

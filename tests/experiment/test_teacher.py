@@ -127,7 +127,7 @@ def test_a_distilled_run_does_not_resume_without_its_teacher(
     with pytest.raises(SystemExit) as ended:
         run_experiment(without_teacher.config, without_teacher.workdir)
     assert ended.value.code == app.ExitCode.BAD_INPUT
-    assert "does not name its model, or does not exist; set teacher.name" in capsys.readouterr().err
+    assert "train the teacher first, or set teacher.name to plan a run without it" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -252,7 +252,7 @@ WRONG = {
         "distillation.student_layers": (0, 1),
         "distillation.teacher_layers": (1, 2),
     },
-    "teacher.init_from=/nowhere does not name its model, or does not exist": {"teacher.init_from": "/nowhere"},
+    "teacher.init_from=/nowhere does not exist (/nowhere); train the": {"teacher.init_from": "/nowhere"},
     "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},

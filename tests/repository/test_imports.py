@@ -27,7 +27,7 @@ PACKAGES: dict[str, set[str] | None] = {
     | {"pycocotools", "faster_coco_eval"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
-    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "pycocotools"}
+    "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "PIL", "pycocotools"}
     | {f"{OURS}.{name}" for name in ("protocols", "text")},
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
     | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},

@@ -52,9 +52,7 @@ RUN = {
     f"{MAIN} --config=configs/digits.py:mini_deit --workdir=runs/mini_deit_digits --config.total_steps=2200 "
     "--config.loop.eval_every=550 --config.loop.checkpoint_every=550": SHORT,
     f"{MAIN} --config=configs/finetune_digits.py --workdir=runs/finetune_digits": SHORT,
-    f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/mine --config.data.root=DIR "
-    "--config.model.num_classes=5": SMALL,
-    f"{CHECK} --config=configs/halvit_folder.py --config.data.root=DIR --config.model.num_classes=5": SMALL,
+    f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/mine --config.data.root=DIR": SMALL,
     f"{CHECK} --config=configs/halvit_digits.py": "",
     f"{CHECK} --workdir=runs/halvit_digits": "",
     "python -m halvit_jax.predict --workdir=runs/halvit_digits a.png b.jpg": "",
@@ -74,7 +72,8 @@ RUN = {
 }
 # Python of these pages, run afterwards.
 RUN_PYTHON = ("README.md", "docs/api.md", "docs/export.md")
-# Commands that no test runs, and what they need.
+# Commands that this file does not run, and what they need.
+OWN = "photos, which tests/repository/test_own_data.py makes and runs it with"
 IMAGENET, NETWORK = "prepared ImageNet and days of an accelerator", "packages from the network, a new .venv"
 NEEDS = {
     "bash launch/quickstart.sh": NETWORK,
@@ -149,6 +148,13 @@ NEEDS = {
     "sbatch --nodes=2 --gpus-per-node=8 launch/slurm.sh --config=configs/halvit_tiny.py --workdir=DIR": (
         f"{IMAGENET}, SLURM"
     ),
+    f"{CHECK} --config=configs/halvit_folder.py --config.data.root=PHOTOS": OWN,
+    f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/photos --config.data.root=PHOTOS "
+    "--config.data.on_bad_image=replace": OWN,
+    f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/photos --config.data.root=PHOTOS --mode=eval --step=best "
+    "--predictions=predictions.csv": OWN,
+    "python -m halvit_jax.predict --workdir=runs/photos --step=best NEW": OWN,
+    "python -m halvit_jax.export --workdir=runs/photos --step=best --format=stablehlo --out=photos.zip": OWN,
     "bash launch/gpu_check.sh --out=gpu": "a GPU, PyTorch and timm",
     "bash launch/local_cluster.sh 4 -- --config=configs/halvit_digits.py --workdir=DIR": "4 processes, minutes",
 }

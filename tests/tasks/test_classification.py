@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from halvit_jax.config import default_config
 from halvit_jax.layers import conv
 from halvit_jax.models import create_model
-from halvit_jax.protocols import Loss
+from halvit_jax.protocols import DatasetInfo, Loss
 from halvit_jax.tasks import mixup
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.training.sharding import make_mesh, to_devices
@@ -244,3 +244,23 @@ def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_no
 def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         _task(**fields)
+
+
+def test_class_weights_need_one_number_for_each_class() -> None:
+    model = create_model("halvit_tiny", num_classes=3)
+    for weights in ((1.0, 2.0), (1.0, 2.0, -1.0)):
+        with pytest.raises(ValueError, match=r"class_weights=\(1\.0, 2\.0.*\) must be one number >= 0 for each of"):
+            classification(model, class_weights=weights)
+    assert classification(model, class_weights=(1.0, 2.0, 0.5)).model is model
+
+
+def test_a_data_set_of_one_class_is_refused_and_an_unbalanced_one_warned_of() -> None:
+    task = classification(create_model("halvit_tiny", num_classes=2))
+    with pytest.raises(ValueError, match=r"data\.name='folder' has the one class 'all', so there is nothing to learn"):
+        task.check_dataset(DatasetInfo(["all"], 3, "folder"))
+    records = [{"label": 0}] * 90 + [{"label": 1}] * 10
+    line, warning = task.check_records(records, DatasetInfo(["ant", "bee"], 100))
+    assert line == "2 classes of 10 to 90 images"
+    assert "data.balance=1 draws them equally often" in warning
+    assert "classification.class_weights='(0.556,5)'" in warning
+    assert task.check_records(records[80:], DatasetInfo(["ant", "bee"], 20))[1] == ""

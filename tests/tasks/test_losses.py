@@ -9,6 +9,7 @@ from halvit_jax.tasks.losses import (
     binary_cross_entropy,
     cross_entropy,
     smooth_one_hot,
+    weighted,
 )
 
 B, C = 4, 7
@@ -64,3 +65,10 @@ def test_smooth_one_hot_spreads_its_share_over_all_classes() -> None:
     expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
     np.testing.assert_allclose(smooth_one_hot(labels, 4, 0.1), expected, rtol=1e-6)
     np.testing.assert_allclose(smooth_one_hot(labels, 4, 1.0), 0.25, rtol=1e-6)
+
+
+def test_class_weights_multiply_the_loss_of_an_image_by_that_of_its_target() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 3)), jnp.float32)
+    targets = jnp.asarray([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.5, 0.5, 0.0]])
+    plain, found = (loss(logits, targets) for loss in (cross_entropy, weighted(cross_entropy, (2, 4, 0.5))))
+    np.testing.assert_allclose(found, plain * jnp.asarray([2.0, 0.5, 3.0]), rtol=1e-6)

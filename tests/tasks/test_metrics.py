@@ -71,3 +71,10 @@ def test_the_mean_over_no_examples_is_undefined() -> None:
     collector = MeanCollector()
     collector.add({"loss": 0.0, "examples": 0.0}, {})
     assert collector.result() == {"loss": None}
+
+
+@pytest.mark.parametrize(("classes", "has"), [(5, False), (6, True)])
+def test_of_five_classes_there_is_no_top5(classes: int, has: bool) -> None:
+    logits = jnp.zeros((2, classes))
+    sums = classification_sums(jnp.zeros(2), logits, jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    assert ("top5" in sums) == has

@@ -19,6 +19,7 @@ from halvit_jax import config as config_lib
 from halvit_jax.analysis import aot_plan
 from halvit_jax.analysis.tpu_topology import Topology
 from halvit_jax.cli.preflight import preflight
+from halvit_jax.experiment.predictor import predictor_of
 from halvit_jax.experiment.tasks import TASKS
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import run_experiment
@@ -156,7 +157,7 @@ def test_an_own_task_resumes_bit_for_bit(
     trained: tuple[pathlib.Path, dict[str, Any]], digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     run_experiment(own_config(digits_dir, total_steps=4), tmp_path)
-    resumed = run_experiment(own_config(digits_dir), tmp_path)
+    resumed = run_experiment(own_config(digits_dir), tmp_path, resume_changed=True)
     assert resumed["params_sha256"] == trained[1]["params_sha256"]
 
 
@@ -166,7 +167,7 @@ def test_an_own_task_predicts_and_is_exported(
     digit = tmp_path / "digit.png"
     tf.io.write_file(str(digit), tf.io.encode_png(np.full((8, 8, 1), 100, np.uint8)))
     model = load_trained(trained[0])
-    ((row, _),) = predict.predict(model, [str(digit)])
+    ((row, _),) = predict.predict(predictor_of(model), [str(digit)])
     assert row.keys() == {"image", "stroke_width"}
     out = tmp_path / "model.zip"
     lines = export.verify_export(model, export.export(model, "stablehlo", out), out)

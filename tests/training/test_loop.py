@@ -16,7 +16,7 @@ import pytest
 from helpers.tiers import tiered
 
 from halvit_jax.config import default_config
-from halvit_jax.protocols import Loss
+from halvit_jax.protocols import DataError, Loss
 from halvit_jax.tasks.metrics import MeanCollector
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint import checkpointer, manifest
@@ -125,6 +125,7 @@ def run(
     logged: list[str] | None = None,
     restart_if_corrupt: bool = False,
     every: int = 4,
+    early_stopping: int = 0,
 ) -> dict[str, Any]:
     """The loop over `steps` steps, an evaluation and a checkpoint `every` 4; what is logged is appended to `logged`."""
     task, mesh = Regression(), make_mesh(devices=jax.devices()[:1])
@@ -160,6 +161,7 @@ def run(
                 eval_every=every,
                 checkpoint_every=every,
                 ema_decay=0.9,
+                early_stopping=early_stopping,
                 guard=guard,
             )
     finally:
@@ -363,3 +365,64 @@ def _until(condition: Any) -> None:
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.05)
+
+
+def raising(error: Exception) -> Any:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("place", ["training", "evaluation"])
+def test_an_error_in_the_data_ends_the_run_after_a_save(place: str, tmp_path: pathlib.Path) -> None:
+    """Training: at step 6, between two checkpoints. Evaluation: before the checkpoint of its step."""
+    bad = {6 if place == "training" else 1: raising(DataError("7.jpg cannot be decoded"))}
+    batches = {
+        "training": {"train": Batches(then=bad)},
+        "evaluation": {"train": Batches(), "evaluation": Evaluation({}, bad)},
+    }
+    step = {"training": 6, "evaluation": 4}[place]
+    with pytest.raises(DataError, match=f"7.jpg cannot be decoded; saved at step {step}"):
+        run(tmp_path, **batches[place])
+    assert (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
+    whole = run(tmp_path.with_name("whole"), train=Batches())
+    resumed = run(tmp_path, train=Batches())
+    assert resumed["params_sha256"] == whole["params_sha256"]
+
+
+def test_an_error_in_the_first_batch_saves_nothing(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(DataError, match=r"^7.jpg cannot be decoded$"):
+        run(tmp_path, train=Batches(then={0: raising(DataError("7.jpg cannot be decoded"))}))
+    assert not (tmp_path / "checkpoints" / "0").exists()
+
+
+class Worse(Evaluation):
+    """An evaluation whose score falls from the second time on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = 0
+
+    def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        self.times += 1
+        for batch in super().batches(start_step):
+            yield {**batch, "y": batch["y"] + 100.0 * self.times}
+
+
+def test_early_stopping_ends_the_run_and_it_stays_ended(tmp_path: pathlib.Path) -> None:
+    logged: list[str] = []
+    result = run(tmp_path, train=Batches(), evaluation=Worse(), steps=100, early_stopping=2, logged=logged)
+    assert result["step"] == 12  # the first evaluation, at step 4, was the best
+    assert "early stopping: no better score in 2 evaluations" in logged
+    again = run(tmp_path, train=Batches(), evaluation=Worse(), steps=100, early_stopping=2, logged=logged)
+    assert again["step"] == 12
+    assert again["params_sha256"] == result["params_sha256"]
+    assert "finished: the newest checkpoint is of step 12 of 100; evaluating it" in logged
+
+
+def test_early_stopping_counts_over_a_resumption(tmp_path: pathlib.Path) -> None:
+    evaluation = Worse()
+    run(tmp_path, train=Batches(), evaluation=evaluation, steps=8, early_stopping=2)
+    result = run(tmp_path, train=Batches(), evaluation=evaluation, steps=100, early_stopping=2)
+    assert result["step"] == 12

@@ -1,6 +1,9 @@
 import functools
 import itertools
+import os
 import pathlib
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -239,3 +242,63 @@ def test_a_run_goes_on_where_curves_cannot_be_written(
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("WARNING: no more curves: ") for line in lines) == 1
     assert sum(line.startswith("step ") for line in lines) == 4
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_the_live_line_fits_into_the_terminal(
+    columns: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A longer one is broken, and only its last row is written over."""
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    report = _report(tmp_path, monkeypatch, tty=True)
+    report.first_step_done()
+    for step in (25, 50):
+        report.training(step, SCALARS, steps=25)
+    lines = [line for line in re.split(r"\r\033\[K|\n", capsys.readouterr().out) if line.startswith(("[", "step"))]
+    assert len(lines) == 2
+    assert all(len(line) < columns for line in lines)
+    assert ("[##########----------]" in lines[1]) == (columns > 40)
+    assert ("ETA" in lines[1]) == (columns > 40)
+    assert ("data" in lines[1]) == (columns == 200)
+    report.close()
+
+
+def test_an_evaluation_and_a_long_stretch_move_the_live_line(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    report = _report(tmp_path, monkeypatch, tty=True)
+    report.waiting("compiling the training step")
+    report.evaluating("ema_eval", 3, 4)
+    report.training(25, SCALARS, steps=25)
+    report.tick(26)  # within a second
+    now[0] += 2.0
+    report.tick(27)
+    lines = capsys.readouterr().out.split("\r\033[K")[1:]
+    assert lines[0] == "compiling the training step"
+    assert lines[1].startswith("[###############-----] ema_eval 3/4   75%")
+    assert [line.split("step ")[1].split("/")[0] for line in lines[2:]] == ["25", "27"]
+    assert "loss 1.5000" in lines[3]
+    report.close()
+
+
+def test_elsewhere_no_line_is_live(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(tmp_path, monkeypatch, tty=False)
+    report.waiting("compiling")
+    report.evaluating("eval", 4, 4)
+    report.tick(7)
+    assert capsys.readouterr().out == ""
+    report.close()
+
+
+def test_the_printed_commands_can_be_copied_for_any_workdir(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = _report(tmp_path, monkeypatch, tty=False)
+    report.result({"params": 3, "step": 4, "images_per_s": None}, tmp_path / "my runs")
+    use = next(line for line in capsys.readouterr().out.splitlines() if "use it" in line)
+    assert f"--workdir={tmp_path}/my runs" in shlex.split(use)
+    report.close()

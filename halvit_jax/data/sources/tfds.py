@@ -2,8 +2,10 @@
 
 import bisect
 import itertools
+import json
 import os
 import resource
+import shlex
 from collections.abc import Callable
 
 import tensorflow as tf
@@ -163,19 +165,22 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     if root:
         raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
     try:
-        builder = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
+        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
         ) from error
+    except (tf.errors.OpError, RuntimeError) as error:  # a bucket without access
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise ValueError(f"data.data_dir={data_dir} cannot be read ({reason}); name another one") from error
     if not builder.is_prepared():
         if builder.name not in EMBEDDED:
             raise ValueError(
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
-                f"{_command(builder, data_dir)}"
+                f"{_command(builder)}"
             )
         builder.download_and_prepare(file_format="tfrecord")
-    _validate(builder, split, data_dir)
+    _validate(builder, split)
     return FORMATS[builder.info.file_format.value](builder, split)
 
 
@@ -198,7 +203,7 @@ FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
 }
 
 
-def _validate(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None:
+def _validate(builder: tfds.core.DatasetBuilder, split: str) -> None:
     features = set(builder.info.features)
     missing = {"image"} - features | (set() if features & set(LABELS) else {"label"})
     if missing:
@@ -219,19 +224,20 @@ def _validate(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> N
         raise ValueError(
             f"split {split!r} of data.name={builder.name!r} lacks {len(lost)} of {len(files)} files in "
             f"{builder.data_dir}: {first_few(lost)}; remove that folder and prepare again with: "
-            f"{_command(builder, data_dir)}"
+            f"{_command(builder)}"
         )
 
 
-def _command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
+def _command(builder: tfds.core.DatasetBuilder) -> str:
     """The command that prepares a data set. Not `tfds build`, which asks for Apache Beam."""
-    folder = data_dir or "~/tensorflow_datasets"
-    if builder.name == "imagenet2012":
-        return f"bash launch/prepare_imagenet.sh TARS_DIR {folder}"
-    return (
-        'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{builder.info.full_name}', data_dir='{folder}').download_and_prepare()\""
-    )
+    name, *config, version = builder.info.full_name.split("/")
+    # TFDS does not expand "~" where it prepares, so the folder is written out.
+    folder = os.fspath(builder.data_dir).removesuffix(f"/{builder.info.full_name}")
+    folder = folder if "://" in folder else os.path.abspath(os.path.expanduser(folder))
+    if name == "imagenet2012":
+        return f"bash launch/prepare_imagenet.sh TARS_DIR {shlex.quote(folder)}"
+    made = f"tfds.builder({json.dumps('/'.join([name, *config]) + ':' + version)}, data_dir={json.dumps(folder)})"
+    return f"python -c {shlex.quote(f'import tensorflow_datasets as tfds; {made}.download_and_prepare()')}"
 
 
 def _info(builder: tfds.core.DatasetBuilder, split: str) -> DatasetInfo:

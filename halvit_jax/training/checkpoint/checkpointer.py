@@ -6,25 +6,29 @@ is logged and the step before it is restored. A folder that was committed but no
 between, passes by its arrays alone.
 """
 
+import logging
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from halvit_jax.protocols import PyTree
 from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
 from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER, CorruptCheckpointError
-from halvit_jax.training.checkpoint.metadata import array_metadata, diff, mismatch_message
+from halvit_jax.training.checkpoint.metadata import MismatchError, array_metadata, diff, mismatch_message
 from halvit_jax.training.sharding import broadcast_from_process_0, bytes_of
+from halvit_jax.training.state import OPTIONAL_PARTS, begin_part
 from halvit_jax.trees import flatten, map_paths, unflatten
 
+BEST = "best"  # the step with the best score
 MAX_LISTED = 40  # differences named before the rest is only counted
 MAX_STEPS = 256  # checkpoints considered
 
@@ -45,8 +49,9 @@ class Restored(NamedTuple):
 class Checkpointer:
     """The checkpoints of one workdir. Saving is asynchronous; at most one save is in flight.
 
-    `keep` is how many of the newest checkpoints to keep; the one with the best score is kept beside them. `attempts` is
-    how many saves in a row may fail. `log` gets a line for each failure, and for each corrupt step that is skipped.
+    `keep` is how many of the newest checkpoints to keep, `keep_best` how many of those with the best scores beside
+    them. `attempts` is how many saves in a row may fail. `log` gets a line for each failure, and for each corrupt step
+    that is skipped.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Checkpointer:
         workdir: pathlib.Path,
         *,
         keep: int = 2,
+        keep_best: int = 1,
         attempts: int = 1,
         timeout: int = 600,
         log: Callable[[str], None] = print,
@@ -61,8 +67,10 @@ class Checkpointer:
     ) -> None:
         self._folder = (workdir / FOLDER).absolute()
         self._quarantine = (workdir / CORRUPT_FOLDER).absolute()
+        self._keep_best = keep_best
         self._keep, self._attempts, self._timeout, self._log = keep, attempts, timeout, log
         self._read_only = read_only
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._manager = self._new_manager()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._sealing: Future[None] | None = None
@@ -77,16 +85,22 @@ class Checkpointer:
         agreed = broadcast_from_process_0(np.array([-1] * (MAX_STEPS - len(newest)) + newest, np.int32))
         return [int(step) for step in agreed if step >= 0]
 
-    def restore(self, abstract: PyTree, *, step: int | None = None) -> Restored | None:
-        """The newest checkpoint that verifies (or that of `step` alone), None if there is none at all.
+    def restore(self, abstract: PyTree, *, step: int | str | None = None) -> Restored | None:
+        """The newest checkpoint that verifies (or that of `step` alone, which may be BEST); None if there is none.
 
-        It has the structure, types and shardings of `abstract`.
+        It has the structure, types and shardings of `abstract`. Of the parts that a run can switch on and off, one that
+        the checkpoint lacks starts anew, and one that `abstract` lacks is dropped.
 
         Raises:
             CorruptCheckpointError: there are checkpoints, and none verifies; or that of `step` does not.
-            ValueError: the checkpoint holds other parameters, every difference listed by path; or `step` is not there.
+            MismatchError: the checkpoint holds other parameters, every difference listed by path.
+            ValueError: `step` is not there.
         """
         steps = self.steps()
+        if step == BEST:
+            step = next(iter(self._ranked(steps)), None)
+            if step is None:
+                raise ValueError(f"--step={BEST}: no checkpoint in {self._folder} was evaluated when it was saved")
         if step is not None and step not in steps:
             raise ValueError(f"no checkpoint of step {step} in {self._folder}, which has {_listed(steps)}")
         corrupt: dict[int, str] = {}
@@ -115,7 +129,15 @@ class Checkpointer:
         self._manager.reload()
 
     def save(
-        self, step: int, state: PyTree, *, score: float | None = None, evaluated: bool = False, again: bool = False
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        score: float | None = None,
+        evaluated: bool = False,
+        best: float | None = None,
+        stale: int = 0,
+        again: bool = False,
     ) -> None:
         """Start to save; the arrays may be donated as soon as this returns. A step that is saved is not saved again.
 
@@ -126,13 +148,18 @@ class Checkpointer:
             SaveError: the save before this one, or this one, was the last attempt.
         """
         self._finish()
-        if again or self._failures:  # drop the failed save and its partial files
+        retry = again or self._failures > 0
+        if retry:  # drop the failed one and its leftovers
             self._manager = self._new_manager()
         if step == self._saved:
             return
         leaves = flatten(state)
         self._saved, self._needed = step, bytes_of(state)
-        metadata = {"step": step, "score": score, "evaluated": evaluated}
+        if retry and broadcast_from_process_0(np.array((self._folder / str(step)).is_dir())):
+            # Orbax has committed this step, and saves none twice; only its seal failed.
+            self._sealing = self._worker.submit(self._seal, step)
+            return
+        metadata = {"step": step, "score": score, "evaluated": evaluated, "best": best, "stale": stale}
         metadata["arrays"] = array_metadata(leaves)
         try:
             arrays = ocp.args.StandardSave(unflatten(leaves))
@@ -201,15 +228,18 @@ class Checkpointer:
     def _restore(self, step: int, abstract: PyTree) -> tuple[PyTree, dict[str, Any]]:
         sealed = self._verified_by_first_process(step)
         metadata = self.metadata(step)
-        wanted = flatten(abstract)
-        differences = diff(metadata["arrays"], wanted)
+        saved, wanted = metadata["arrays"], flatten(abstract)
+        started = _optional(wanted.keys() - saved.keys())
+        dropped = {path: _abstract(saved[path], path, wanted) for path in _optional(saved.keys() - wanted.keys())}
+        restored = {path: leaf for path, leaf in wanted.items() if path not in started} | dropped
+        differences = diff(saved, restored)
         if differences:
             listed = differences[:MAX_LISTED]
             if len(differences) > MAX_LISTED:
                 listed.append(f"... and {len(differences) - MAX_LISTED} more")
-            raise ValueError(mismatch_message(step, self._folder, listed))
+            raise MismatchError(mismatch_message(step, self._folder, listed))
         try:
-            arrays = flatten(self._manager.restore(step, args=ocp.args.StandardRestore(unflatten(wanted))))
+            arrays = flatten(self._manager.restore(step, args=ocp.args.StandardRestore(unflatten(restored))))
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
@@ -218,6 +248,10 @@ class Checkpointer:
             expected = metadata["arrays"][path]["digest"]
             if actual != expected:
                 raise CorruptCheckpointError(f"the array {path} has the digest {actual}, expected {expected}")
+        for verb, paths in {"starts anew": started, "is dropped": list(dropped)}.items():
+            for part in sorted({path.split("/")[0] for path in paths}):
+                self._log(f"the checkpoint of step {step} and this config differ in {part}, which {verb}")
+        arrays |= {path: begin_part(path, arrays, wanted[path]) for path in started}
         return map_paths(lambda path, _: arrays[path], abstract), metadata
 
     def _verified_by_first_process(self, step: int) -> bool:
@@ -241,14 +275,14 @@ class Checkpointer:
         manifest.write(self._folder / str(step), step)
         folders = {int(path.name): path for path in self._folder.glob("*") if path.name.isdigit()}
         sealed = sorted(step for step, folder in folders.items() if manifest.is_sealed(folder))
-        kept = set(sealed[-self._keep :]) | {self._best(sealed)}
+        kept = {*sealed[-self._keep :], *self._ranked(sealed)[: self._keep_best]}
         for old in sorted(folders.keys() - kept):
             if old < step:
                 manifest.unseal(folders[old])
                 shutil.rmtree(folders[old])
 
-    def _best(self, steps: list[int]) -> int | None:
-        """The step with the best score, the latest on a tie."""
+    def _ranked(self, steps: list[int]) -> list[int]:
+        """The steps that have a score, the best first, and of equals the latest."""
         scores = {}
         for step in steps:
             try:
@@ -256,7 +290,7 @@ class Checkpointer:
             except CorruptCheckpointError:
                 continue
         scores = {step: score for step, score in scores.items() if score is not None}
-        return max(scores, key=lambda step: (scores[step], step), default=None)
+        return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
 
     def _finish(self) -> None:
         """Wait for the save in flight, if there is one."""
@@ -286,11 +320,32 @@ class Checkpointer:
         options = ocp.CheckpointManagerOptions(
             create=not self._read_only,
             read_only=self._read_only,
+            save_interval_steps=0 if self._read_only else 1,
             cleanup_tmp_directories=not self._read_only,
             lightweight_initialize=True,  # reads no metadata: those of a corrupt step would raise
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
         return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether a log record is another's: what Orbax logs of an error it raises too, and the Checkpointer reports it.
+
+    A full disk would be hundreds of lines.
+    """
+    return "/orbax/" not in record.pathname
+
+
+def _optional(paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if path.startswith(OPTIONAL_PARTS)]
+
+
+def _abstract(saved: dict[str, Any], path: str, wanted: dict[str, Any]) -> jax.ShapeDtypeStruct:
+    """A saved array that is restored only to be dropped: sharded as what it averages, else on every device."""
+    like = wanted.get(path.removeprefix("ema/"))
+    everywhere = NamedSharding(next(iter(wanted.values())).sharding.mesh, PartitionSpec())
+    sharding = everywhere if like is None else like.sharding
+    return jax.ShapeDtypeStruct(tuple(saved["shape"]), np.dtype(saved["dtype"]), sharding=sharding)
 
 
 def _listed(steps: list[int]) -> str:

@@ -30,6 +30,10 @@ def array_metadata(leaves: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class MismatchError(ValueError):
+    """A checkpoint of another model or optimizer; every difference is listed by path."""
+
+
 def mismatch_message(step: int, where: Any, differences: list[str]) -> str:
     """The message about a checkpoint that differs."""
     return (

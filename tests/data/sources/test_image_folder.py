@@ -18,8 +18,8 @@ from sklearn.datasets import load_digits
 
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
-from halvit_jax.data.pipeline import Host, Loaders, TrainLoader, make_loaders
-from halvit_jax.data.sources import open_source
+from halvit_jax.data.pipeline import EvalLoader, Host, Loaders, TrainLoader, make_loaders
+from halvit_jax.data.sources import image_folder, open_source
 from halvit_jax.data.sources.base import Entry, Record
 from halvit_jax.data.sources.image_folder import ImageFolder
 from halvit_jax.data.transforms import eval_transform
@@ -186,7 +186,7 @@ def test_all_image_formats_are_decoded_and_other_files_ignored(own: pathlib.Path
     for name in ("a.JPG", "b.jpeg", "c.JPEG", "d.bmp"):
         red.save(own / "val/cat" / name, "BMP" if name == "d.bmp" else "JPEG")
     red.save(own / "val/cat/e.gif", save_all=True, append_images=[Image.new("RGB", (8, 8))])
-    for name in (".hidden.png", "notes.txt", "f.webp"):
+    for name in (".hidden.png", "notes.txt", "f.svg"):
         (own / "val/cat" / name).write_bytes(b"no image")
     (own / "val/.hidden").mkdir()
     (own / "val/README.txt").write_text("read me")
@@ -231,13 +231,116 @@ def test_a_split_without_classes_is_an_error(tmp_path: pathlib.Path) -> None:
 def test_empty_classes_are_named_with_their_other_files(own: pathlib.Path) -> None:
     for folder in ("ant", "bee"):
         (own / "train" / folder).mkdir()
-    for name in ("1.webp", "2.webp", "notes"):
+    for name in ("1.svg", "2.svg", "notes"):
         (own / "train/bee" / name).write_bytes(b"")
-    message = (
-        r"/train of data.root has classes without images \(.jpg, .*\): ant \(empty\), bee \(2 .webp, 1 no suffix\)"
-    )
+    message = r"/train of data.root has classes without images \(.jpg, .*\): ant \(empty\), bee \(2 .svg, 1 no suffix\)"
     with pytest.raises(ValueError, match=message):
         _loaders(own)
+
+
+def _names(source: ImageFolder, root: pathlib.Path) -> list[str]:
+    """Paths below the root, in the order of the split."""
+    names = [record["name"].decode() for record in source.shard(0, 1).map(source.fetch).as_numpy_iterator()]
+    return [str(pathlib.Path(name).relative_to(root)) for name in names]
+
+
+def test_deeper_folders_are_read_and_other_files_counted_in_a_warning(
+    own: pathlib.Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("2021/may/a.png", "2021/b.webp", "c.tiff"):
+        path = own / "val/cat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (0, 200, 0)).save(path, **({"lossless": True} if path.suffix == ".webp" else {}))
+    (own / "val/cat/2021/.trash").mkdir()
+    (own / "val/cat/2021/.trash/d.png").write_bytes(b"")
+    (own / "val/cat/notes.txt").write_bytes(b"")
+    cats = ["val/cat/1.png", "val/cat/2021/b.webp", "val/cat/2021/may/a.png", "val/cat/c.tiff"]
+    source = ImageFolder(str(own), "val")
+    assert _names(source, own) == [*cats, "val/dog/1.png"]
+    assert caplog.messages == [f"{own}/val: 1 files passed over, 1 .txt"]
+    transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
+    (batch,) = EvalLoader(source, transform, batch_size=5).batches()
+    np.testing.assert_array_equal(batch["image"][1:4], np.full((3, 8, 8, 3), (0, 200, 0)))
+
+    caplog.clear()
+    monkeypatch.setattr(image_folder, "has_pillow", lambda: False)
+    assert _names(ImageFolder(str(own), "val"), own) == [cats[0], cats[2], "val/dog/1.png"]
+    assert caplog.messages == [
+        f"{own}/val: 3 files passed over, 1 .tiff, 1 .txt, 1 .webp; WebP and TIFF need Pillow: pip install pillow"
+    ]
+
+
+@pytest.fixture
+def unsplit(tmp_path: pathlib.Path) -> pathlib.Path:
+    """root/<class>/ with ten cats and five dogs, and no folder of a split."""
+    for name, count in {"cat": 10, "dog": 5}.items():
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+def test_a_folder_without_splits_is_split_within_each_class_and_always_the_same(unsplit: pathlib.Path) -> None:
+    train, val = (ImageFolder(str(unsplit), split) for split in ("train", "val"))
+    assert train.info == DatasetInfo(["cat", "dog"], 12, "folder")
+    names = [_names(source, unsplit) for source in (train, val)]
+    assert sorted([*names[0], *names[1]]) == sorted(str(path.relative_to(unsplit)) for path in unsplit.glob("*/*"))
+    assert names[1] == ["cat/0.png", "cat/6.png", "dog/0.png"]
+    assert _names(ImageFolder(f"{unsplit}/", "validation"), unsplit) == names[1]
+
+
+def test_a_slice_of_a_split_takes_its_part_of_each_class(unsplit: pathlib.Path) -> None:
+    (unsplit / "all").mkdir()
+    for name in ("cat", "dog"):
+        (unsplit / name).rename(unsplit / "all" / name)
+    first, rest = (_names(ImageFolder(str(unsplit), split), unsplit) for split in ("all[:40%]", "all[40%:]"))
+    assert [sum("cat" in name for name in names) for names in (first, rest)] == [4, 6]
+    assert [sum("dog" in name for name in names) for names in (first, rest)] == [2, 3]
+    assert not set(first) & set(rest)
+    with pytest.raises(
+        ValueError, match=r"the split 'all\[:40\]' of data.name='folder' must be a name, or like train\["
+    ):
+        ImageFolder(str(unsplit), "all[:40]")
+    with pytest.raises(ValueError, match=r"has no image in the split 'all\[:1%\]'"):
+        ImageFolder(str(unsplit), "all[:1%]")
+
+
+def test_a_csv_file_names_images_and_labels(unsplit: pathlib.Path) -> None:
+    table = unsplit / "labels.csv"
+    rows = [f"{path.relative_to(unsplit)},{path.parent.name}" for path in sorted(unsplit.glob("*/*"))]
+    table.write_text("\n".join(["file, label", *rows]))
+    train, val = (ImageFolder(str(table), split) for split in ("train", "val"))
+    assert (train.info.class_names, train.info.num_examples, val.info.num_examples) == (["cat", "dog"], 12, 3)
+    with_splits = [f"{row},{'test' if '/1.png' in row else 'train'}" for row in rows]
+    table.write_text("\n".join(["file,label,split", *with_splits]))
+    assert _names(ImageFolder(str(table), "test"), unsplit) == ["cat/1.png", "dog/1.png"]
+    with pytest.raises(ValueError, match=r"labels.csv' has no split 'val'; its column has test, train"):
+        ImageFolder(str(table), "val")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "needs a first line with the columns image and label .* it has nothing"),
+        ("name,kind\na,b", "needs a first line with the columns image and label .* it has name, kind"),
+        ("image,label\ncat/0.png,cat\ncat/1.png,", "lacks an image or a label in line 3"),
+        ("image,label\nlost.png,cat", r"names 1 files that are not there: .*/lost.png"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_used_is_an_error(text: str, message: str, unsplit: pathlib.Path) -> None:
+    (unsplit / "labels.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"data.root='{unsplit}/labels.csv' {message}"):
+        ImageFolder(str(unsplit / "labels.csv"), "train")
+    with pytest.raises(ValueError, match=r"data.root='/nowhere.csv' cannot be read"):
+        ImageFolder("/nowhere.csv", "train")
+
+
+def test_too_few_images_for_a_batch_are_answered_with_a_batch_size_that_fits(unsplit: pathlib.Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"batch_size=128 .* 12 examples .*; set e.g. batch_size=8 and data.virtual_sh"
+    ):
+        _loaders(unsplit, batch_size=128)
+    assert _loaders(unsplit, batch_size=8, virtual_shards=1).train.steps_per_epoch == 1
 
 
 def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
@@ -288,7 +391,7 @@ def test_the_command_answers_a_decode_error_with_one_line(
     assert ended.value.code == app.ExitCode.BAD_INPUT
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(
-        f"error: {spoilt}/train/digit 3/005.png cannot be decoded (Invalid JPEG data, size 6); remove"
+        f"error: {spoilt}/train/digit 3/005.png cannot be decoded (by its first bytes it is no JPEG, PNG, GIF or BMP"
     )
 
 

@@ -3,9 +3,10 @@ import json
 import os
 import pathlib
 import resource
+import shlex
 import shutil
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -38,6 +39,23 @@ class Sounds(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         yield 0, {"sound": "miaow"}
+
+
+class Patches(tfds.core.GeneratorBasedBuilder):
+    """Images in two configs, made without a download."""
+
+    VERSION = tfds.core.Version("1.2.0")
+    BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name="small"), tfds.core.BuilderConfig(name="large")]
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {"image": tfds.features.Image(shape=(8, 8, 3)), "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield 0, {"image": np.zeros((8, 8, 3), np.uint8), "label": 1}
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +275,39 @@ def test_raise_open_file_limit_goes_as_far_as_allowed(monkeypatch: pytest.Monkey
 
 
 def test_an_unprepared_set_is_an_error_with_the_command_that_prepares_it(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ValueError, match=r"data.name='mnist' is not prepared.*tfds.builder\('mnist/.*data_dir='/"):
+    with pytest.raises(ValueError, match=r"data.name='mnist' is not prepared.*tfds.builder\(\"mnist:.*data_dir=\"/"):
         open_source("mnist", str(tmp_path), "train")
     with pytest.raises(ValueError, match=r"data.name='imagenet2012' is not prepared.*imagenet.sh TARS_DIR /"):
         open_source("imagenet2012", str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["patches", "patches/large"])
+def test_the_printed_command_prepares_what_the_run_then_finds(
+    name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program behind `python -c`, as a shell takes it apart, from another folder than the run's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"is not prepared in") as refused:
+        open_source(name, "~/my data", "train")
+    monkeypatch.chdir("/")
+    python, flag, program = shlex.split(str(refused.value).partition("prepare it with: ")[2])
+    assert (python, flag) == ("python", "-c")
+    exec(program, {})
+    monkeypatch.chdir(tmp_path)
+    assert open_source(name, "~/my data", "train").info.num_examples == 1
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_bucket_without_access_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("FailedPreconditionError: Failed to construct dataset") from tf.errors.PermissionDeniedError(
+            None, None, "no access to gs://bucket"
+        )
+
+    monkeypatch.setattr(tfds, "builder", refuse)
+    with pytest.raises(ValueError, match=r"data.data_dir=gs://bucket cannot be read \(.*no access.*\)"):
+        open_source("digits", "gs://bucket", "train")
 
 
 def test_a_half_prepared_set_is_an_error(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

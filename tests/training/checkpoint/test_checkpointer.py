@@ -14,6 +14,7 @@ from halvit_jax.config import default_config
 from halvit_jax.training.checkpoint import checkpointer as checkpointer_lib
 from halvit_jax.training.checkpoint.checkpointer import CORRUPT_FOLDER, FOLDER, Checkpointer, SaveError, manifest
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
+from halvit_jax.training.fault_tolerance.grad_spikes import GradSpikeGuard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh, to_host
 from halvit_jax.training.state import TrainState, abstract_state, init_state
@@ -150,7 +151,7 @@ def test_another_optimizers_checkpoint_is_refused_with_all_paths(saved: tuple[pa
 
 def test_after_forty_differences_the_rest_is_counted(saved: tuple[pathlib.Path, TrainState]) -> None:
     with pytest.raises(ValueError, match="is of another model or optimizer") as error:
-        _restore(saved[0], _abstract(Task(layers=14), CUBE))
+        _restore(saved[0], _abstract(Task(layers=18), CUBE))
     lines = str(error.value).splitlines()
     assert len(lines) == 1 + 40 + 1
     assert lines[-1] == "  ... and 8 more"
@@ -337,6 +338,65 @@ def test_the_best_is_kept_beside_the_newest(tmp_path: pathlib.Path) -> None:
         assert checkpointer.wait()
         kept = {1: [1], 2: [2], 3: [2, 3], 4: [4], 5: [4, 5], 6: [4, 6]}[step]
         assert checkpointer.steps() == kept
+    checkpointer.close()
+
+
+def test_the_best_can_be_restored_and_more_than_one_kept(tmp_path: pathlib.Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep=1, keep_best=2)
+    with pytest.raises(ValueError, match=r"--step=best: no checkpoint in .* was evaluated when it was saved"):
+        checkpointer.restore(_abstract(Task(), CUBE), step="best")
+    for step, score in {1: 0.5, 2: 0.9, 3: 0.7, 4: 0.1}.items():
+        checkpointer.save(step, _state(seed=step), score=score)
+        assert checkpointer.wait()
+    assert checkpointer.steps() == [2, 3, 4]
+    restored = checkpointer.restore(_abstract(Task(), CUBE), step="best")
+    assert (restored.step, sha256(to_host(restored.state))) == (2, sha256(to_host(_state(seed=2))))
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("on", [True, False], ids=["on", "off"])
+def test_averages_and_the_guard_can_be_switched_between_two_runs(on: bool, tmp_path: pathlib.Path) -> None:
+    optimizer = make_optimizer(**default_config().optim, batch_size=8, steps_per_epoch=1, total_steps=100)
+    parts = {True: {"use_ema": True, "guard": GradSpikeGuard(20.0, 3, 1000)}, False: {"use_ema": False}}
+    abstract = {key: abstract_state(Task(), optimizer, mesh=make_mesh(**CUBE), **kind) for key, kind in parts.items()}
+    saved = init_state(Task(), optimizer, abstract[not on], seed=0, **parts[not on])
+    _save(tmp_path, {1: saved})
+    logged: list[str] = []
+    checkpointer = Checkpointer(tmp_path, read_only=True, log=logged.append)
+    state = checkpointer.restore(abstract[on]).state
+    checkpointer.close()
+    assert jax.tree.structure(state) == jax.tree.structure(abstract[on])
+    assert sha256(to_host(state.trained)) == sha256(to_host(saved.trained))
+    differ = "the checkpoint of step 1 and this config differ in {}, which " + ("starts anew" if on else "is dropped")
+    assert logged == [differ.format("ema"), differ.format("grad_spikes")]
+    if on:
+        assert sha256(to_host(state.ema)) == sha256(to_host(state.trained))
+        decision = parts[True]["guard"].update(state.grad_spikes, jnp.asarray(jnp.inf), jnp.asarray(2))
+        assert (bool(decision.skip), bool(decision.too_many)) == (True, False)
+        for path, leaf in flatten(state).items():
+            assert leaf.sharding == flatten(abstract[on])[path].sharding, path
+
+
+def test_reading_logs_no_warning(saved: tuple[pathlib.Path, TrainState], caplog: pytest.LogCaptureFixture) -> None:
+    _restore(saved[0], _abstract(Task(), CUBE))
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_a_step_whose_seal_failed_is_sealed_again(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax has committed it and refuses to save it twice: the last step of a run, or that of a stop."""
+    checkpointer, state = Checkpointer(tmp_path, attempts=3, log=lambda line: None), _state()
+
+    def full(folder: pathlib.Path, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "write", full)
+        checkpointer.save(2, state, score=0.5)
+        assert not checkpointer.wait()
+    checkpointer.save(2, state, score=0.5, again=True)
+    assert checkpointer.wait()
+    assert checkpointer.verify_files(2)
+    assert checkpointer.restore(_abstract(Task(), CUBE)).metadata["score"] == 0.5
     checkpointer.close()
 
 

@@ -1,0 +1,122 @@
+"""A trained model with all that it needs to be used: preprocessing, classes, batches."""
+
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from halvit_jax.convert import readers, weights_file
+from halvit_jax.experiment.trained import CONFIG, Trained, load_trained
+from halvit_jax.models import create_model
+from halvit_jax.protocols import DatasetInfo, PyTree
+from halvit_jax.tasks.classification import Classification
+
+Image = Any  # a path, an array uint8 [h, w, 3] or [h, w], or an image of Pillow
+PREPROCESSING = {"crop": "fraction", "interpolation": "method", "resize": "resize", "exif_rotation": "exif_rotation"}
+"""Name in an exported description -> keyword of `data.eval_transform`."""
+
+
+class Predictor:
+    """A trained model that takes images as they come.
+
+    predictor("a.jpg")                     one decoded output, such as {"top5": [{"class": ..., "probability": ...}]}
+    predictor(["a.jpg", array, image])     a list of them; arrays are uint8 [h, w, 3], images are Pillow's
+    predictor.preprocess(image)            uint8 [height, width, 3], resized and cropped as in evaluation
+    predictor.outputs(images)              the outputs, such as logits, for a batch of preprocessed images
+
+    Attributes:
+        model: the Flax module, without preprocessing; None where the task has several.
+        variables: of the model, {"params": ..., ...}.
+        labels: the names of the classes.
+    """
+
+    def __init__(self, task: Any, variables: PyTree, info: DatasetInfo, preprocessing: Mapping[str, Any]) -> None:
+        from halvit_jax import data
+
+        data.hide_accelerators()
+        self.model, self.variables, self.labels = getattr(task, "model", None), variables, list(info.class_names)
+        self._task, self._info = task, info
+        self.serving = task.serving(variables, folded=False)
+        self._apply = jax.jit(self.serving.apply)
+        self._transform = data.eval_transform(self.serving.input_size, **preprocessing)
+
+    def __call__(self, images: Image | Sequence[Image], *, batch_size: int = 32, **decoding: Any) -> Any:
+        """The decoded output of one image, or a list of them for a list; `top` is how many classes are listed.
+
+        Raises:
+            ValueError: an image that cannot be read, by name.
+        """
+        several = isinstance(images, list | tuple)
+        rows = [self.preprocess(image) for image in (images if several else [images])]
+        found = list(self.decoded(rows, batch_size=batch_size, **decoding))
+        return found if several else found[0]
+
+    def preprocess(self, image: Image) -> np.ndarray:
+        """The image as the model takes it: uint8 [height, width, 3]. The model normalises it itself.
+
+        Raises:
+            ValueError: the image cannot be read.
+        """
+        from halvit_jax import data
+
+        if isinstance(image, str | os.PathLike):
+            return data.read_image(os.path.expanduser(os.fspath(image)), self._transform)
+        if hasattr(image, "convert"):  # Pillow's
+            image = np.asarray(image.convert("RGB"))
+        return data.transform_array(np.asarray(image), self._transform)
+
+    def outputs(self, images: np.ndarray) -> PyTree:
+        """The outputs of the model for preprocessed images [b, height, width, 3]."""
+        return self._apply(self.serving.variables, images)
+
+    def decoded(self, images: Iterable[np.ndarray], *, batch_size: int = 32, **decoding: Any) -> Iterator[dict]:
+        """The decoded outputs of preprocessed images, which are run in batches of one size."""
+        for batch in _batched(images, batch_size):
+            rows = np.stack(batch)
+            padded = np.concatenate([rows, np.zeros((batch_size - len(rows), *rows.shape[1:]), rows.dtype)])
+            outputs = jax.tree.map(np.asarray, self.outputs(padded if len(rows) > 1 else rows))
+            kept = jax.tree.map(lambda leaf: leaf[: len(rows)], outputs)  # noqa: B023
+            yield from self._task.decode(kept, self._info, **decoding)
+
+
+def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> Predictor:
+    """The predictor of a workdir (its newest checkpoint, or that of `step`, which may be "best"), or of a .safetensors
+    file of `halvit_jax.export` or `halvit_jax.halve`. It computes in float32.
+
+    Raises:
+        ValueError: no run or no checkpoint in a workdir, or a file without a description of its images.
+    """
+    source = os.path.expanduser(os.fspath(source))
+    weights = None if os.path.isdir(source) else readers.read(source)
+    if step is not None and weights is not None:
+        raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
+    if weights is None or CONFIG in weights.metadata:
+        return predictor_of(load_trained(source, step=step))
+    found = weights_file.from_weights(weights)
+    described = json.loads(weights.metadata.get("info", "{}"))
+    if found is None or "classes" not in described:
+        raise ValueError(
+            f"{source} does not describe its images and classes; give a workdir, or a .safetensors file of "
+            "halvit_jax.export"
+        )
+    task = Classification(create_model(found.name, **found.fields), mean=described["mean"], std=described["std"])
+    how = {keyword: described[name] for name, keyword in PREPROCESSING.items() if name in described}
+    return Predictor(task, found.variables, DatasetInfo(described["classes"], 0), how)
+
+
+def predictor_of(trained: Trained) -> Predictor:
+    """The predictor of a trained model, which preprocesses as its evaluation did."""
+    fields = trained.config.data
+    how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
+    how["exif_rotation"] = fields.exif_rotation
+    return Predictor(trained.task, trained.model_variables, trained.info, how)
+
+
+def _batched(images: Iterable[np.ndarray], size: int) -> Iterator[tuple[np.ndarray, ...]]:
+    iterator = iter(images)
+    while batch := tuple(itertools.islice(iterator, size)):
+        yield batch
