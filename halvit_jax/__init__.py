@@ -6,6 +6,7 @@ logits = model.apply(variables, images, train=False)
 variables = halvit_jax.from_torch("deit_tiny", state)            # state: {official PyTorch name: numpy array}
 state = halvit_jax.to_torch("deit_tiny", variables)
 model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run, or of a file
+model, variables = halvit_jax.halve(deit, variables, images)     # a trained DeiT as a HaLViT, half of its weights
 maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [b, heads, tokens, tokens], ...}
 """
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from halvit_jax.models import fold, list_models
     from halvit_jax.models.intermediates import capture
 
-__all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
+__all__ = ["capture", "create_model", "fold", "from_torch", "halve", "list_models", "load", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
@@ -75,14 +76,30 @@ def to_torch(
     return convert.to_torch(name, variables, as_deit=as_deit, **overrides)
 
 
+def halve(
+    model: "nn.Module", variables: Mapping[str, Any], images: "np.ndarray", **options: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
+    """A trained DeiT as a HaLViT of the same shape, tied to what it computes on some normalised images [b, h, w, 3].
+
+    Without labels. See `halvit_jax.halving.halve.halve` for the options, such as `fit_steps=1500` and `ffn="dense"`.
+
+    Raises:
+        ValueError: a model that cannot be halved, images of another size, or too few.
+    """
+    from halvit_jax.halving import halve as halving  # slow: imports optax and SciPy
+
+    return halving.halve(model, variables, images, **options)
+
+
 def load(
     source: str | os.PathLike[str], name: str | None = None, **overrides: Any
 ) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert` or `halvit_jax.export`; a PyTorch state in a .safetensors, .npz or .pth file, of the model
-    `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see `convert.hub`).
+    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; a PyTorch state in a .safetensors, .npz or .pth
+    file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see
+    `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 

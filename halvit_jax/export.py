@@ -4,7 +4,7 @@ python -m halvit_jax.export --workdir=DIR --format=stablehlo|safetensors|onnx --
 
 The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float32; normalisation is inside, resizing is
 not. The file also contains a description: the size of the images, the fraction of the resized image that the
-central crop keeps (`crop`), and the names of the classes.
+central crop keeps (`crop`), how it is resized (`resize`, short_side or squash), and the names of the classes.
 
 A detector's file takes the images on their canvas and their `size` there, and returns boxes in pixels of the canvas.
 
@@ -100,6 +100,7 @@ def description(trained: Trained) -> dict[str, Any]:
         "model": model_name(config),
         "image_size": height if height == width else [height, width],
         "crop": config.data.eval_crop,
+        "resize": config.data.eval_resize,
         "interpolation": config.data.interpolation,
         "mean": list(config.task.mean),
         "std": list(config.task.std),

@@ -57,7 +57,10 @@ def test_a_config_of_another_format_is_refused() -> None:
         ("cluster.start_timeout", -1, "cluster.start_timeout=-1 must be a positive number of seconds"),
         ("seed", -1, "seed=-1 must not be negative"),
         ("total_steps", 5, "total_steps=5 and num_epochs=300: set one of them"),
+        ("classification.mix_group", 48, r"classification.mix_group=48 does not divide batch_size = 1024"),
+        ("classification.norm_group", 48, r"classification.norm_group=48 does not divide batch_size = 1024"),
         ("loop.ema_decay", 1.0, r"loop.ema_decay=1.0 must lie in \[0, 1\)"),
+        ("matmul_precision", "low", "matmul_precision='low' is not one of default, high, highest"),
         ("compute_dtype", "half", "compute_dtype='half' is not one of auto, float32, bfloat16"),
     ],
 )
@@ -71,6 +74,7 @@ def test_impossible_values_are_refused(field: str, value: object, message: str) 
 # Sub-tree -> the constructor whose keywords it lists.
 CONSTRUCTORS: dict[str, Any] = {
     "data": data.make_loaders,
+    "instances": data.make_detection_loaders,
     "classification": Classification.__init__,
     "distillation": Distillation.__init__,
     "loop": loop.train,

@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "eval": ("halvit_jax.main", ["--mode=eval"], "evaluate a trained model"),
     "predict": ("halvit_jax.predict", [], "classify images"),
     "export": ("halvit_jax.export", [], "write a model for use elsewhere"),
+    "halve": ("halvit_jax.halve", [], "make a HaLViT of a trained ViT"),
     "convert": ("halvit_jax.convert", [], "convert weights between PyTorch's names and ours"),
     "summary": ("halvit_jax.summary", [], "models, counts and published accuracies"),
     "check": ("halvit_jax.check", [], "check a config, its data and a workdir"),

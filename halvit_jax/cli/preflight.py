@@ -86,7 +86,7 @@ def preflight(
 
 
 class CheckResult(NamedTuple):
-    """Result of a passed check: a line, a value that other checks need, and a warning."""
+    """Result of a passed check: a line or several, a value that other checks need, and a warning."""
 
     line: str
     value: Any = True
@@ -110,7 +110,8 @@ class Checklist:
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             self.failed.append(name)
             return self.log("FAIL", name, kind + str(error))
-        self.log("ok", name, result.line)
+        for line in result.line.splitlines():
+            self.log("ok", name, line)
         if result.warning:
             self.log("warn", name, result.warning)
         return result.value
@@ -154,6 +155,11 @@ def _data(config: ConfigDict, size: tuple[int, int]) -> CheckResult:
 
 def _dataset(config: ConfigDict, model: Any, data: Any) -> CheckResult:
     model.check_dataset(data.info)
+    if config.task.name == "detection":
+        from halvit_jax.data.instance_check import check_instances
+
+        lines, warning = check_instances(data, MAX_COUNTED)
+        return CheckResult("\n".join(lines), warning=warning)
     if not hasattr(model, "check_records"):
         return CheckResult("fits the task")
     if data.train.num_examples > MAX_COUNTED:
@@ -259,7 +265,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult
 
 def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> CheckResult:
     (task,) = subject.values()
-    batch = abstract_batch(devices, task.batch_spec(), batch_size=config.batch_size)
+    batch = abstract_batch(devices, build.training_spec(config, task), batch_size=config.batch_size)
     step = build.build_train_step(config, task, optimizer)
     started = time.perf_counter()
     try:

@@ -51,8 +51,11 @@ def make_detection_loaders(
     batch_size: int,
     seed: int,
     host: Host = ONLY_HOST,
+    training: bool = True,
 ) -> Loaders:
     """The loaders of `config.instances`, whose fields explain the keywords.
+
+    Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, files that are not there, or content that cannot be meant.
@@ -76,15 +79,23 @@ def make_detection_loaders(
         raise ValueError("instances.name='coco' needs instances.root, the folder that holds annotations and images")
     files = {"train": (train_annotations, train_images), "eval": (eval_annotations, eval_images)}
     rows = {}
-    for split, (annotations, images) in files.items():
+    for split in ("train", "eval") if training else ("eval",):
+        annotations, images = files[split]
         path, field = os.path.join(root, annotations), f"instances.{split}_annotations"
         index = coco.read_index(path, field=field, masks=masks)
         _check_counts(index, max_objects)
         rows[split] = Rows(index, os.path.join(root, images), max_objects, masks)
         _check_files(rows[split], f"instances.{split}_images")
-    _check_classes(rows["train"].index, rows["eval"].index)
     shapes = tuple((int(height), int(width)) for height, width in canvases)
     sides = {"canvases": shapes, "long_side": long_side, "batch_size": batch_size, "host": host}
+    evaluation = EvalInstances(rows["eval"], short_side=short_side, **sides)
+    index = rows["eval"].index
+    extra = {"category_ids": list(index.category_ids), "eval_annotations": index.file}
+    info = DatasetInfo(list(index.class_names), evaluation.num_examples, name, extra)
+    evaluation.info = info
+    if not training:
+        return Loaders(None, {"eval": evaluation}, info)
+    _check_classes(rows["train"].index, index)
     train = TrainInstances(
         rows["train"],
         short_sides=tuple(train_short_sides) or (short_side,),
@@ -93,11 +104,8 @@ def make_detection_loaders(
         seed=seed,
         **sides,
     )
-    evaluation = EvalInstances(rows["eval"], short_side=short_side, **sides)
-    index = rows["train"].index
-    extra = {"category_ids": list(index.category_ids), "eval_annotations": rows["eval"].index.file}
-    info = DatasetInfo(list(index.class_names), train.num_examples, name, extra)
-    train.info = evaluation.info = info
+    info = info._replace(num_examples=train.num_examples)
+    train.info = info
     return Loaders(train, {"eval": evaluation}, info)
 
 
@@ -139,6 +147,7 @@ class TrainInstances:
         chosen = choose(scaled(index.sizes[used], max(short_sides), long_side), canvases)
         self._plan = TrainPlan(canvases, chosen, used, batch_size=batch_size, seed=seed)
         self.num_examples, self.steps_per_epoch = len(used), self._plan.steps_per_epoch
+        self.never_used = self._plan.never_used  # images in a canvas that has fewer than a batch
 
     def batches(self, start_step: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """This host's rows of the batches from `start_step` on, without end."""
@@ -148,7 +157,7 @@ class TrainInstances:
         """Lines about the annotation file and about what is not trained on."""
         lines = coco.describe(self.rows.index, self.used)
         reasons = {reason: int(found.sum()) for reason, found in self.left_out.items()}
-        reasons["in a canvas with fewer images than a batch"] = self._plan.never_used
+        reasons["in a canvas with fewer images than a batch"] = self.never_used
         found = [f"{count:,} {reason}" for reason, count in reasons.items() if count]
         return [*lines, f"images not trained on: {', '.join(found) or 'none'}"]
 

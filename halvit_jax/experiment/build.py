@@ -96,10 +96,20 @@ def input_size(task: Task) -> tuple[int, int]:
     return task.batch_spec()["image"].shape[:2]
 
 
-def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
+def training_spec(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """`Task.batch_spec` of the training batches, whose images have `data.train_size` pixels if that is set."""
+    spec, side = task.batch_spec(), config.data.train_size
+    if side:
+        image = spec["image"]
+        spec["image"] = jax.ShapeDtypeStruct((side, side, *image.shape[2:]), image.dtype)
+    return spec
+
+
+def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool = True) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
 
-    Those of detection come from `config.instances`, whose canvases are their sizes.
+    Those of detection are of `config.instances`, whose canvases are their sizes. Without `training` no training data
+    are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -108,10 +118,10 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
 
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
-    given = {"batch_size": config.batch_size, "seed": config.seed, "host": host}
+    given = {"batch_size": config.batch_size, "seed": config.seed, "host": host, "training": training}
     if config.task.name == "detection":
         return data.make_detection_loaders(**config.instances, **given)
-    return data.make_loaders(**config.data, size=size, **given)
+    return data.make_loaders(**config.data, size=size, mean=config.task.mean, **given)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

@@ -27,6 +27,9 @@ class BatchNorm(nn.Module):
     Statistics are float32 also in bfloat16 computation. Training normalises with the biased variance of the global
     batch and moves the averages in `batch_stats` towards its mean and *unbiased* variance, as PyTorch does. Evaluation
     normalises with the averages. `momentum` is the weight of the old average.
+
+    With `groups` (see `norm_groups`) each of as many equal parts of the batch is normalised with its own statistics,
+    and the averages move towards the mean over the parts of their means and unbiased variances.
     """
 
     momentum: float = 0.9
@@ -36,7 +39,7 @@ class BatchNorm(nn.Module):
     folded: str = ""  # see `fold`: "merged" into the convolution before it, or "affine": only a scale and a bias
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, groups: int = 1) -> jax.Array:
         if self.folded and train:
             raise ValueError(f"{self.name} is folded and cannot be trained; train the model before `fold`")
         if self.folded == "merged":
@@ -52,21 +55,23 @@ class BatchNorm(nn.Module):
 
         wide = widen(x)
         if train:
-            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-            mean = wide.mean(axes)
+            apart = groups > 1
+            wide = wide.reshape(groups, -1, *x.shape[1:]) if apart else wide
+            axes, count = tuple(range(apart, wide.ndim - 1)), x.size // x.shape[-1] // groups
+            mean = wide.mean(axes, keepdims=apart)
             # The mean of squares minus the squared mean would lose digits. The variance is minimal at the mean, so its
             # gradient with respect to the mean is zero.
-            var = jnp.square(wide - align_last(lax.stop_gradient(mean), x)).mean(axes)
+            var = jnp.square(wide - align_last(lax.stop_gradient(mean), wide)).mean(axes, keepdims=apart)
             if not self.is_initializing():
                 move = functools.partial(_moving_average, self.momentum)
-                running_mean.value = move(running_mean.value, mean)
-                running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
+                for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
+                    running.value = move(running.value, new.mean(0).reshape(features) if apart else new)
         else:
             mean, var = running_mean.value, running_var.value
         # One multiply and one add per element, here and in the gradient.
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        y = wide * align_last(factor, x) + align_last(bias - mean * factor, x)
-        return y.astype(self.dtype or x.dtype)
+        factor = align_last(scale, var) * lax.rsqrt(var + self.epsilon)
+        y = wide * align_last(factor, wide) + align_last(align_last(bias, mean) - mean * factor, wide)
+        return y.reshape(x.shape).astype(self.dtype or x.dtype)
 
 
 @contextlib.contextmanager
@@ -84,6 +89,24 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(evaluate) if active else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def norm_groups(count: int) -> Iterator[None]:
+    """Within it, batch normalisations in training cut the batch into this many groups with statistics of their own.
+
+    PyTorch's normalise the images of one GPU, and the noise of few images is part of the recipe. The averages are the
+    mean over the groups, which `DistributedDataParallel` would have too if it did not keep those of its first process:
+    as it expects them, with less noise, and whatever number of devices there is.
+    """
+
+    def cut(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            kwargs = kwargs | {"groups": count}
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(cut) if count > 1 else contextlib.nullcontext():
         yield
 
 

@@ -91,14 +91,15 @@ class Distillation(Classification):
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
         sown = ["intermediates"] if self._relations else []
-        heads, new_state = self.model.apply(
-            {"params": params, **model_state},
-            images,
-            train=True,
-            mutable=[*model_state, *sown],
-            rngs={"drop_path": drop_key},
-            method="head_logits" if _is_distilled(self.model) else None,
-        )
+        with self._norm_groups(batch):
+            heads, new_state = self.model.apply(
+                {"params": params, **model_state},
+                images,
+                train=True,
+                mutable=[*model_state, *sown],
+                rngs={"drop_path": drop_key},
+                method="head_logits" if _is_distilled(self.model) else None,
+            )
         teacher_logits, teacher_state = self.teacher.apply(
             constants, images * self._scale + self._shift, train=False, mutable=sown
         )

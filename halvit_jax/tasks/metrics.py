@@ -40,6 +40,11 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     return (rank < k) & ~jnp.isnan(logits).any(axis=-1)
 
 
+def best_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of several labels, bool [b, c], the one of the highest logit, so an answer is right if it is any: int32 [b]."""
+    return jnp.argmax(jnp.where(labels, logits, -jnp.inf), axis=-1)
+
+
 def classification_sums(loss: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Sums of loss, top-1 and top-5 over the rows where mask is True, and their number: [b] each, -> scalars."""
     return {

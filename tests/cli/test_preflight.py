@@ -4,15 +4,18 @@ import os
 import pathlib
 import re
 import shutil
+import types
 from typing import Any
 
 import jax
 import pytest
+from helpers import small_coco
 from helpers.runs import tiny
 from helpers.workdirs import listing
 from ml_collections import ConfigDict
 
 from halvit_jax.cli import preflight
+from halvit_jax.config import default_config
 from halvit_jax.experiment import lock
 
 Capsys = pytest.CaptureFixture[str]
@@ -97,6 +100,26 @@ def test_a_failed_check_is_named_and_hides_no_other(name: str, digits_dir: pathl
     assert skipped in [" ".join(line.split()[1:]) for line in lines if line.startswith("skip")] + [""]
     for other in FAILS.keys() - {name, "data", "dataset"}:
         line_of(lines, "ok", other)
+
+
+def test_the_data_of_detection_are_described_before_anything_is_compiled(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    config = default_config()
+    config.task.name = "detection"
+    config.instances.update(small_coco.write(tmp_path, small_coco.content()))
+    config.instances.update({"canvases": ((64, 64),), "short_side": 0})
+    config.batch_size = 1
+    monkeypatch.setattr(preflight, "MAX_COUNTED", 2)
+    task = types.SimpleNamespace(check_dataset=lambda info: None)
+    items = preflight.Checklist()
+    loaders = preflight.build.build_loaders(config, size=(64, 64))
+    assert items.run("dataset", preflight._dataset, config=config, model=task, data=loaders)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["ok", "dataset"]] * len(lines)
+    text = "\n".join(lines)
+    for words in ("train: no ground truth: none", "eval: objects a class: dog 2, cat 3, bird 2", "eval: 2 images were"):
+        assert words in text, text
 
 
 def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsys) -> None:

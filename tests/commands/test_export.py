@@ -86,6 +86,7 @@ def test_an_exported_model_gives_the_same_logits_without_this_package(
     info = json.loads(done.stdout)
     assert info["classes"] == [str(i) for i in range(10)]
     assert (info["model"], info["image_size"], info["crop"]) == ("halvit_tiny", 8, 1.0)
+    assert info["resize"] == "short_side"
     assert (info["mean"], info["std"], info["interpolation"]) == ([0.5] * 3, [0.5] * 3, "bilinear")
     params = finished[1]["params"]
     assert 4 * params < out.stat().st_size < 4 * params + 150_000  # every parameter once

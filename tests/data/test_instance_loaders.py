@@ -128,6 +128,13 @@ def test_info_has_the_classes_and_what_evaluation_needs(root: pathlib.Path) -> N
     }
 
 
+def test_without_training_no_training_data_are_needed(root: pathlib.Path) -> None:
+    loaders = _loaders(root, training=False, train_annotations="none.json", train_images="none")
+    assert loaders.train is None
+    assert loaders.info.num_examples == loaders.evals["eval"].num_examples == 10
+    assert loaders.info.extra == _loaders(root).info.extra
+
+
 def test_loaders_describe_what_they_use_and_leave_out(root: pathlib.Path) -> None:
     loaders = _loaders(root, batch_size=12)
     text = "\n".join(loaders.train.describe())
