@@ -76,7 +76,7 @@ class Detection:
         self.canvases = [(int(height), int(width)) for height, width in canvases]
         self.constants: PyTree = {}
         self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))
-        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        self._colours = tuple(np.asarray(colours, np.float32)[None, None, None] for colours in (mean, std))
         self.masks = bool(getattr(self.model, "masks", False))
         self._paste = paste if self.model.conventions == "mmdet" else paste_torchvision
         self.primary_metric = "mask_ap" if self.masks else "box_ap"
@@ -154,12 +154,14 @@ class Detection:
     def summary_images(self, batch: Batch) -> dict[str, jax.Array]:
         """The first images of a batch with their objects."""
         batch = {name: values[:PICTURES] for name, values in batch.items()}
-        crops = batch["crops"] / 255.0 if self.masks else None
-        return {"train_images": draw(batch["image"] / 255.0, batch["boxes"], batch["label"], batch["real"], crops)}
+        images = batch["image"].astype(jnp.float32) / 255.0
+        crops = batch["crops"].astype(jnp.float32) / 255.0 if self.masks else None
+        return {"train_images": draw(images, batch["boxes"], batch["label"], batch["real"], crops)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
-        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+        mean, std = self._colours
+        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Raise a ValueError unless the detector has the data set's number of classes."""

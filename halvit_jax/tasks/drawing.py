@@ -20,12 +20,12 @@ def draw(
     """
     if masks is None:
         masks = jnp.zeros((*boxes.shape[:2], 1, 1))
-    rows, columns = (jnp.arange(size) + 0.5 for size in images.shape[1:3])
+    rows, columns = (jnp.arange(size, dtype=jnp.float32) + 0.5 for size in images.shape[1:3])
     colours = jnp.asarray(COLOURS, jnp.float32) / 255
 
     def add(image: jax.Array, one: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         (x1, y1, x2, y2), label, show, mask = one
-        colour = colours[label % len(colours)]
+        colour = colours[label % len(colours)][None, None]
         # How far a pixel is inside of the box, which is negative outside.
         depth = jnp.minimum(
             jnp.minimum(rows - y1, y2 - rows)[:, None], jnp.minimum(columns - x1, x2 - columns)[None, :]
@@ -44,4 +44,4 @@ def draw(
 def _weights(pixels: jax.Array, start: jax.Array, end: jax.Array, cells: int) -> jax.Array:
     """The bilinear weight of each cell at each pixel: [pixels, cells]."""
     place = (pixels - start) / jnp.maximum(end - start, 1e-6) * cells - 0.5
-    return jnp.maximum(1 - jnp.abs(place[:, None] - jnp.arange(cells)), 0)
+    return jnp.maximum(1 - jnp.abs(place[:, None] - jnp.arange(cells, dtype=jnp.float32)[None]), 0)
