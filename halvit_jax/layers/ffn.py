@@ -167,7 +167,7 @@ def implementation(module: nn.Module, x: jax.Array, *, tied: bool, obstacle: str
     return choose_ffn(
         module.ffn_impl,
         place=current(),
-        dtype=module.dtype or x.dtype,
+        dtype=jnp.dtype(module.dtype or x.dtype),
         shape=_rows(x.shape),
         hidden=module.hidden,
         tied=tied,

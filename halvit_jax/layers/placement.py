@@ -54,7 +54,7 @@ def over_rows(
     The gradients of the entire arrays are summed over the devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size == 1 or _is_manual(mesh):
+    if mesh.empty or mesh.size == 1 or _is_manual(mesh):
         return function(*rows, *whole)
     specs = (ROWS,) * len(rows) + (PartitionSpec(),) * len(whole)
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)(*rows, *whole)
