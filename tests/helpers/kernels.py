@@ -30,16 +30,25 @@ def compare(fused: Callable[..., jax.Array], plain: Callable[..., jax.Array], ar
         for dtype, tolerance in TOLERANCE.items():
             rounded = [x.astype(dtype) for x in arrays]
             exact = [x.astype(jnp.float32) for x in rounded]
-            expected, pull = jax.vjp(plain, *exact)
-            (direction,) = normal(7, expected.shape)
+            (direction,) = normal(7, jax.eval_shape(plain, *exact).shape)
             direction = direction.astype(dtype)
-            found, pull_fused = jax.vjp(fused, *rounded)
-            assert found.dtype == dtype
-            pairs = zip((expected, *pull(direction.astype(jnp.float32))), (found, *pull_fused(direction)), strict=True)
-            for a, b in pairs:
+            expected = _output_and_gradients(plain, exact, direction.astype(jnp.float32))
+            found = _output_and_gradients(fused, rounded, direction)
+            assert all(b.dtype == dtype for b in found)
+            for a, b in zip(expected, found, strict=True):
                 error = jnp.abs(b.astype(jnp.float32) - a)
                 measured = error.max() if dtype == "float32" else jnp.sqrt(jnp.mean(error**2))
                 assert measured <= tolerance * (a.std() + 1e-3), (dtype, a.shape, measured / a.std())
+
+
+def _output_and_gradients(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array], direction: jax.Array
+) -> tuple[jax.Array, ...]:
+    def both(arrays: Sequence[jax.Array], direction: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(function, *arrays)
+        return out, *pull(direction)
+
+    return jax.jit(both)(arrays, direction)
 
 
 def compile_for_tpu(kind: str, function: Callable[..., jax.Array], *shapes: tuple[int, ...]) -> str:

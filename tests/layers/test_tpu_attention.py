@@ -9,12 +9,12 @@ from halvit_jax.layers.attention import attention_weights, weighted_values
 from halvit_jax.layers.fused_attention import attention_in_vmem
 from halvit_jax.layers.tpu_attention import needed_bytes, short_attention
 
-# Batch, queries, keys, heads, width of a head: a token alone, odd numbers, a last group of heads that fills half of the
+# Batch, queries, keys, heads, width of a head: odd numbers, a token alone, a last group of heads that fills half of the
 # lanes, fewer keys than queries (PVT, Next-ViT), ViT with and without a class token, and larger images.
 SHAPES = [
-    (1, 1, 1, 1, 64),
     (3, 17, 5, 5, 32),
     (2, 50, 49, 3, 64),
+    (1, 1, 1, 1, 64),
     (4, 49, 49, 3, 128),
     (2, 197, 197, 3, 64),
     (2, 197, 197, 6, 64),
@@ -32,8 +32,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("b", "n", "m", "h", "k"), tiered(SHAPES, SHAPES[:3]))
-def test_the_kernel_equals_plain_attention_forwards_and_backwards(b: int, n: int, m: int, h: int, k: int) -> None:
+@pytest.mark.parametrize("shape", tiered(SHAPES, SHAPES[:2]), ids=str)
+def test_the_kernel_equals_plain_attention_forwards_and_backwards(shape: tuple[int, ...]) -> None:
+    b, n, m, h, k = shape
+
     def plain(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return weighted_values(attention_weights(query, key, num_heads=h), value)
 
