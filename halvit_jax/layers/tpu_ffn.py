@@ -56,7 +56,7 @@ def gelu_and_slope(h: jax.Array, *, exact: bool) -> tuple[jax.Array, jax.Array]:
 
     A TPU has no instruction for erf, but one for tanh. Unless `exact`, Phi(h) = (1 + tanh(h P(h^2))) / 2 with a
     polynomial P of degree 2, off by at most 1.9e-5: a hundredth of the rounding of bfloat16. The usual tanh
-    approximation has P of degree 1 and is off by 2.4e-4.
+    approximation has P of degree 1 and is off by 1.8e-4. The derivative is off by at most 1.4e-4.
     """
     if exact:
         phi = 0.5 * (1.0 + lax.erf(h * 2**-0.5))
