@@ -6,6 +6,7 @@ logits = model.apply(variables, images, train=False)
 variables = halvit_jax.from_torch("deit_tiny", state)            # state: {official PyTorch name: numpy array}
 state = halvit_jax.to_torch("deit_tiny", variables)
 model, variables = halvit_jax.load("runs/halvit_digits")         # the trained model of a run, or of a file
+model, variables = halvit_jax.halve(deit, variables, images)     # a trained DeiT as a HaLViT, half of its weights
 maps = halvit_jax.capture(model, variables, images)["attention"]  # {"block0": [b, heads, tokens, tokens], ...}
 """
 
@@ -17,23 +18,38 @@ if TYPE_CHECKING:
     import numpy as np
     from flax import linen as nn
 
-    from halvit_jax.models import create_model, fold, list_models
+    from halvit_jax.models import fold, list_models
     from halvit_jax.models.intermediates import capture
 
-__all__ = ["capture", "create_model", "fold", "from_torch", "list_models", "load", "to_torch"]
+__all__ = ["capture", "create_model", "fold", "from_torch", "halve", "list_models", "load", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
-    """JAX and the models are imported when they are first used, so that wrong flags are answered at once."""
+    """JAX and the models are imported when they are first used, so that wrong flags are reported without a delay."""
     if name == "capture":
         from halvit_jax.models.intermediates import capture
 
         return capture
-    if name in ("create_model", "fold", "list_models"):
+    if name in ("fold", "list_models"):
         from halvit_jax import models
 
         return getattr(models, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
+    """The model `name` as a flax.linen.Module; its size is in the family's table, and `fields` change it.
+
+    With `pretrained`, `load` of its published weights on the Hub, or of that source: (model, variables).
+
+    Raises:
+        ValueError: no such model, fields that do not fit it, or no published weights.
+    """
+    from halvit_jax import models
+
+    if pretrained:
+        return load(pretrained if isinstance(pretrained, str) else f"hf://{name}", name, **fields)
+    return models.create_model(name, **fields)
 
 
 def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[str, Any]:
@@ -60,14 +76,30 @@ def to_torch(
     return convert.to_torch(name, variables, as_deit=as_deit, **overrides)
 
 
+def halve(
+    model: "nn.Module", variables: Mapping[str, Any], images: "np.ndarray", **options: Any
+) -> "tuple[nn.Module, dict[str, Any]]":
+    """A trained DeiT as a HaLViT of the same shape, tied to what it computes on some normalised images [b, h, w, 3].
+
+    Without labels. See `halvit_jax.halving.halve.halve` for the options, such as `fit_steps=1500` and `ffn="dense"`.
+
+    Raises:
+        ValueError: a model that cannot be halved, images of another size, or too few.
+    """
+    from halvit_jax.halving import halve as halving  # slow: imports optax and SciPy
+
+    return halving.halve(model, variables, images, **options)
+
+
 def load(
     source: str | os.PathLike[str], name: str | None = None, **overrides: Any
 ) -> "tuple[nn.Module, dict[str, Any]]":
     """A model and its variables.
 
     `source` is the workdir of a run (its newest checkpoint, the EMA if there is one); a .safetensors file of
-    `halvit_jax.convert` or `halvit_jax.export`; or a PyTorch state in a .safetensors, .npz or .pth file, of the model
-    `name` with `overrides`.
+    `halvit_jax.convert`, `halvit_jax.export` or `halvit_jax.halve`; a PyTorch state in a .safetensors, .npz or .pth
+    file, of the model `name` with `overrides`; or such a file on the Hugging Face Hub, hf://OWNER/REPOSITORY (see
+    `convert.hub`).
 
     The model computes in float32 on images normalised with the mean and deviation of its recipe.
 
@@ -82,7 +114,6 @@ def load(
         trained = load_trained(os.fspath(source))
         return trained.task.model, trained.model_variables
     from halvit_jax.convert import readers, weights_file
-    from halvit_jax.models import create_model
 
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

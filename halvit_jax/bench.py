@@ -4,6 +4,8 @@ python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=fl
 python -m halvit_jax.bench --config=configs/NAME.py --batch=8          the task, model and optimizer of a config
 python -m halvit_jax.bench --what=input [--batch=64]
 python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
+python -m halvit_jax.bench --what=halve [--workdir=runs/halve] [--seeds=3] [--plot=FILE.svg]
+python -m halvit_jax.bench --what=signs [--workdir=runs/signs] [--seeds=5]
 
 Only one device is used. The models take turns within every round, so that drift of a shared machine affects all
 of them equally; figures are medians over the rounds. A training step is forward, backward and update.
@@ -34,16 +36,17 @@ STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule; no figure depends on them
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    flags.DEFINE_enum("what", "models", ["models", "input", "families"], "Models, the input pipeline, or families.")
+    flags.DEFINE_enum("what", "models", list(BENCHMARKS), "What to measure.")
     config_flags.DEFINE_config_file("config", None, "File of configs/ to benchmark instead of --models.")
     flags.DEFINE_list("models", ["halvit_tiny", "deit_small"], "Names, separated by commas.")
     flags.DEFINE_integer("batch", 8, "Images in a step.", lower_bound=1)
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "The type to compute in.")
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
-    flags.DEFINE_string("workdir", "runs/families", "Folder for the runs of the families, and their picture.")
-    flags.DEFINE_integer("seeds", 3, "Runs of each family.", lower_bound=1)
-    flags.DEFINE_integer("steps", 600, "Length of each run.", lower_bound=1)
+    flags.DEFINE_string("workdir", None, "Folder for the runs of families, halving or signs; else runs/WHAT.")
+    flags.DEFINE_string("plot", None, "Of halving: a .svg or .png file for the picture.")
+    flags.DEFINE_integer("seeds", 3, "Runs of each family, or of each row of halving or signs.", lower_bound=1)
+    flags.DEFINE_integer("steps", 600, "Length of each run of the families.", lower_bound=1)
     flags.DEFINE_list("families", [], "The families to measure; without it one or two of each kind.")
 
 
@@ -169,12 +172,8 @@ def main(argv: list[str]) -> None:
     with app.report_user_errors():
         app.reject_positional_args(argv, "name models with --models=a,b")
         configs = configs_to_measure(given)
-    if given.what == "input":
-        rows, report = measure_input(batch=given.batch, repeats=given.repeats), report_input
-    elif given.what == "families":
-        rows, report = measure_families(given), report_families
-    else:
-        rows, report = measure(configs, repeats=given.repeats), report_models
+    measured, report = BENCHMARKS[given.what]
+    rows = measured(given, configs)
     if given.json:
         for row in rows:
             print(json.dumps(row))
@@ -194,32 +193,34 @@ def report_models(rows: list[dict[str, Any]], given: Any) -> None:
         print(columns.format(row["model"], row["compile_s"], *speeds, *mebibytes))
 
 
-def measure_input(*, batch: int, repeats: int) -> list[dict[str, Any]]:
+def measure_input(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
     """One row for each image transform."""
+    del configs
     from halvit_jax.data import benchmark, hide_accelerators
 
     hide_accelerators()
-    return benchmark.measure_input(batch=batch, rounds=repeats)
+    return benchmark.measure_input(batch=given.batch, rounds=given.repeats)
 
 
 def report_input(rows: list[dict[str, Any]], given: Any) -> None:
     """The rows of `measure_input` as a table."""
     print(f"{os.cpu_count()} cores, batches of {given.batch}, JPEGs of 500x375, medians of {given.repeats} rounds")
-    columns = "{:<20} {:>10} {:>20} {:>10}"
+    columns = "{:<28} {:>10} {:>20} {:>10}"
     print(columns.format("what", "images/s", "images/s per core", "of bare"))
     for row in rows:
         share = row["images_per_s_per_core"] / rows[0]["images_per_s_per_core"]
         print(columns.format(row["what"], row["images_per_s"], row["images_per_s_per_core"], f"{share:.2f}"))
 
 
-def measure_families(given: Any) -> list[dict[str, Any]]:
+def measure_families(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
     """One row for each family, and a picture of all in the workdir."""
+    del configs
     from halvit_jax import main
     from halvit_jax.analysis import family_benchmark
 
     with app.report_user_errors():
         family_benchmark.validate_labels(given.families)
-    labels, workdir = given.families or family_benchmark.DEFAULT, pathlib.Path(given.workdir)
+    labels, workdir = given.families or family_benchmark.DEFAULT, _workdir(given)
     lengths = {"seeds": given.seeds, "steps": given.steps, "repeats": given.repeats}
     return family_benchmark.measure(labels, workdir, train=main.run_experiment, **lengths)
 
@@ -229,10 +230,70 @@ def report_families(rows: list[dict[str, Any]], given: Any) -> None:
     from halvit_jax.analysis import family_benchmark
 
     print(family_benchmark.table(rows))
-    picture = pathlib.Path(given.workdir) / "family_benchmark.png"
+    picture = _workdir(given) / "family_benchmark.png"
     with app.report_user_errors():
         family_benchmark.plot(rows, picture)
     print(f"accuracy against parameters: {picture}")
+
+
+def measure_halve(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
+    """One row for each student of the table of halving."""
+    del configs
+    from halvit_jax import main
+    from halvit_jax.analysis import halve_benchmark
+    from halvit_jax.experiment import halve
+
+    def halve_to(config: ConfigDict, out: pathlib.Path) -> dict[str, Any]:
+        with app.report_user_errors():
+            lengths = {"images": halve_benchmark.IMAGES, "fit_steps": halve_benchmark.FIT_STEPS}
+            result = halve.run(halve.prepare(config, source="", **lengths), out, log=print)
+        if "stopped" in result:
+            app.stopped(f"{result['stopped']}: the same command goes on from there")
+        return result
+
+    return halve_benchmark.measure(_workdir(given), train=main.run_experiment, halve=halve_to, seeds=given.seeds)
+
+
+def report_halve(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure_halve` as a table, and as a picture with --plot."""
+    from halvit_jax.analysis import halve_benchmark
+
+    print(halve_benchmark.table(rows))
+    if given.plot:
+        with app.report_user_errors():
+            halve_benchmark.plot(rows, pathlib.Path(given.plot))
+        print(f"accuracy against steps: {given.plot}")
+
+
+def measure_signs(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
+    """One row for each choice of the signs of a HaLViT's norms."""
+    del configs
+    from halvit_jax import main
+    from halvit_jax.analysis import norm_signs
+
+    return norm_signs.measure(_workdir(given), train=main.run_experiment, seeds=given.seeds)
+
+
+def report_signs(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure_signs` as a table."""
+    del given
+    from halvit_jax.analysis import norm_signs
+
+    print(norm_signs.table(rows))
+
+
+# --what -> a function of the flags and their configs that measures rows, and one that prints them.
+BENCHMARKS: dict[str, tuple[Callable[..., list[dict[str, Any]]], Callable[..., None]]] = {
+    "models": (lambda given, configs: measure(configs, repeats=given.repeats), report_models),
+    "input": (measure_input, report_input),
+    "families": (measure_families, report_families),
+    "halve": (measure_halve, report_halve),
+    "signs": (measure_signs, report_signs),
+}
+
+
+def _workdir(given: Any) -> pathlib.Path:
+    return pathlib.Path(given.workdir or f"runs/{given.what}")
 
 
 def _seconds(run: Callable[[], None]) -> float:

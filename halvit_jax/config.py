@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_dict
 
 FORMAT = 1  # of config.json; increased when a field changes its name or its meaning
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+MATMUL_PRECISIONS = ("default", "high", "highest")  # of JAX: in float32 on a TPU 1, 3 or 6 products of bfloat16
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -25,11 +26,15 @@ def default_config() -> ConfigDict:
             "seed": 0,  # for initialisation, data order, augmentation and stochastic depth
             "batch_size": 128,  # examples per step over all devices and hosts; a multiple of mesh.data x mesh.fsdp
             "recipe_batch_size": 0,  # the batch_size of the recipe; a different one is logged as a warning; 0 disables
+            "published_top1": 0.0,  # percent on imagenet2012 that the recipe's publication reports; 0: none
             "total_steps": 0,  # length of the run in steps; this or num_epochs
             "num_epochs": 0,  # length of the run in epochs; this or total_steps
             "init_from": "",  # initial weights: a workdir, or a file of halvit_jax.convert or with PyTorch's names
+            "init_ema": True,  # of a source with raw weights and their averages, the averages; False: the raw weights
+            "init_positions": "timm",  # resampling of positions to another grid: timm (a=-0.5) or torch (a=-0.75)
             "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
+            "matmul_precision": "highest",  # of products if compute_dtype is float32: default (fast), high or highest
             "model": _model(),
             "data": _data(),
             "task": _task(),
@@ -56,6 +61,7 @@ def _model() -> dict[str, Any]:
         "num_classes": 1000,  # size of the classifier
         "image_size": optional(int),  # height and width of the images, for the model and the data
         "drop_path": optional(float),  # stochastic depth of the last block
+        "residual_float32": optional(bool),  # ViT, Swin, PVT: residual sums in float32, whatever compute_dtype is
         "remat": False,  # recompute blocks in the backward pass to save memory
         # ViT (DeiT, HaLViT), and others as noted
         "patch_size": optional(int),  # also Swin: side of a patch in pixels
@@ -152,6 +158,8 @@ def _classification() -> dict[str, Any]:
         "cutmix": 0.0,  # alpha of CutMix; 0 is off
         "mixup_switch": 0.5,  # probability of CutMix if both are on
         "mixup_mode": "batch",  # batch: one draw for the whole batch; elem: one for each image
+        "mix_group": 0,  # rows that share a draw and are partners, a GPU's batch in the references; 0: the whole batch
+        "norm_group": 0,  # rows of one statistic of BatchNorm, a GPU's batch in the references; 0: the whole batch
         "erase": 0.0,  # probability of random erasing
         "erase_fill": "noise",  # what fills the erased box: noise, or zero (the mean colour)
     }
@@ -276,8 +284,21 @@ def validate(config: ConfigDict) -> None:
             raise ValueError(f"{name}={config[name]} must not be negative")
     if not 0.0 <= config.loop.ema_decay < 1.0:
         raise ValueError(f"loop.ema_decay={config.loop.ema_decay} must lie in [0, 1)")
+    for name in ("mix_group", "norm_group"):
+        group = config.classification[name]
+        for field, rows in (
+            ("", config.batch_size),
+            (" / loop.accumulate", config.batch_size // config.loop.accumulate),
+        ):
+            if 0 < group < rows and rows % group:
+                raise ValueError(
+                    f"classification.{name}={group} does not divide batch_size{field} = {rows}; set it to a divisor of "
+                    "that, or to 0 for the whole batch"
+                )
     if config.compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype={config.compute_dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+    if config.matmul_precision not in MATMUL_PRECISIONS:
+        raise ValueError(f"matmul_precision={config.matmul_precision!r} is not one of {', '.join(MATMUL_PRECISIONS)}")
     if config.task.name == "distillation" and not config.teacher.init_from:
         raise ValueError(
             "task.name='distillation' needs a teacher; set teacher.init_from to a workdir or a weight file, or "

@@ -4,7 +4,7 @@ python -m halvit_jax.export --workdir=DIR --format=stablehlo|safetensors|onnx --
 
 The file maps uint8 images [b, s, s, 3] of any b to the model's outputs in float32; normalisation is inside, resizing is
 not. The file also contains a description: the size of the images, the fraction of the resized image that the
-central crop keeps (`crop`), and the names of the classes.
+central crop keeps (`crop`), how it is resized (`resize`, short_side or squash), and the names of the classes.
 
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
 - onnx: for onnxruntime and others; needs `pip install 'halvit_jax[onnx]'`; the description is in the model's metadata
@@ -98,6 +98,7 @@ def description(trained: Trained) -> dict[str, Any]:
         "model": config.model.name,
         "image_size": height if height == width else [height, width],
         "crop": config.data.eval_crop,
+        "resize": config.data.eval_resize,
         "interpolation": config.data.interpolation,
         "mean": list(config.task.mean),
         "std": list(config.task.std),

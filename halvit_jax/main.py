@@ -2,6 +2,7 @@
 
 python -m halvit_jax.main --config=configs/halvit_digits.py --workdir=runs/halvit_digits [--mode=train|eval] [--cluster]
 python -m halvit_jax.main ... --profile=100:105        also trace these steps, counted from 0, for TensorBoard
+python -m halvit_jax.main --config=configs/shvit.py:s4 --mode=eval --config.init_from=FILE       evaluate these weights
 
 The program from here: experiment/build.py makes the parts of a run from its config (experiment/tasks.py the task,
 data/pipeline.py the loaders, training/optim.py the optimizer), experiment/init_from.py its initial weights,
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import json
 import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -46,16 +48,26 @@ def main(argv: list[str]) -> None:
     profile = None
     with app.report_user_errors():
         app.reject_positional_args(argv, "flags look like --config.batch_size=64")
-        if values.config is None or values.workdir is None:
-            raise ValueError("give both --config=configs/NAME.py and --workdir=DIR")
-        if values.step is not None and values.mode != "eval":
-            raise ValueError(f"--step={values.step} is for --mode=eval; training resumes from the newest checkpoint")
+        weights_only = values.mode == "eval" and values.config is not None and values.config.init_from
+        if values.config is None or (values.workdir is None and not weights_only):
+            raise ValueError(
+                "give both --config=configs/NAME.py and --workdir=DIR; only --mode=eval of the weights in "
+                "--config.init_from=FILE needs no workdir"
+            )
+        if values.step is not None and (values.mode != "eval" or values.workdir is None):
+            raise ValueError(
+                f"--step={values.step} is for --mode=eval with a --workdir; training resumes from the newest checkpoint"
+            )
         if values.profile is not None:
             from halvit_jax.training.profiling import parse_range
 
             profile = parse_range(values.profile)
             if values.mode != "train":
                 raise ValueError(f"--profile={values.profile} is for --mode=train")
+    processes = {name: values[name].value for name in distributed.FLAGS}
+    if values.workdir is None:
+        evaluate_weights(values.config, processes=processes)
+        return
     run_experiment(
         values.config,
         pathlib.Path(values.workdir),
@@ -63,7 +75,7 @@ def main(argv: list[str]) -> None:
         step=values.step,
         restart_if_corrupt=values.restart_if_corrupt,
         profile=profile,
-        processes={name: values[name].value for name in distributed.FLAGS},
+        processes=processes,
     )
 
 
@@ -98,6 +110,47 @@ def run_experiment(
         return _train(config, workdir, run, restart_if_corrupt=restart_if_corrupt, profile=profile)
 
 
+def evaluate_weights(
+    config: ConfigDict, *, processes: Mapping[str, Any] = distributed.SINGLE_PROCESS
+) -> dict[str, Any]:
+    """Evaluate the weights of `config.init_from`, print the result beside the published one, and return it.
+
+    Bad input ends the program with one line and exit code 2, before anything is compiled.
+    """
+    with contextlib.ExitStack() as stack:
+        with app.report_user_errors():
+            from halvit_jax.experiment import evaluation
+
+            config = evaluation.without_teacher(config)
+            config_lib.validate(config)
+            stack.enter_context(distributed.process_group(**processes, folder=None, **config.cluster))
+            from halvit_jax.training import loop
+            from halvit_jax.training.report import Report
+
+            parts = evaluation.build_evaluation(config)
+        # For the curves, which nobody reads, and the stacks of a stalled run, which are printed too.
+        workdir = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = {"progress": parts.task.progress_metrics, "units": parts.task.units}
+        report = Report(workdir, total_steps=0, batch_size=config.batch_size, **names)
+        for line in parts.loaded.lines():
+            report.log(f"init_from={config.init_from}: {line}")
+        with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
+            result = loop.evaluate_state(
+                parts.task, parts.state, parts.evals, mesh=parts.mesh, report=report, **handlers
+            )
+        _log_evaluation(config, report, result)
+    return result
+
+
+def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any]) -> None:
+    from halvit_jax.experiment import evaluation
+
+    for line in evaluation.published_lines(config, result):
+        report.log(line)
+    report.close()
+    report.log(json.dumps(result))
+
+
 def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int | None) -> dict[str, Any]:
     # Orbax and CLU take seconds to import, so an error in the config is reported before.
     from halvit_jax.training import loop
@@ -107,15 +160,17 @@ def _evaluate(config: ConfigDict, workdir: pathlib.Path, run: "Run", step: int |
         checkpointer = Checkpointer(workdir, read_only=True)
         restored = checkpointer.restore(run.abstract_state(), step=step)
         if restored is None:
-            raise ValueError(f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train")
+            raise ValueError(
+                f"--workdir={workdir} has no checkpoint to evaluate; train first, with --mode=train"
+                + ("; or leave out --workdir to evaluate the weights of init_from" if config.init_from else "")
+            )
         report = _make_report(config, workdir, run)
     with app.report_data_errors(), _fault_handlers(config, workdir) as handlers:
         result = loop.evaluate_state(
             run.task, restored.state, run.loaders.evals, mesh=run.mesh, report=report, **handlers
         )
     checkpointer.close()
-    report.close()
-    report.log(json.dumps(result))
+    _log_evaluation(config, report, result)
     return result
 
 

@@ -34,6 +34,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden configs and parameters; read the diff")
 
 
+def pytest_configure() -> None:
+    """Implicit promotion is an error. jax is imported here, after the environment above."""
+    from helpers.promotion import forbid_promotion
+
+    forbid_promotion()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files beside this one first: a few long tests each, which should not be what one of two workers ends with."""
     items.sort(key=lambda item: item.path.parent != pathlib.Path(__file__).parent)

@@ -73,7 +73,7 @@ def prepare(config: ConfigDict, topology: Topology, devices: list[jax.Device]) -
         step=build.build_train_step(config, task, optimizer),
         state=state,
         constants=task.constants,
-        batch=abstract_batch(mesh, task.batch_spec(), batch_size=config.batch_size),
+        batch=abstract_batch(mesh, build.training_spec(config, task), batch_size=config.batch_size),
         untied=untied,
     )
 
@@ -109,6 +109,7 @@ def plan(target: CompileTarget) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "batch_per_device": config.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"]),
         "accumulate": config.loop.accumulate,
+        "groups": [size for size in (config.classification.mix_group, config.classification.norm_group) if size],
         "remat": config.model.remat,
         "parameters": count(state.params),
         "bytes": parts,
@@ -130,12 +131,13 @@ def compile_target(target: CompileTarget) -> dict[str, Any]:
 
 
 def largest_batch(report: dict[str, Any], compiled: Callable[[int], dict[str, Any]]) -> int:
-    """The largest batch, in steps of ROW_MULTIPLE a device, that was compiled and fits; 0 if none did.
+    """The largest batch that was compiled and fits, in steps of ROW_MULTIPLE a device and of groups; 0 if none did.
 
     Memory is assumed linear in the batch: every guess lies on the line through the two batches nearest to the limit; at
     first, one of them is the empty batch. `compiled(batch_size)` is the report of `compile_for` on that batch.
     """
-    unit = report["batch_size"] // report["batch_per_device"] * report["accumulate"] * ROW_MULTIPLE
+    devices = report["batch_size"] // report["batch_per_device"]
+    unit = report["accumulate"] * math.lcm(devices * ROW_MULTIPLE, *report["groups"])
     usable = report["memory"]["usable"]
     peaks = {0: sum(report["bytes"].values()) - report["bytes"]["batch"] + (report["memory"]["code"] or 0)}
     fits, fails = {0}, set()

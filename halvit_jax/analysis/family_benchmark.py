@@ -115,12 +115,13 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         low, high = min(row["top1_of_seeds"]), max(row["top1_of_seeds"])
         bar = [[row["top1"] - low], [high - row["top1"]]]
         axes.errorbar(row["params"] / 1e3, row["top1"], yerr=bar, fmt="o", capsize=3)
-        place = (5, -14 if number % 2 else 5)  # names of neighbours above and below
-        axes.annotate(row["family"], (row["params"] / 1e3, row["top1"]), xytext=place, textcoords="offset points")
+        side, offset = ("left", 6) if number % 2 else ("right", -6)  # names of neighbours on opposite sides
+        point = {"xy": (row["params"] / 1e3, row["top1"]), "xytext": (offset, 4), "textcoords": "offset points"}
+        axes.annotate(row["family"], **point, ha=side)
     axes.set_xlabel("parameters of the deployed model, thousands")
     axes.set_ylabel("top-1 on the test digits, %")
     axes.grid(alpha=0.3)
-    axes.margins(0.15)  # space for the names
+    axes.margins(0.2, 0.15)  # space for the names
     chart.savefig(path, dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""What is installed and what is missing, with the command that adds it.
+"""List installed and missing packages, with the commands that install them.
 
     halvit doctor [--data_dir=DIR]
 
@@ -70,7 +70,7 @@ def requirements() -> tuple[list[Requirement], dict[str, list[Requirement]]]:
 
 
 def lacking(requirement: Requirement) -> str:
-    """What is wrong with an installed package, or ""."""
+    """The problem of an installed package, or ""."""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:

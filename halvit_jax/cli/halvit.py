@@ -12,12 +12,13 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "eval": ("halvit_jax.main", ["--mode=eval"], "evaluate a trained model"),
     "predict": ("halvit_jax.predict", [], "classify images"),
     "export": ("halvit_jax.export", [], "write a model for use elsewhere"),
-    "convert": ("halvit_jax.convert", [], "between PyTorch's weights and ours"),
+    "halve": ("halvit_jax.halve", [], "make a HaLViT of a trained ViT"),
+    "convert": ("halvit_jax.convert", [], "convert weights between PyTorch's names and ours"),
     "summary": ("halvit_jax.summary", [], "models, counts and published accuracies"),
     "check": ("halvit_jax.check", [], "check a config, its data and a workdir"),
-    "plan": ("halvit_jax.plan", [], "memory and arithmetic of a step on a TPU, without one"),
+    "plan": ("halvit_jax.plan", [], "memory and speed of a step on a TPU, without one"),
     "bench": ("halvit_jax.bench", [], "measure speed"),
-    "doctor": ("halvit_jax.cli.doctor", [], "versions, devices, data sets and extras that are there"),
+    "doctor": ("halvit_jax.cli.doctor", [], "installed versions, devices, data sets and extras"),
 }
 
 

@@ -259,7 +259,7 @@ def _checkpoint(workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult
 
 def _step(config: ConfigDict, optimizer: Any, devices: Any, state: PyTree, **subject: Any) -> CheckResult:
     (task,) = subject.values()
-    batch = abstract_batch(devices, task.batch_spec(), batch_size=config.batch_size)
+    batch = abstract_batch(devices, build.training_spec(config, task), batch_size=config.batch_size)
     step = build.build_train_step(config, task, optimizer)
     started = time.perf_counter()
     try:

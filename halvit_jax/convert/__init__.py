@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, minivit, nextvit, pvt, regnet, resnet, shvit, swin, vit
+from halvit_jax.convert import engine, minivit, nextvit, pvt, regnet, resnet, shvit, swin, timm, vit
 from halvit_jax.convert.engine import LAYOUTS, Rule
 from halvit_jax.models import create_model
 from halvit_jax.models.minivit import MiniDeit, MiniSwin
@@ -62,6 +62,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
     model = create_model(name, **overrides)
     if isinstance(model, SwinTransformer):
         swin.check_windows(name, model, state)
+    state = timm.official_names(model, state)
     return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
 
 

@@ -1,6 +1,6 @@
 """Names of Mini-DeiT and Mini-Swin: the authors' (github.com/microsoft/Cream, MiniViT).
 
-Both keep the own arrays of a shared block's runs in lists; Mini-DeiT wraps them in `instances`.
+Both keep the unshared arrays of each run of a shared block in lists; Mini-DeiT wraps them in `instances`.
 """
 
 from halvit_jax.convert.engine import Rule, conv, dense, layer_norm

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from halvit_jax.convert import hub
+
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -32,6 +34,7 @@ DTYPES: dict[str, np.dtype] = {
 MAX_HEADER = 2**20  # bytes; enough for nine thousand arrays, and small beside any weights
 PYTORCH = (".pt", ".pth", ".bin", ".tar")
 WRAPPERS = ("model", "state_dict")  # keys of the state in the files of training scripts
+EMA_WRAPPERS = ("model_ema", "state_dict_ema")  # keys of its moving average
 
 
 class Weights(NamedTuple):
@@ -41,8 +44,10 @@ class Weights(NamedTuple):
     metadata: dict[str, str]
 
 
-def read(path: str | os.PathLike[str]) -> Weights:
-    """All arrays of a weight file, in their stored types.
+def read(path: str | os.PathLike[str], *, ema: bool = False) -> Weights:
+    """All arrays of a weight file, in their stored types; with `ema` the averages where a training script wrote both.
+
+    hf://... is a file on the Hub, see `hub`.
 
     Memory: the file's size, or half as much again for a compressed npz. Nothing in a file is executed, and wrong sizes
     are refused before memory is allocated for them.
@@ -50,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
     Raises:
         ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
-    path = pathlib.Path(path)
+    path = hub.download(str(path)) if hub.is_source(path) else pathlib.Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
     match path.suffix:
@@ -59,7 +64,7 @@ def read(path: str | os.PathLike[str]) -> Weights:
         case ".npz":
             return Weights(_read_npz(path), {})
         case suffix if suffix in PYTORCH:
-            return Weights(_read_pytorch(path), {})
+            return Weights(_read_pytorch(path, ema=ema), {})
     kinds = f".safetensors, .npz, and with PyTorch {', '.join(PYTORCH)}"
     raise ValueError(f"{path} has an unsupported suffix, not {kinds}; save the weights as safetensors")
 
@@ -82,7 +87,7 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
         array = arrays[name]
         if array.dtype not in codes or not array.size:
             types = ", ".join(dtype.name for dtype in codes)
-            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or of none of the types {types}")
+            raise ValueError(f"{name} of {array.dtype.name} {array.shape} is empty or its type is not one of {types}")
         start, end = end, end + array.nbytes
         header[name] = {"dtype": codes[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -214,7 +219,7 @@ def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
         return data.view(dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_pytorch(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -224,15 +229,21 @@ def _read_pytorch(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         # Files of the old format are not archives and cannot be memory-mapped.
         content = torch.load(path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(path))
-        return {str(name): _to_numpy(tensor, torch.int16) for name, tensor in _state_of(content).items()}
+        return {str(name): _to_numpy(tensor, torch.int16) for name, tensor in _state_of(content, ema=ema).items()}
     except Exception as error:  # a corrupt file may raise nearly any error
         # PyTorch's own message for a file with code explains how to run that code.
         why = "it holds more than weights" if type(error).__name__ == "UnpicklingError" else _line(error)
         raise ValueError(f"{path} is not a valid PyTorch file: {why}; save the state as safetensors") from None
 
 
-def _state_of(content: Any) -> dict[Any, Any]:
-    """The state, at the top or under one of WRAPPERS."""
+def _state_of(content: Any, *, ema: bool = False) -> dict[Any, Any]:
+    """The state, at the top or under one of WRAPPERS; with `ema` first under one of EMA_WRAPPERS."""
+    if ema and isinstance(content, dict):
+        for key in EMA_WRAPPERS:
+            if isinstance(content.get(key), dict):
+                # PyTorch's AveragedModel counts its updates and holds the model under one more name.
+                averages = {name: value for name, value in content[key].items() if name != "n_averaged"}
+                return _state_of({name.removeprefix("module."): value for name, value in averages.items()})
     states = [content[key] for key in WRAPPERS if isinstance(content, dict) and isinstance(content.get(key), dict)]
     if len(states) > 1:
         raise _Refused(f"it has a state under each of {', '.join(WRAPPERS)}")

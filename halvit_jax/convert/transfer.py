@@ -4,14 +4,15 @@ Arrays of the same path and shape are copied. The family's TRANSFER_RULES, (regu
 the rest; first match wins:
 
 - "head": a classifier of another shape keeps its initial values; either model may lack it.
-- "position_grid": positions are resampled to the new grid as in timm, bicubic and antialiased; tokens before the grid
-  (a class token) are kept.
+- "position_grid": positions are resampled to the new grid, as a key of RESAMPLINGS says; tokens before the grid (a
+  class token) are kept.
 - "input_channels": a kernel [k, k, c, f] for grey images (c = 1) is the sum over the old channels; in the other
   direction the grey kernel is divided evenly over the channels.
 
 Shapes: `n` tokens, `d` width, `k` kernel side, `c` input channels, `f` features.
 """
 
+import functools
 import math
 import os
 import re
@@ -43,7 +44,7 @@ class Transfer(NamedTuple):
         return [f"{len(self.arrays) - len(self.adapted)} arrays copied", *found]
 
 
-def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, np.ndarray]:
+def read_for(path: str | os.PathLike[str], name: str, model: Any, *, ema: bool = False) -> dict[str, np.ndarray]:
     """The arrays of a weight file under our paths: {"params/head/bias": array}.
 
     A PyTorch state is read with the names of `model`; it may differ from it as far as `transfer` allows.
@@ -51,7 +52,7 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
     Raises:
         ValueError: an unreadable file, and every entry that is not an array of such a model, by name.
     """
-    weights = readers.read(path)
+    weights = readers.read(path, ema=ema)
     stored = weights_file.from_weights(weights)
     if stored is not None:
         return flatten(stored.variables)
@@ -61,7 +62,13 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any) -> dict[str, n
 
 
 def transfer(
-    name: str, arrays: Mapping[str, np.ndarray], wanted: engine.Shapes, rules: TransferRules, *, exclude: Sequence[str]
+    name: str,
+    arrays: Mapping[str, np.ndarray],
+    wanted: engine.Shapes,
+    rules: TransferRules,
+    *,
+    exclude: Sequence[str],
+    positions: str = "timm",
 ) -> Transfer:
     """The part of `arrays` that initialises the model `name` of the shapes `wanted`.
 
@@ -71,6 +78,9 @@ def transfer(
         ValueError: all missing or unexpected arrays and shape mismatches that no rule allows, by path; an expression of
             `exclude` without a match.
     """
+    if positions not in RESAMPLINGS:
+        raise ValueError(f"init_positions={positions!r} is not one of {', '.join(RESAMPLINGS)}")
+    adapters = ADAPTERS | {"position_grid": functools.partial(adapt_position_grid, resampling=positions)}
     bare = [_bare(path) for path in wanted]
     for pattern in exclude:
         if not any(re.search(pattern, path) for path in bare):
@@ -89,7 +99,7 @@ def transfer(
         elif array.shape == shape:
             found.arrays[path] = np.asarray(array, np.float32)
         else:
-            adapted = ADAPTERS[kind](array, shape) if kind in ADAPTERS else None
+            adapted = adapters[kind](array, shape) if kind in adapters else None
             if adapted is None:
                 problems.add("shape mismatch", f"{path} (is {array.shape}, must be {shape})")
             else:
@@ -104,8 +114,11 @@ def transfer(
     return found
 
 
-def adapt_position_grid(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Resample positions [n, d] of a square grid, after those of other tokens, to a grid of another size."""
+def adapt_position_grid(array: np.ndarray, shape: tuple[int, ...], *, resampling: str = "timm") -> np.ndarray | None:
+    """Resample positions [n, d] of a square grid, after those of other tokens, to a grid of another size.
+
+    `resampling` is a key of RESAMPLINGS.
+    """
     for before in range(min(MOST_BEFORE + 1, len(array), shape[0])):
         old, new = math.isqrt(len(array) - before), math.isqrt(shape[0] - before)
         if old**2 + before == len(array) and new**2 + before == shape[0]:
@@ -114,7 +127,35 @@ def adapt_position_grid(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
         return None
     if array.shape[1] != shape[1]:
         return None
-    return np.asarray(resampled(np.asarray(array, np.float32), (old, old), (new, new)))
+    table = np.asarray(array, np.float32)
+    grid = RESAMPLINGS[resampling](table[before:].reshape(old, old, -1), new)
+    return np.concatenate([table[:before], grid.reshape(new * new, -1)])
+
+
+def timm_bicubic(grid: np.ndarray, side: int) -> np.ndarray:
+    """A map [u, u, d] resampled to [side, side, d] as timm does: bicubic (a = -0.5), antialiased where it shrinks."""
+    u, _, d = grid.shape
+    return np.asarray(resampled(grid.reshape(u * u, d), (u, u), (side, side))).reshape(side, side, d)
+
+
+def torch_bicubic(grid: np.ndarray, side: int) -> np.ndarray:
+    """A map [u, u, d] resampled to [side, side, d] as `torch.nn.functional.interpolate(mode="bicubic")` does.
+
+    DeiT, MiniViT and Swin resample with it. Its kernel has a = -0.75, its edges are repeated, nothing is antialiased.
+    """
+    u, a = grid.shape[0], -0.75
+    place = (np.arange(side) + 0.5) * (u / side) - 0.5
+    first = np.floor(place).astype(int)
+    weights = np.zeros((side, u))
+    for tap in range(-1, 3):
+        x = np.abs(place - first - tap)
+        near = ((a + 2) * x - (a + 3)) * x * x + 1  # x <= 1
+        far = ((x - 5) * x + 8) * x * a - 4 * a  # 1 < x < 2
+        np.add.at(weights, (np.arange(side), np.clip(first + tap, 0, u - 1)), np.where(x <= 1, near, far))
+    return np.einsum("iu,jv,uvd->ijd", weights, weights, grid).astype(np.float32)
+
+
+RESAMPLINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {"timm": timm_bicubic, "torch": torch_bicubic}
 
 
 def adapt_input_channels(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from halvit_jax.convert import engine, from_torch, readers, shapes_of
+from halvit_jax.convert import engine, from_torch, hub, readers, shapes_of
 from halvit_jax.models import create_model
 from halvit_jax.trees import flatten, unflatten
 
@@ -65,6 +65,9 @@ def load_any(path: str, weights: readers.Weights, name: str | None, fields: Mapp
     given = {field: value for field, value in fields.items() if value is not None}
     stored = from_weights(weights)
     if stored is None:
+        if name is None and hub.is_source(path):
+            name, published = hub.model_of(path)
+            given = published | given
         if name is None:
             raise ValueError(f"{path} does not name its model; give it (--model=NAME)")
         return StoredModel(name, given, from_torch(name, weights.arrays, **given))

@@ -63,23 +63,25 @@ def draw_rand_augment(
     }
 
 
-def parse_policy(text: str, *, interpolation: str) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
+def parse_policy(text: str, *, interpolation: str, fill: Color) -> Callable[[tf.Tensor, tf.Tensor], tf.Tensor]:
     """The policy of `config.data.augment` as a function (image, seed) -> image.
 
-    "trivial", "three", or RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1".
+    "trivial", "three", or RandAugment in timm's notation, such as "rand-m9-mstd0.5-inc1". `fill` is RandAugment's, as
+    in timm the mean of the data; TrivialAugment fills with black, as in torchvision.
     """
     if text == "trivial":
         return trivial_augment
     if text == "three":
         return three_augment
-    return functools.partial(rand_augment, interpolation=interpolation, **parse_rand_augment(text))
+    return functools.partial(rand_augment, interpolation=interpolation, fill=fill, **parse_rand_augment(text))
 
 
 def parse_rand_augment(text: str) -> dict[str, Any]:
     """Read timm's name of a RandAugment, such as "rand-m9-mstd0.5-inc1", as keyword arguments of `rand_augment`.
 
     Sections, in any order: m magnitude (10 if not given), mstd its deviation (0; above 100: uniform magnitudes), inc
-    increasing (0), n operations (2), p probability (0.5).
+    increasing (not if not given; inc0 too is increasing, because timm reads it as `bool("0")`), n operations (2), p
+    probability (0.5).
     """
     first, *sections = text.split("-")
     given = {}
@@ -181,7 +183,7 @@ THREE_AUGMENT: dict[str, Level] = {
 _SECTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {  # of timm's name: pattern -> argument and its value
     r"m(\d(?:\.\d+)?|10)": ("magnitude", float),
     r"mstd(\d+(?:\.\d+)?)": ("magnitude_std", lambda text: float(text) if float(text) <= 100 else math.inf),
-    r"inc([01])": ("increasing", lambda text: text == "1"),
+    r"inc([01])": ("increasing", lambda text: True),
     r"n([1-9]\d?)": ("ops", int),
     r"p([01]|0?\.\d+)": ("probability", float),
 }

@@ -30,7 +30,8 @@ def measure_input(*, batch: int, rounds: int, batches: int = 6, image_size: int 
     images = InMemoryImages(encoded, examples=100 * batch)  # an epoch outlasts the measurement, as it does in training
     deit = train_transform(size, **DEIT)
     ways: dict[str, Callable[[], Iterator[Any]]] = {
-        "bare tf.data": lambda: _bare(encoded, batch, size),
+        "bare tf.data": lambda: _bare(encoded, batch, size, "INTEGER_FAST"),  # TensorFlow's default
+        "bare tf.data, accurate DCT": lambda: _bare(encoded, batch, size, ops.DCT),  # ours: the pixels of Pillow
         "crop": lambda: _mapped(encoded, batch, train_transform(size, **CROP)),
         "crop, antialias": lambda: _mapped(encoded, batch, train_transform(size, **CROP | {"antialias": True})),
         "DeiT": lambda: _mapped(encoded, batch, deit),
@@ -93,14 +94,14 @@ def _mapped(encoded: list[bytes], batch: int, transform: Transform) -> Iterator[
     return _batches(encoded, batch, prepare)
 
 
-def _bare(encoded: list[bytes], batch: int, size: tuple[int, int]) -> Iterator[Any]:
+def _bare(encoded: list[bytes], batch: int, size: tuple[int, int], dct: str) -> Iterator[Any]:
     """Decoding, cropping and resizing the same boxes by TensorFlow alone."""
 
     def prepare(number: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
         shape = tf.image.extract_jpeg_shape(image)
         seed = ops.fold_in(tf.stack([number, 0]), 0)
         box = ops.random_box(shape[0], shape[1], seed, CROP["min_area"])
-        crop = tf.io.decode_and_crop_jpeg(image, box, channels=3)
+        crop = tf.io.decode_and_crop_jpeg(image, box, channels=3, dct_method=dct)
         crop = tf.image.stateless_random_flip_left_right(crop, tf.stack([number, 1]))
         resized = tf.image.resize(crop, size, method="bicubic")
         return tf.cast(tf.clip_by_value(resized, 0, 255), tf.uint8)

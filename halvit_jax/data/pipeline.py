@@ -33,12 +33,13 @@ ONLY_HOST = Host()
 
 
 class Loaders(NamedTuple):
-    """The training loader, the evaluation loaders and the `DatasetInfo` of the training set.
+    """The training loader (None without training), the evaluation loaders and the `DatasetInfo` of the training set.
 
-    `evals` starts with "eval", by which the best checkpoint is chosen; the set `v2` of data.evals is "eval_v2".
+    Without training it is that of "eval". `evals` starts with "eval", by which the best checkpoint is chosen;
+    the set `v2` of data.evals is "eval_v2".
     """
 
-    train: Loader
+    train: Loader | None
     evals: dict[str, Loader]
     info: DatasetInfo
 
@@ -71,9 +72,13 @@ def make_loaders(
     batch_size: int,
     size: tuple[int, int],
     seed: int,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
     host: Host = ONLY_HOST,
+    training: bool = True,
 ) -> Loaders:
     """The loaders of `config.data`, whose fields explain the keywords; `size` is (height, width) of the images.
+
+    `mean` is that of the colours, for augmentation. Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -90,6 +95,7 @@ def make_loaders(
         color_jitter=color_jitter,
         method=interpolation,
         antialias=antialias,
+        mean=mean,
         on_bad_image=on_bad_image,
     )
     for_evaluation = eval_transform(
@@ -97,8 +103,12 @@ def make_loaders(
     )
     if not 0.0 <= bad_image_budget <= 1.0:
         raise ValueError(f"data.bad_image_budget={bad_image_budget} must lie between 0 and 1")
-    train_source, eval_sources = open_sources(name, data_dir, root, train_split, eval_name, eval_split, evals)
+    split = train_split if training else None
+    train_source, eval_sources = open_sources(name, data_dir, root, split, eval_name, eval_split, evals)
     sizes = {"batch_size": batch_size, "bad_image_budget": bad_image_budget, "host": host}
+    loaders = {key: EvalLoader(source, for_evaluation, **sizes) for key, source in eval_sources.items()}
+    if train_source is None:
+        return Loaders(None, loaders, eval_sources["eval"].info)
     train = TrainLoader(
         train_source,
         for_training,
@@ -108,7 +118,6 @@ def make_loaders(
         repeated_aug=repeated_aug,
         **sizes,
     )
-    loaders = {key: EvalLoader(source, for_evaluation, **sizes) for key, source in eval_sources.items()}
     return Loaders(train, loaders, train_source.info)
 
 

@@ -1,6 +1,6 @@
 """From a record to an example: decoding, cropping and augmenting the image; all other features pass through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -38,11 +38,13 @@ def train_transform(
     color_jitter: float,
     method: str,
     antialias: bool,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
     on_bad_image: str = "error",
 ) -> Transform:
-    """Crop to `size` (height, width), flip, shift, colour jitter, augmentation policy, in this order.
+    """Crop to `size` (height, width), flip, shift, augmentation policy, colour jitter, in this order (timm's).
 
-    The fields of `config.data` explain each.
+    The fields of `config.data` explain each. `mean` is that of the data, with which RandAugment fills what comes in
+    from outside of the image.
 
     Raises:
         ValueError: a value that is not allowed, naming its field.
@@ -69,11 +71,12 @@ def train_transform(
         augmentations.append((1, ops.random_flip))
     if shift:
         augmentations.append((2, lambda image, seed: ops.random_shift(image, seed, pixels=shift)))
+    if policy:
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+        augmentations.append((3, augment.parse_policy(policy, interpolation=method, fill=fill)))
     if color_jitter:
         strengths = dict.fromkeys(("brightness", "contrast", "saturation"), color_jitter)
         augmentations.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
-    if policy:
-        augmentations.append((3, augment.parse_policy(policy, interpolation=method)))
     decode = _decoder(crops[crop], size, on_bad_image)
 
     def transform(record: Record, seed: tf.Tensor) -> Example:

@@ -7,7 +7,6 @@ Shapes: `h w` a map's rows and columns, `k` anchors at a position, `a` = h w k.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 import jax
@@ -67,11 +66,6 @@ def inside_flags(size: jax.Array, shapes: Mapping[int, tuple[int, int]], count: 
     flags = []
     for stride, (rows, columns) in shapes.items():
         used = -(-padded // stride)
-        inside = (jnp.arange(rows) < used[0])[:, None] & (jnp.arange(columns) < used[1])
+        inside = (jnp.arange(rows) < used[0])[:, None] & (jnp.arange(columns) < used[1])[None]
         flags.append(jnp.repeat(inside.reshape(-1), count))  # [h, w] -> [a]
     return jnp.concatenate(flags)
-
-
-def map_shape(canvas: tuple[int, int], stride: int) -> tuple[int, int]:
-    """Rows and columns of the map of a stride: every halving rounds up."""
-    return math.ceil(canvas[0] / stride), math.ceil(canvas[1] / stride)

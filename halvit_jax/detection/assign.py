@@ -37,7 +37,7 @@ def assign(iou: jax.Array, real: jax.Array, matching: Matching, usable: jax.Arra
     Candidates that are not `usable` [a] are `NEITHER` and claim nothing. A box without any overlap claims nothing.
     """
     usable = jnp.ones(iou.shape[1], bool) if usable is None else usable
-    iou = jnp.where(real[:, None] & usable, iou, -1.0)
+    iou = jnp.where(real[:, None] & usable[None], iou, -1.0)
     best, best_box = jnp.max(iou, 0, initial=-1.0), _first_best(iou)
     code = jnp.where(best < matching.negative, BACKGROUND, NEITHER)
     code = jnp.where(best >= matching.positive, best_box, code)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from halvit_jax.detection.conventions import UNION_FLOOR
+from halvit_jax.layers.arrays import align_last
 
 RPN_STD = (1.0, 1.0, 1.0, 1.0)
 ROI_STD = (0.1, 0.1, 0.2, 0.2)
@@ -57,7 +58,7 @@ def encode(anchors: jax.Array, boxes: jax.Array, std: Sequence[float] = RPN_STD)
     ax, ay, aw, ah = _centre_size(anchors)
     bx, by, bw, bh = _centre_size(boxes)
     deltas = jnp.stack([(bx - ax) / aw, (by - ay) / ah, jnp.log(bw / aw), jnp.log(bh / ah)], axis=-1)
-    return deltas / jnp.asarray(std, jnp.float32)
+    return deltas / align_last(jnp.asarray(std, jnp.float32), deltas)
 
 
 def decode(
@@ -68,7 +69,7 @@ def decode(
     Log sizes are bounded by ln(1000 / 16) from above, and from below unless `clamp_shrinking` is False.
     """
     x, y, width, height = _centre_size(anchors)
-    scaled = deltas.astype(jnp.float32) * jnp.asarray(std, jnp.float32)
+    scaled = deltas.astype(jnp.float32) * align_last(jnp.asarray(std, jnp.float32), deltas)
     sizes = jnp.clip(scaled[..., 2:], -MAX_LOG_RATIO if clamp_shrinking else None, MAX_LOG_RATIO)
     x, y = x + scaled[..., 0] * width, y + scaled[..., 1] * height
     width, height = width * jnp.exp(sizes[..., 0]), height * jnp.exp(sizes[..., 1])
@@ -79,13 +80,13 @@ def clip(boxes: jax.Array, size: jax.Array) -> jax.Array:
     """Boxes cut at the borders of an image: [..., 4] with `size` [..., 2] = (rows, columns), broadcast -> [..., 4]."""
     rows, columns = size[..., 0], size[..., 1]
     limit = jnp.stack([columns, rows, columns, rows], axis=-1)
-    return jnp.clip(boxes, 0, limit.astype(boxes.dtype))
+    return jnp.clip(boxes, 0, align_last(limit.astype(boxes.dtype), boxes))
 
 
 def rescale(boxes: jax.Array, size: jax.Array, original: jax.Array) -> jax.Array:
     """Boxes of an image of `size` in the image of size `original` it was resized from; sizes are (rows, columns)."""
     rows, columns = (original[..., i] / size[..., i] for i in (0, 1))
-    return boxes * jnp.stack([columns, rows, columns, rows], axis=-1)
+    return boxes * align_last(jnp.stack([columns, rows, columns, rows], axis=-1), boxes)
 
 
 def _centre_size(boxes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:

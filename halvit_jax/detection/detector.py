@@ -76,7 +76,7 @@ class Detector(nn.Module):
     def features(self, images: jax.Array, size: jax.Array, *, train: bool) -> Maps:
         """The pyramid of images [b, h, w, 3] of which `size` [b, 2] rows and columns are no padding."""
         # Padding is zero behind the normalisation, whatever it was before.
-        rows, columns = (jnp.arange(images.shape[i]) for i in (1, 2))
+        rows, columns = (jnp.arange(images.shape[i])[None] for i in (1, 2))
         inside = (rows < size[:, :1])[:, :, None] & (columns < size[:, 1:])[:, None]
         images = jnp.where(inside[..., None], images, 0)
         maps = self.backbone.features(images, train=train, frozen_norms=not self.train_norms)

@@ -9,13 +9,15 @@ Shapes: `n` rows, `k` classes.
 import jax
 import jax.numpy as jnp
 
+from halvit_jax.layers.arrays import align_last
+
 FOCAL_GAMMA = 2.0
 FOCAL_ALPHA = 0.25
 
 
 def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """-sum w (t log s(x) + (1 - t) log(1 - s(x))): three arrays of one shape, or that broadcast -> scalar."""
-    logits = logits.astype(jnp.float32)
+    logits, targets, weights = (a.astype(jnp.float32) for a in (logits, targets, weights))
     return ((jax.nn.softplus(logits) - targets * logits) * weights).sum()
 
 
@@ -23,7 +25,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array, weights: jax.Arr
     """-sum w log softmax(x)[label]: [..., k], [...], [...] -> scalar."""
     log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32))
     own = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)[..., 0]
-    return -(own * weights).sum()
+    return -(own * weights.astype(jnp.float32)).sum()
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array, weights: jax.Array, *, beta: float = 0.0) -> jax.Array:
@@ -32,7 +34,8 @@ def smooth_l1(prediction: jax.Array, target: jax.Array, weights: jax.Array, *, b
     d = prediction - target; beta = 0 is the L1 distance. `weights` [...] count all four numbers of a row. Girshick
     2015 (arXiv 1504.08083, equation 3) has beta = 1.
     """
-    distance = jnp.abs(prediction.astype(jnp.float32) - target)
+    prediction, target, weights = (a.astype(jnp.float32) for a in (prediction, target, weights))
+    distance = jnp.abs(prediction - target)
     if beta:
         distance = jnp.where(distance < beta, 0.5 * distance**2 / beta, distance - 0.5 * beta)
     return (distance * weights[..., None]).sum()
@@ -51,8 +54,8 @@ def focal(
     p is the probability given to the truth, s(x) for the row's own class and 1 - s(x) for the others; a is alpha and
     1 - alpha. A label outside of 0..k-1 is background. Lin et al. 2017 (arXiv 1708.02002, equation 5).
     """
-    logits = logits.astype(jnp.float32)
-    own = labels[..., None] == jnp.arange(logits.shape[-1])
+    logits, weights = logits.astype(jnp.float32), weights.astype(jnp.float32)
+    own = labels[..., None] == align_last(jnp.arange(logits.shape[-1]), logits)
     # Both parts from the logit of the truth, since 1 - s(x) has no digits left where s(x) is near 1.
     truth = jnp.where(own, logits, -logits)
     missed = jnp.exp(gamma * jax.nn.log_sigmoid(-truth))  # (1 - p)^gamma

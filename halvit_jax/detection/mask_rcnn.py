@@ -25,6 +25,7 @@ from halvit_jax.detection.pyramid import Maps
 from halvit_jax.detection.roi_align import roi_align
 from halvit_jax.detection.sample import sample
 from halvit_jax.detection.targets import box_targets, mask_targets
+from halvit_jax.layers.arrays import align_last
 
 BOX_BINS, MASK_BINS = 7, 14
 POOLED_LEVELS = 4  # boxes are pooled from all levels but the coarsest
@@ -71,7 +72,8 @@ class MaskRCNN(Detector):
         answer = found._asdict()
         if self.masks:
             drawn = self._draw(maps, found.boxes)  # [b, d, 28, 28, k]
-            answer["masks"] = jax.nn.sigmoid(_own(drawn, found.labels[:, :, None, None])) * found.valid[..., None, None]
+            own = jax.nn.sigmoid(_own(drawn, found.labels[:, :, None, None]))
+            answer["masks"] = own * found.valid[..., None, None].astype(jnp.float32)
         return answer
 
     def losses(self, images: jax.Array, truth: Truth, key: jax.Array | None, *, train: bool = True) -> Losses:
@@ -179,8 +181,8 @@ class MaskRCNN(Detector):
             positive = drawn.positive.astype(jnp.float32)
             score = sigmoid_cross_entropy(logits[drawn.index], positive, used)
             box = smooth_l1(deltas[drawn.index], targets, positive, beta=choices.smooth_l1_beta)
-            positives, negatives = positive.sum(), drawn.negative.sum()
-            divisor = (jnp.maximum(positives, 1) + jnp.maximum(negatives, 1)) * counts
+            positives, negatives = positive.sum(), drawn.negative.sum(dtype=jnp.float32)
+            divisor = (jnp.maximum(positives, 1) + jnp.maximum(negatives, 1)) * counts.astype(jnp.float32)
             return jnp.stack([score, box, positives, divisor])
 
         rows = jnp.concatenate(logits, 1), jnp.concatenate(deltas, 1)
@@ -282,4 +284,4 @@ def _own(x: jax.Array, labels: jax.Array) -> jax.Array:
 
     A sum in which the others are 0: its gradient is dense, where a gather's would be a scatter.
     """
-    return jnp.where(labels[..., None] == jnp.arange(x.shape[-1]), x, 0).sum(-1)
+    return jnp.where(labels[..., None] == align_last(jnp.arange(x.shape[-1]), x), x, 0).sum(-1)

@@ -106,8 +106,8 @@ def fixed_point(boxes: jax.Array, labels: jax.Array, valid: jax.Array, threshold
     """Keep flags of ranked boxes [n, 4], all at once and again until nothing changes: [n] bool."""
     del limit  # stopping early would save no round
     n = boxes.shape[0]
-    earlier = jnp.arange(n)[:, None] < jnp.arange(n)
-    suppresses = (iou(boxes, boxes) > threshold) & (labels[:, None] == labels) & earlier
+    earlier = jnp.arange(n)[:, None] < jnp.arange(n)[None]
+    suppresses = (iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None]) & earlier
 
     def refine(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         keep, _ = state
@@ -134,7 +134,7 @@ def sequential(boxes: jax.Array, labels: jax.Array, valid: jax.Array, threshold:
         shared = jnp.maximum(width, 0) * jnp.maximum(height, 0)
         overlaps = shared / jnp.maximum(areas[i] + areas - shared, UNION_FLOOR) > threshold
         gone = keep[i] & overlaps & (labels == labels[i]) & (index > i)
-        return i + 1, keep & ~gone, kept + keep[i]
+        return i + 1, keep & ~gone, kept + keep[i].astype(jnp.int32)
 
     reached, keep, _ = lax.while_loop(more, step, (jnp.int32(0), valid, jnp.int32(0)))
     return keep & (index < reached)

@@ -122,7 +122,7 @@ class Enlarge(nn.Module):
         # One product for all four, then the four interleaved.
         wide = kernel.transpose(2, 0, 1, 3).reshape(c, -1)  # [2, 2, c, f] -> [c, 2 2 f]
         y = (x @ wide).reshape(b, h, w, 2, 2, self.features).transpose(0, 1, 3, 2, 4, 5)  # [b, h, 2, w, 2, f]
-        return y.reshape(b, 2 * h, 2 * w, self.features) + bias
+        return y.reshape(b, 2 * h, 2 * w, self.features) + bias[None, None, None]
 
 
 class FeatureNorms(nn.Module):

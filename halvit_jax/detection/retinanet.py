@@ -85,8 +85,9 @@ class RetinaNet(Detector):
             labels = jnp.where(positive, label[jnp.maximum(code, 0)] if len(label) else 0, self.num_classes)
             scores = focal(logits, labels, (code != NEITHER).astype(jnp.float32))
             box = smooth_l1(deltas, targets, positive.astype(jnp.float32), beta=choices.smooth_l1_beta)
-            positives = positive.sum()
-            return jnp.stack([scores, box, positives, jnp.maximum(positives, 1) * counts, usable.sum()])
+            positives, places = (flags.sum(dtype=jnp.float32) for flags in (positive, usable))
+            divisor = jnp.maximum(positives, 1) * counts.astype(jnp.float32)
+            return jnp.stack([scores, box, positives, divisor, places])
 
         rows = jnp.concatenate(logits, 1), jnp.concatenate(deltas, 1)
         given = (truth[name] for name in ("boxes", "label", "real", "size"))

@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from halvit_jax.layers.arrays import align_last
+
 FINEST = 56.0  # a box of side below 2 * FINEST is pooled from the first level, of side below 4 * FINEST from the second
 REACH = 6  # candidates a pixel looks at: at most four samples reach it, one more on each side for rounding
 CHUNK = 64  # boxes whose windows are in memory at a time
@@ -66,7 +68,7 @@ def roi_align(
     axes = []
     for axis, i in ((0, 1), (1, 0)):  # rows and y, columns and x
         sizes = [values.shape[axis] for values in levels]
-        start, reach, size = scaled[:, i], length[:, i], jnp.asarray(sizes)[level]
+        start, reach, size = scaled[:, i], length[:, i], jnp.asarray(sizes, jnp.float32)[level]
         weights = axis_weights(start, reach, bins, size, samples=samples, at=jnp.arange(max(sizes)))
         first = jnp.clip(jnp.floor(start), 0, size - 1).astype(jnp.int32)
         last = jnp.clip(jnp.floor(start + reach) + 1, 0, size - 1).astype(jnp.int32)
@@ -82,8 +84,8 @@ def roi_level(boxes: jax.Array, levels: int, *, inside: bool = True) -> jax.Arra
     width, height = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     ratio = jnp.sqrt(jnp.maximum(width * height, 0)) / FINEST
     ratio = ratio + 1e-6 if inside else ratio * 2**1e-6
-    powers = 2.0 ** jnp.arange(1, levels)
-    return (ratio[..., None] >= powers).sum(-1, dtype=jnp.int32)
+    powers = jnp.asarray([2.0**i for i in range(1, levels)], jnp.float32)
+    return (ratio[..., None] >= align_last(powers, ratio[..., None])).sum(-1, dtype=jnp.int32)
 
 
 class Axis(NamedTuple):
@@ -110,11 +112,11 @@ def axis_weights(
     [0, size - 1]. With `at` [q], the pixels asked for, `size` may be an array [...]: -> [..., p, q].
     """
     start, length = start[..., None, None], length[..., None, None]  # [..., 1, 1]
-    pixel = (jnp.arange(size) if at is None else at).astype(jnp.float32)
-    size = jnp.asarray(size)[..., None, None]
+    pixel = align_last((jnp.arange(size) if at is None else at).astype(jnp.float32), start)
+    size = align_last(jnp.asarray(size, jnp.float32)[..., None, None], start)
     width = length / bins
     count = jnp.ceil(width) if samples == 0 else jnp.full_like(width, samples)
-    origin = start + jnp.arange(bins, dtype=jnp.float32)[:, None] * width  # [..., p, 1]
+    origin = start + align_last(jnp.arange(bins, dtype=jnp.float32)[:, None], width) * width  # [..., p, 1]
     step = width / jnp.maximum(count, 1)
     if samples:
         first, reach = jnp.zeros_like(origin + pixel), samples
@@ -154,7 +156,7 @@ def window(maps: list[jax.Array], strides: list[int], level: jax.Array, rows: Ax
         row, column = rows.first + jnp.arange(q) // across, columns.first + jnp.arange(q) % across
         used = row <= rows.last
         row = jnp.where(used, row, rows.first)
-        weights = jnp.where(used, rows.weights[:, None, row] * columns.weights[:, column], 0)  # [p, p, q]
+        weights = jnp.where(used, rows.weights[:, None, row] * columns.weights[None, :, column], 0)  # [p, p, q]
         pixels = flat[start + row * width + column]  # [q, c]
         return jnp.einsum("ijq,qc->ijc", weights.astype(pixels.dtype), pixels)
 

@@ -96,8 +96,19 @@ def input_size(task: Task) -> tuple[int, int]:
     return task.batch_spec()["image"].shape[:2]
 
 
-def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
+def training_spec(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """`Task.batch_spec` of the training batches, whose images have `data.train_size` pixels if that is set."""
+    spec, side = task.batch_spec(), config.data.train_size
+    if side:
+        image = spec["image"]
+        spec["image"] = jax.ShapeDtypeStruct((side, side, *image.shape[2:]), image.dtype)
+    return spec
+
+
+def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool = True) -> "Loaders":
     """The loaders of `config.data` for this process, with images of this height and width.
+
+    Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -107,7 +118,8 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int]) -> "Loaders":
     data.hide_accelerators()
     host = data.Host(jax.process_index(), jax.process_count())
     given = {"batch_size": config.batch_size, "size": size, "seed": config.seed, "host": host}
-    return data.make_loaders(**config.data, **given)
+    given["mean"] = config.task.mean
+    return data.make_loaders(**config.data, **given, training=training)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

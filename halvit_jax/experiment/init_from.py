@@ -48,7 +48,8 @@ def read_for_task(config: ConfigDict, task: Task) -> Transfer:
     params, model_state = jax.eval_shape(task.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
     model, rules = getattr(task, "model", None), task.transfer_rules
-    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, exclude=config.init_exclude)
+    how = {"exclude": config.init_exclude, "ema": config.init_ema, "positions": config.init_positions}
+    return read(config.init_from, config.model.name, model, shapes=shapes, rules=rules, **how)
 
 
 def read(
@@ -59,22 +60,25 @@ def read(
     shapes: Mapping[str, tuple[int, ...]],
     rules: TransferRules,
     exclude: Sequence[str] = (),
+    ema: bool = True,
+    positions: str = "timm",
     field: str = "init_from",
 ) -> Transfer:
     """The arrays of a workdir or a weight file that fit the model `name` with variables of these shapes.
 
-    `field` of the config names the source.
+    `field` of the config names the source. Of raw weights and their averages it takes the averages with `ema`.
+    `positions` is a key of `transfer.RESAMPLINGS`.
 
     Raises:
         ValueError: the source is neither, or some of its arrays do not fit, each listed by path.
     """
     try:
         if pathlib.Path(source).is_dir():
-            arrays = flatten(load_trained(source).model_variables)
+            arrays = flatten(load_trained(source, ema=ema).model_variables)
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")
         else:
-            arrays = read_for(source, name, model)
-        return transfer(name, arrays, shapes, rules, exclude=exclude)
+            arrays = read_for(source, name, model, ema=ema)
+        return transfer(name, arrays, shapes, rules, exclude=exclude, positions=positions)
     except ValueError as error:
         raise ValueError(f"{field}={source}: {error}") from error

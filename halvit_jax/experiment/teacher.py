@@ -16,13 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from halvit_jax.convert import readers, shapes_of, weights_file
+from halvit_jax.convert.transfer import Transfer
 from halvit_jax.experiment import init_from, tasks
 from halvit_jax.experiment.workdir import TEACHER_FILE, read_config
 from halvit_jax.models import create_model, partition_rules, transfer_rules
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.training.sharding import partition
-from halvit_jax.trees import map_paths, sha256, variable_shapes
+from halvit_jax.trees import map_paths, sha256, unflatten, variable_shapes
 
 Colours = Sequence[float] | None
 TASK = "distillation"  # the task.name that trains with a teacher
@@ -63,14 +64,7 @@ def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
     """
     task, name = _named_task(config, mesh)
     source = config.teacher.init_from
-    shapes, rules = shapes_of(task.teacher), transfer_rules(task.teacher)
-    found = init_from.read(source, name, task.teacher, shapes=shapes, rules=rules, field="teacher.init_from")
-    if found.initialized:
-        raise ValueError(
-            f"teacher.init_from={source} does not fit the teacher, which must have the student's "
-            f"model.num_classes={task.model.num_classes}; missing: {', '.join(found.initialized)}; not used: "
-            f"{', '.join(found.unused) or 'nothing'}"
-        )
+    found = _read(source, name, task.teacher, task.model.num_classes)
 
     def place(path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: found.arrays[path][index])
@@ -84,6 +78,22 @@ def build_distillation(config: ConfigDict, mesh: Mesh) -> DistillationSetup:
         "sha256": sha256(found.arrays),
     }
     return DistillationSetup(task, record)
+
+
+def load_teacher(config: ConfigDict, student: Classification) -> tuple[Teacher, str]:
+    """The teacher of `config.teacher` for a student, with its variables as NumPy arrays; and the name of its model.
+
+    Raises:
+        ValueError: there is none, or its weights are missing or adapted to images of another size.
+    """
+    teacher, name = _describe(student, **config.teacher)
+    found = _read(config.teacher.init_from, name, teacher.model, student.model.num_classes)
+    if found.adapted:
+        raise ValueError(
+            f"teacher.init_from={config.teacher.init_from} is of another model.image_size than "
+            f"{student.model.image_size}: {', '.join(found.adapted)}"
+        )
+    return teacher._replace(variables=unflatten(found.arrays)), name
 
 
 def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
@@ -116,6 +126,19 @@ def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
     teacher = teacher._replace(variables=shapes)
     task = {"mean": config.task.mean, "std": config.task.std, **config.classification}
     return Distillation(student.model, teacher=teacher, **config.distillation, **task), name
+
+
+def _read(source: str, name: str, model: Any, num_classes: int) -> Transfer:
+    """The arrays of a teacher's model, all of them from its source."""
+    shapes, rules = shapes_of(model), transfer_rules(model)
+    found = init_from.read(source, name, model, shapes=shapes, rules=rules, field="teacher.init_from")
+    if found.initialized:
+        raise ValueError(
+            f"teacher.init_from={source} does not fit the teacher, which must have the student's "
+            f"model.num_classes={num_classes}; missing: {', '.join(found.initialized)}; not used: "
+            f"{', '.join(found.unused) or 'nothing'}"
+        )
+    return found
 
 
 class _StoredModel(NamedTuple):

@@ -1,5 +1,6 @@
-"""From a workdir back to a trained model."""
+"""From a workdir, or a weight file that knows its run, back to a trained model."""
 
+import json
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from halvit_jax import config as config_lib
+from halvit_jax.convert import readers, weights_file
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.workdir import read_config, read_dataset_info
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
@@ -14,6 +17,8 @@ from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
+
+CONFIG, DATASET, INFO = "config", "dataset", "info"  # in the metadata of a file; the last is what `export` writes too
 
 
 class Trained(NamedTuple):
@@ -31,19 +36,53 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path) -> Trained:
-    """The newest checkpoint of a run, to compute in float32.
+def load_trained(workdir: str | pathlib.Path, *, ema: bool = True) -> Trained:
+    """The newest checkpoint of a run, or the model of a file of `save_trained`, to compute in float32.
+
+    Without `ema` the raw weights of a run, even if it has averages.
 
     Raises:
-        ValueError: no run or no checkpoint here, or one that does not fit its own config.
+        ValueError: no run or no checkpoint here, one that does not fit its own config, or a file without a config.
     """
     workdir = pathlib.Path(workdir)
+    if workdir.is_file():
+        return _load_file(workdir)
     config = read_config(workdir)
     config.compute_dtype = "float32"
     task = build_task(config)
     state = restore_newest(task, config, workdir)
-    variables = state.ema or state.trained
+    variables = (ema and state.ema) or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
+
+
+def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
+    """Write a weight file that knows its config and data set, so that it serves as a run does.
+
+    Raises:
+        ValueError: another suffix than .safetensors.
+    """
+    fields = {field: value for field, value in trained.config.model.items() if value is not None}
+    name, images = fields.pop("name"), {"mean": list(trained.config.task.mean), "std": list(trained.config.task.std)}
+    texts = {CONFIG: config_lib.to_json(trained.config), INFO: json.dumps(images)}
+    texts[DATASET] = json.dumps(trained.info._asdict() | {"extra": dict(trained.info.extra)})
+    weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
+
+
+def _load_file(path: pathlib.Path) -> Trained:
+    weights = readers.read(path)
+    if CONFIG not in weights.metadata:
+        raise ValueError(
+            f"{path} has no config of a run inside; give the workdir of one, or a file of halvit_jax.halve"
+        )
+    config = config_lib.from_json(weights.metadata[CONFIG])
+    config.compute_dtype = "float32"
+    stored = weights_file.from_weights(weights)
+    if stored is None:
+        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
+    params, model_state = stored.variables.pop("params"), stored.variables
+    return Trained(
+        build_task(config), (params, model_state), config, DatasetInfo(**json.loads(weights.metadata[DATASET]))
+    )
 
 
 def restore_newest(task: Task, config: ConfigDict, workdir: pathlib.Path) -> TrainState:

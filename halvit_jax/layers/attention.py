@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from halvit_jax.layers.arrays import align_last
 from halvit_jax.layers.conv import ConvNorm, depthwise_maps
 from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, Shapes, choose
 from halvit_jax.layers.initializers import Dtype, normal_02
@@ -80,7 +81,8 @@ class TiedAttention(nn.Module):
         return self._shift("output", out) if self.bias else out
 
     def _shift(self, name: str, x: jax.Array) -> jax.Array:
-        return x + self.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:]).astype(x.dtype)
+        bias = self.param(f"{name}_bias", nn.initializers.zeros, x.shape[-1:])
+        return x + align_last(bias.astype(x.dtype), x)
 
 
 class SingleHeadAttention(nn.Module):
@@ -209,7 +211,7 @@ class TalkingHeads(nn.Module):
         mixed = jnp.einsum("bhqn,hg->bgqn", maps, kernel.astype(maps.dtype))
         if not self.bias:
             return mixed
-        return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[:, None, None]
+        return mixed + self.param("bias", nn.initializers.zeros, (h,)).astype(maps.dtype)[None, :, None, None]
 
 
 def attend(

@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
+from halvit_jax.layers.arrays import align_last, widen
 from halvit_jax.layers.initializers import Dtype, Initializer
 
 EPSILON = 1e-5  # of every batch normalisation
@@ -26,6 +27,9 @@ class BatchNorm(nn.Module):
     Statistics are float32 also in bfloat16 computation. Training normalises with the biased variance of the global
     batch and moves the averages in `batch_stats` towards its mean and *unbiased* variance, as PyTorch does. Evaluation
     normalises with the averages. `momentum` is the weight of the old average.
+
+    With `groups` (see `norm_groups`) each of as many equal parts of the batch is normalised with its own statistics,
+    and the averages move towards the mean over the parts of their means and unbiased variances.
     """
 
     momentum: float = 0.9
@@ -35,7 +39,7 @@ class BatchNorm(nn.Module):
     folded: str = ""  # see `fold`: "merged" into the convolution before it, or "affine": only a scale and a bias
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, groups: int = 1) -> jax.Array:
         if self.folded and train:
             raise ValueError(f"{self.name} is folded and cannot be trained; train the model before `fold`")
         if self.folded == "merged":
@@ -45,26 +49,29 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, features)
         if self.folded:
             x, scale, bias = promote_dtype(x, scale, bias, dtype=self.dtype)
-            return x * scale + bias
+            return x * align_last(scale, x) + align_last(bias, x)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
         running_var = self.variable("batch_stats", "var", jnp.ones, features)
 
-        wide = x.astype(wide_type(x))
+        wide = widen(x)
         if train:
-            axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-            mean = wide.mean(axes)
+            apart = groups > 1
+            wide = wide.reshape(groups, -1, *x.shape[1:]) if apart else wide
+            axes, count = tuple(range(apart, wide.ndim - 1)), x.size // x.shape[-1] // groups
+            mean = wide.mean(axes, keepdims=apart)
             # The mean of squares minus the squared mean would lose digits. The variance is minimal at the mean, so its
             # gradient with respect to the mean is zero.
-            var = jnp.square(wide - lax.stop_gradient(mean)).mean(axes)
+            var = jnp.square(wide - align_last(lax.stop_gradient(mean), wide)).mean(axes, keepdims=apart)
             if not self.is_initializing():
                 move = functools.partial(_moving_average, self.momentum)
-                running_mean.value = move(running_mean.value, mean)
-                running_var.value = move(running_var.value, var * (count / max(count - 1, 1)))
+                for running, new in ((running_mean, mean), (running_var, var * (count / max(count - 1, 1)))):
+                    running.value = move(running.value, new.mean(0).reshape(features) if apart else new)
         else:
             mean, var = running_mean.value, running_var.value
         # One multiply and one add per element, here and in the gradient.
-        factor = scale * lax.rsqrt(var + self.epsilon)
-        return (wide * factor + (bias - mean * factor)).astype(self.dtype or x.dtype)
+        factor = align_last(scale, var) * lax.rsqrt(var + self.epsilon)
+        y = wide * align_last(factor, wide) + align_last(align_last(bias, mean) - mean * factor, wide)
+        return y.reshape(x.shape).astype(self.dtype or x.dtype)
 
 
 @contextlib.contextmanager
@@ -85,10 +92,28 @@ def norms_in_evaluation(active: bool) -> Iterator[None]:
         yield
 
 
-def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str, Any]:
+@contextlib.contextmanager
+def norm_groups(count: int) -> Iterator[None]:
+    """Within it, batch normalisations in training cut the batch into this many groups with statistics of their own.
+
+    PyTorch's normalise the images of one GPU, and the noise of few images is part of the recipe. The averages are the
+    mean over the groups, which `DistributedDataParallel` would have too if it did not keep those of its first process:
+    as it expects them, with less noise, and whatever number of devices there is.
+    """
+
+    def cut(call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
+            kwargs = kwargs | {"groups": count}
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(cut) if count > 1 else contextlib.nullcontext():
+        yield
+
+
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a model with folded batch normalisations: the outputs of evaluation in fewer steps.
 
-    A normalisation multiplies by g = scale / sqrt(var + epsilon) and adds bias - mean g. After a convolution (`conv1`
+    A normalisation multiplies by g = scale / sqrt(var + EPSILON) and adds bias - mean g. After a convolution (`conv1`
     and `norm1`, `conv` and `norm`, `shortcut/conv` and `shortcut_norm`) or a matrix (`dense` and `norm`), g is merged
     into the kernel and the rest into the bias. Elsewhere a scale and a bias replace the normalisation.
     """
@@ -99,7 +124,7 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
         for folder in folders:
             parent, found = parent[folder], found[folder]
         norm, moved = parent[name], found[name]
-        scale = norm["scale"] / np.sqrt(moved["var"] + epsilon)
+        scale = norm["scale"] / np.sqrt(moved["var"] + EPSILON)
         bias = norm["bias"] - moved["mean"] * scale
         before = parent.get(name.removesuffix("_norm"), {}).get("conv") if name.endswith("_norm") else None
         before = before or parent.get(name.replace("norm", "conv")) or parent.get(name.replace("norm", "dense"))
@@ -110,11 +135,6 @@ def fold(variables: Mapping[str, Any], *, epsilon: float = EPSILON) -> dict[str,
             before["kernel"] = before["kernel"] * scale
             del parent[name]
     return {"params": params}
-
-
-def wide_type(x: jax.Array) -> jnp.dtype:
-    """The type of sums: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def _norms(stats: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:

@@ -30,7 +30,7 @@ class PreNormBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         norm = functools.partial(nn.LayerNorm, self.epsilon, dtype=self.dtype)
         drop = DropPath(self.drop_path, name="drop_path")
-        x = x + drop(self.attention(name="attention")(norm(name="attention_norm")(x)), train=train)
-        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train)
+        x = x + drop(self.attention(name="attention")(norm(name="attention_norm")(x)), train=train).astype(x.dtype)
+        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train).astype(x.dtype)
         sow(self, "hidden", x)
         return x

@@ -22,7 +22,8 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 
-from halvit_jax.layers.batch_norm import BatchNorm, wide_type
+from halvit_jax.layers.arrays import align_last, wide_type
+from halvit_jax.layers.batch_norm import BatchNorm
 from halvit_jax.layers.initializers import Dtype, Initializer, torch_uniform, torch_uniform_bias
 
 
@@ -57,7 +58,7 @@ class Conv(nn.Module):
             bias = self.param("bias", self.bias_init or torch_uniform_bias(k * k * shape[2]), (self.features,))
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = convolve(x, kernel, stride=self.stride, padding=self.padding, groups=self.groups)
-        return y if bias is None else y + bias
+        return y if bias is None else y + align_last(bias, y)
 
 
 class ConvNorm(nn.Module):
@@ -232,7 +233,7 @@ def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int, *, fi
     y = jnp.zeros((), wide_type(x))
     for i, rows in enumerate(_views(x, first, k, stride, padding, 0)):
         for j, view in enumerate(_views(rows, first + 1, k, stride, padding, 0)):
-            y += view.astype(y.dtype) * weights[i, j, 0].astype(y.dtype)
+            y += view.astype(y.dtype) * align_last(weights[i, j, 0].astype(y.dtype), view)
     return y.astype(x.dtype)
 
 

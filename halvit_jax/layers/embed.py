@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from halvit_jax.layers.arrays import align_last
 from halvit_jax.layers.initializers import Dtype, normal_02, torch_uniform, torch_uniform_bias
 
 
@@ -38,7 +39,8 @@ class PatchEmbed(nn.Module):
         images, kernel, bias = nn.dtypes.promote_dtype(images, kernel, bias, dtype=self.dtype)
         x = images.reshape(b, height // p, p, width // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = x.reshape(b, (height // p) * (width // p), p * p * c)  # [b, n, p p c]
-        return x @ kernel.reshape(p * p * c, self.width) + bias
+        x @= kernel.reshape(p * p * c, self.width)
+        return x + align_last(bias, x)
 
 
 class PositionEmbedding(nn.Module):
@@ -59,8 +61,8 @@ class PositionEmbedding(nn.Module):
             return x
         if self.kind == "learned":
             table = self.param("embedding", normal_02, (extra + math.prod(self.grid), d))
-            return x + resampled(table, self.grid, grid).astype(x.dtype)
-        return x + jnp.asarray(np.pad(sincos_2d(grid, d), ((extra, 0), (0, 0))), x.dtype)
+            return x + resampled(table, self.grid, grid).astype(x.dtype)[None]
+        return x + jnp.asarray(np.pad(sincos_2d(grid, d), ((extra, 0), (0, 0))), x.dtype)[None]
 
 
 POSITIONS = ("learned", "sincos", "none")

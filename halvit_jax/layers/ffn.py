@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from halvit_jax.layers import batch_norm
+from halvit_jax.layers.arrays import align_last, widen
 from halvit_jax.layers.fused_ffn import FFN_IMPLS, choose_ffn
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 from halvit_jax.layers.placement import current
@@ -28,7 +28,7 @@ def gelu(x: jax.Array) -> jax.Array:
     Flax's default is the tanh approximation, with an error of up to 5e-4. Its exact form uses erfc, which takes twice
     as long on a CPU.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = widen(x)
     return (0.5 * wide * (1.0 + jax.lax.erf(wide * 2**-0.5))).astype(x.dtype)
 
 
@@ -72,7 +72,8 @@ class CompactDense(nn.Module):
             kernel = self.param("kernel", self.kernel_init, shape)
             bias = self.param("bias", nn.initializers.zeros, shape[1:])
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-            return x @ kernel + bias
+            y = x @ kernel
+            return y + align_last(bias, y)
         if self.compact.folded:
             if train:
                 raise ValueError(f"{self.name} is folded and cannot be trained; train the model before `fold`")
@@ -146,8 +147,8 @@ class TiedMlp(nn.Module):
         if chosen != "xla":
             return without_hidden(chosen, x, [tied.cast_kernel()], [b1, b2], dtype=self.dtype)
         h = tied.project(x)
-        y = tied.project_back(gelu(h + b1.astype(h.dtype)))
-        return y + b2.astype(y.dtype)
+        y = tied.project_back(gelu(h + align_last(b1.astype(h.dtype), h)))
+        return y + align_last(b2.astype(y.dtype), y)
 
 
 FFN: dict[str, type[nn.Module]] = {"dense": Mlp, "tied": TiedMlp}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from halvit_jax.layers.arrays import widen
 from halvit_jax.layers.attention import AttentionMaps, attend
 from halvit_jax.layers.conv import Conv
 from halvit_jax.layers.ffn import gelu
@@ -80,7 +81,7 @@ def pool_to(x: jax.Array, size: int) -> jax.Array:
     Box i covers rows floor(i u / size) to ceil((i + 1) u / size), as in PyTorch. Boxes overlap unless `size` divides
     the map, and repeat single tokens if it is larger. Sums are in float32 at least.
     """
-    means = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    means = widen(x)
     for axis in (1, 2):
         n = x.shape[axis]
         boxes = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]

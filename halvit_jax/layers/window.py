@@ -56,7 +56,7 @@ class Windows:
             return logits
         parts = self._parts()  # [m, n]
         apart = jnp.where(parts[:, :, None] != parts[:, None, :], MASKED, 0.0).astype(logits.dtype)
-        masked = logits.reshape(-1, len(parts), *logits.shape[1:]) + apart[:, None]  # [b, m, h, n, n]
+        masked = logits.reshape(-1, len(parts), *logits.shape[1:]) + apart[None, :, None]  # [b, m, h, n, n]
         return masked.reshape(logits.shape)
 
     @property

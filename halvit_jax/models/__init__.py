@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import linen as nn
 
+from halvit_jax.layers.batch_norm import norm_groups as norm_groups
 from halvit_jax.models import minivit, nextvit, pvt, pvt_v2, regnet, resnet, shvit, swin, vit
 from halvit_jax.models.family import Family
 from halvit_jax.trees import Rules, TransferRules

@@ -104,8 +104,8 @@ class Repeat(nn.Module):
             return mix_logits(logits + position(query, self.grid))
 
         y = norm(name="attention_norm")(x)
-        x = x + drop(self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights), train=train)
-        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)
+        x = x + drop(self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights), train=train).astype(x.dtype)
+        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train).astype(x.dtype)
         sow(self, "hidden", x)
         return x
 
@@ -191,15 +191,15 @@ class SwinRepeat(nn.Module):
 
         def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
-            return self.masking.mask(mix_logits(logits + self.position_bias().astype(logits.dtype)))
+            return self.masking.mask(mix_logits(logits + self.position_bias().astype(logits.dtype)[None]))
 
         y = self.windows.split(norm(name="attention_norm")(x))
         y = self.attention(y, logits_fn=logits_fn, weights_fn=mix_weights)
-        x = x + drop(self.windows.join(y), train=train)
-        x = norm(name="local_norm")(x)
+        x = x + drop(self.windows.join(y), train=train).astype(x.dtype)
+        x = nn.LayerNorm(swin.EPSILON, dtype=x.dtype, name="local_norm")(x)  # it is the residual from here on
         local_conv = Conv(x.shape[-1], LOCAL, groups=x.shape[-1], use_bias=True, dtype=self.dtype, name="local_conv")
-        x = x + local_conv(x)
-        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train)
+        x = x + local_conv(x).astype(x.dtype)
+        x = x + drop(self.ffn(norm(name="ffn_norm")(x), train=train), train=train).astype(x.dtype)
         sow(self, "hidden", x)
         return x
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Sequence
 import jax
 from flax import linen as nn
 
-from halvit_jax.layers.batch_norm import norms_in_evaluation, wide_type
+from halvit_jax.layers.arrays import wide_type
+from halvit_jax.layers.batch_norm import norms_in_evaluation
 from halvit_jax.layers.conv import ConvNorm
 from halvit_jax.layers.drop import stage_rates
 from halvit_jax.layers.ffn import Compact, fold

@@ -58,6 +58,7 @@ class Pyramid(nn.Module):
         ffn_rank, ffn_branches: see `CompactDense`.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        residual_float32: keep the sums of the residual branches in float32 while the branches compute in `dtype`.
         dtype: the type to compute in. Parameters, softmax and head are always float32.
         folded: for inference only, with the variables of `layers.ffn.fold`.
     """
@@ -77,6 +78,7 @@ class Pyramid(nn.Module):
     ffn_branches: int = 2
     drop_path: float = 0.0
     remat: bool = False
+    residual_float32: bool = False
     dtype: Dtype = jnp.float32
     folded: bool = False
 
@@ -144,6 +146,7 @@ class Pyramid(nn.Module):
             convolutional=convolutional,
             rates=stage_rates(self.drop_path, self.depths)[i],
             remat=self.remat,
+            residual_float32=self.residual_float32,
             dtype=self.dtype,
         )
 
@@ -186,6 +189,7 @@ def run_blocks(
     convolutional: bool,
     rates: Sequence[float],
     remat: bool,
+    residual_float32: bool,
     dtype: Dtype,
     train: bool,
 ) -> jax.Array:
@@ -195,6 +199,7 @@ def run_blocks(
     """
     attention = functools.partial(attention, grid=grid)
     ffn = functools.partial(ffn, grid=grid) if convolutional else ffn
+    x = x.astype(jnp.float32) if residual_float32 else x
     for i, rate in enumerate(rates):
         block = PreNormBlock(attention, ffn, EPSILON, rate, dtype, name=f"block{i}")
         x = run_block(block, x, remat=remat, train=train)
@@ -219,7 +224,8 @@ class Stage(nn.Module):
         x = nn.LayerNorm(EMBED_EPSILON, dtype=self.dtype, name="embed_norm")(x)
         position = self.param("position", normal_02, (self.last + self.side**2, self.width))
         # Bilinear as in PVT's detectors.
-        x += resampled(position, side, grid, method="linear", antialias=False)[self.last :].astype(x.dtype)
+        moved = resampled(position, side, grid, method="linear", antialias=False)[self.last :]
+        x += moved.astype(x.dtype)[None]
         if classify:
             token = self.param("class_token", normal_02, (self.width,)) + position[0]
             token = jnp.broadcast_to(token.astype(x.dtype), (b, 1, self.width))

@@ -20,6 +20,7 @@ import jax
 from flax import linen as nn
 
 from halvit_jax.layers import batch_norm
+from halvit_jax.layers.arrays import wide_type
 from halvit_jax.layers.attention import SingleHeadAttention
 from halvit_jax.layers.batch_norm import BatchNorm, norms_in_evaluation
 from halvit_jax.layers.conv import ConvNorm, SqueezeExcite
@@ -112,7 +113,7 @@ class SHViT(nn.Module):
         maps = self.features(images, train=train)
         last = maps[max(maps)]
         # At least float32 from here: it costs nothing and the loss reads it.
-        pooled = last.mean((1, 2), dtype=batch_norm.wide_type(last))
+        pooled = last.mean((1, 2), dtype=wide_type(last))
         if not self.num_classes:
             return {"class": pooled}
         out = {"class": self.head(pooled, train=train)}

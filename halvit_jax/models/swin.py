@@ -56,6 +56,7 @@ class SwinTransformer(nn.Module):
         attention_bias: biases of queries, keys, values and output.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
+        residual_float32: keep the sums of the residual branches in float32 while the branches compute in `dtype`.
         dtype: the type to compute in. Parameters, softmax and head are always float32.
     """
 
@@ -73,6 +74,7 @@ class SwinTransformer(nn.Module):
     attention_bias: bool = True
     drop_path: float = 0.0
     remat: bool = False
+    residual_float32: bool = False
     dtype: Dtype = jnp.float32
 
     def __post_init__(self) -> None:
@@ -110,6 +112,7 @@ class SwinTransformer(nn.Module):
         p, maps = self.patch_size, {}
         with norms_in_evaluation(frozen_norms):
             x = self.embed_norm(self.embed(images)).reshape(b, height // p, width // p, self.width)
+            x = x.astype(jnp.float32) if self.residual_float32 else x
             for i in range(len(self.depths)):
                 x = maps[p * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)
         return maps
@@ -147,7 +150,7 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         if self.merge:
-            x = PatchMerging(self.dtype, name="merge")(x)
+            x = PatchMerging(self.dtype, name="merge")(x).astype(x.dtype)  # the residual's
         for i, block in enumerate(self.blocks):
             x = run_block(block(name=f"block{i}"), x, remat=self.remat, train=train)
         return x
@@ -188,11 +191,11 @@ class SwinBlock(nn.Module):
 
         def logits_fn(logits: jax.Array, query: jax.Array) -> jax.Array:
             del query
-            return windows.mask(logits + position_bias().astype(logits.dtype))
+            return windows.mask(logits + position_bias().astype(logits.dtype)[None])
 
         y = self.attention(name="attention")(windows.split(norm(name="attention_norm")(x)), logits_fn=logits_fn)
-        x = x + drop(windows.join(y), train=train)
-        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train)
+        x = x + drop(windows.join(y), train=train).astype(x.dtype)
+        x = x + drop(self.ffn(name="ffn")(norm(name="ffn_norm")(x), train=train), train=train).astype(x.dtype)
         sow(self, "hidden", x)
         return x
 

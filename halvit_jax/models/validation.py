@@ -1,8 +1,6 @@
 """Checks of a model's fields; the errors name the fields to change."""
 
-import inspect
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from halvit_jax.layers.attention import HALLUCINATE
 
@@ -33,22 +31,3 @@ def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_bran
     check_choice("hallucinate", hallucinate, HALLUCINATE)
     if ffn_branches < 1:
         raise ValueError(f"model.ffn_branches={ffn_branches} must be at least 1")
-
-
-def merge_field_types(families: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The types of all fields of `config.model`, from those of each family: {family: {field: type}}.
-
-    Raises:
-        ValueError: one field has two types.
-    """
-    merged: dict[str, Any] = {}
-    first: dict[str, str] = {}
-    for family, fields in families.items():
-        for field, kind in fields.items():
-            if merged.setdefault(field, kind) != kind:
-                kinds = [inspect.formatannotation(each) for each in (merged[field], kind)]
-                raise ValueError(
-                    f"model.{field} is {kinds[0]} in {first[field]} and {kinds[1]} in {family}; rename one of them"
-                )
-            first.setdefault(field, family)
-    return merged

@@ -62,7 +62,8 @@ class VisionTransformer(nn.Module):
         position: "learned", "sincos" (fixed; `width` a multiple of 4) or "none".
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
-        dtype: the type to compute in. Parameters, softmax and logits are always float32.
+        residual_float32: keep the sums of the residual branches in float32 while the branches compute in `dtype`.
+        dtype: the type to compute in. Parameters, softmax and head are always float32.
         folded: for inference only, with the variables of `models.fold`.
     """
 
@@ -87,6 +88,7 @@ class VisionTransformer(nn.Module):
     position: str = "learned"
     drop_path: float = 0.0
     remat: bool = False
+    residual_float32: bool = False
     dtype: Dtype = jnp.float32
     folded: bool = False
 
@@ -124,9 +126,9 @@ class VisionTransformer(nn.Module):
         self.blocks = self._make_blocks()
         self.norm = nn.LayerNorm(EPSILON, dtype=self.dtype)
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+            self.head = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
             if self.distilled:
-                self.head_distill = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=self.dtype)
+                self.head_distill = nn.Dense(self.num_classes, kernel_init=normal_02, dtype=jnp.float32)
 
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
         """Normalised images [b, h, w, 3] -> float32 logits [b, num_classes], or pooled features [b, d]."""
@@ -162,6 +164,11 @@ class VisionTransformer(nn.Module):
             x = self._tokens(images, train)
         grid = self._grid(images)
         return {self.patch_size: x[:, x.shape[1] - math.prod(grid) :].reshape(x.shape[0], *grid, -1)}
+
+    def layers(self) -> tuple[nn.LayerNorm, nn.Module, nn.Module]:
+        """A norm, the attention and the feed-forward layer of a block, by themselves; those of all blocks are alike."""
+        norm = nn.LayerNorm(EPSILON, dtype=self.dtype, parent=None)
+        return norm, self._attention()(parent=None), self._ffn()(parent=None)
 
     def _grid(self, images: jax.Array) -> tuple[int, int]:
         return images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
@@ -199,15 +206,19 @@ class VisionTransformer(nn.Module):
             x = run_block(block, x, remat=self.remat, train=train)
         return x
 
-    def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
-        """Normalised tokens [b, n, d]; the last of them are those of the image."""
+    def embed_tokens(self, images: jax.Array) -> jax.Array:
+        """The input [b, n, d] of the first block; the last tokens are those of the image."""
         x, grid = self.embed(images), self._grid(images)
+        x = x.astype(jnp.float32) if self.residual_float32 else x
         if self.pool == "token":
             tokens = [self.class_token, self.distill_token] if self.distilled else [self.class_token]
             tokens = jnp.stack(tokens).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
-        x = self.add_position(x, grid)
-        return self.norm(self._run_blocks(x, grid, train))
+        return self.add_position(x, grid)
+
+    def _tokens(self, images: jax.Array, train: bool) -> jax.Array:
+        """Normalised tokens [b, n, d]; the last of them are those of the image."""
+        return self.norm(self._run_blocks(self.embed_tokens(images), self._grid(images), train))
 
 
 TIED = {"attention": "tied", "ffn": "tied", "attention_bias": False}

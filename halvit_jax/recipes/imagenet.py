@@ -7,6 +7,7 @@ file of the reference repositories says so is in `tests/golden/recipes.json`.
 from ml_collections import ConfigDict
 
 from halvit_jax.config import default_config
+from halvit_jax.recipes.published import top1
 
 
 def deit(model: str) -> ConfigDict:
@@ -18,6 +19,7 @@ def deit(model: str) -> ConfigDict:
     config = default_config()
     config.num_epochs = 300
     config.batch_size = config.recipe_batch_size = 1024
+    config.published_top1 = top1(model)
     config.loop.ema_decay = 0.99996
     config.model.name = model
     config.model.drop_path = 0.1
@@ -27,6 +29,7 @@ def deit(model: str) -> ConfigDict:
     config.classification.label_smoothing = 0.1
     config.classification.mixup = 0.8
     config.classification.cutmix = 1.0
+    config.classification.mix_group = 64 if model == "deit_base" else 256
     config.classification.erase = 0.25
     config.optim.name = "adamw"
     config.optim.learning_rate = 5e-4
@@ -42,6 +45,7 @@ def deit(model: str) -> ConfigDict:
 def deit_distilled(model: str) -> ConfigDict:
     """DeiT's distillation: a second token and classifier learn the labels that a RegNetY-16GF predicts."""
     config = deit(model)
+    config.published_top1 = top1(model, DISTILLED)
     config.model.name = f"{model}_distilled"
     _set_teacher(config, "regnety_160", kind="hard", alpha=0.5)
     return config
@@ -54,6 +58,9 @@ def deit_384(model: str) -> ConfigDict:
     evaluation mode.
     """
     config = _fine_tune(deit(model), batch_size=512, learning_rate=5e-6)
+    config.init_positions = "torch"
+    config.classification.mix_group = 32
+    config.published_top1 = top1(model, AT_384)
     config.optim.schedule = "constant"
     config.model.drop_path = 0.0
     return config
@@ -78,9 +85,13 @@ def mini_deit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     the 2.5e-6 that the warm-up leads to.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.model.drop_path = drop_path
+    config.classification.mix_group = 128
     if variant == AT_384:
         _fine_tune(config, batch_size=256, learning_rate=5e-6)
+        config.init_positions = "torch"
+        config.classification.mix_group = 32
         config.optim.floor = 5e-6
         config.model.drop_path = 0.0
     if variant == DISTILLED:
@@ -96,9 +107,11 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     "384" is fine-tuning at 384 pixels in windows of twelve, with resampled tables.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
+    config.classification.mix_group = 64 if model == "swin_base" else 128
     config.optim.no_decay = (*config.optim.no_decay, r"position_bias/table$")
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
@@ -107,6 +120,7 @@ def swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     if variant == AT_384:
         _squash(_fine_tune(config, batch_size=1024, learning_rate=2e-5))
         config.model.window_size = 12
+        config.init_positions = "torch"
         config.optim.warmup_epochs = 5.0
         config.optim.warmup_start = 4e-8
         config.optim.floor = 4e-7
@@ -121,6 +135,7 @@ def pvt(model: str) -> ConfigDict:
     """
     config = deit(model)
     config.loop.ema_decay = 0.0
+    config.classification.mix_group = 128
     if model.removesuffix("_hc") in PVT_LARGE:
         config.model.drop_path = 0.3
         config.optim.clip_norm = 1.0
@@ -138,9 +153,11 @@ def mini_swin(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     start of the warm-up and the floor differ from Swin's, and the evaluation crops.
     """
     config = swin(model, drop_path=drop_path, variant="" if variant == DISTILLED else variant)
+    config.published_top1 = top1(model, variant)
     if variant == AT_384:
         config.batch_size = config.recipe_batch_size = 256
         config.data.eval_crop, config.data.eval_resize = 0.875, "short_side"
+        config.classification.mix_group = 16
         config.optim.warmup_start = 2.5e-7
         config.optim.floor = 2.5e-6
     if variant == DISTILLED:
@@ -165,9 +182,11 @@ def shvit(model: str, *, variant: str = "") -> ConfigDict:
     if model not in SHVIT_DECAY:
         raise ValueError(f"model.name={model!r} has no published SHViT recipe; one of {', '.join(SHVIT_DECAY)} has")
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.batch_size = config.recipe_batch_size = 2048
     config.compute_dtype = "float32"
     config.model.drop_path = None
+    config.classification.norm_group = config.classification.mix_group = 256
     config.optim.learning_rate = 1e-3
     config.optim.weight_decay = SHVIT_DECAY[model]
     config.optim.clip_adaptive = 0.02
@@ -188,15 +207,18 @@ def nextvit(model: str, *, drop_path: float, variant: str = "") -> ConfigDict:
     shows another rate than that of S and L.
     """
     config = deit(model)
+    config.published_top1 = top1(model, variant)
     config.batch_size = config.recipe_batch_size = 2048
     config.loop.ema_decay = 0.0
     config.model.drop_path = drop_path
     config.data.repeated_aug = 1
+    config.classification.norm_group = config.classification.mix_group = 256
     config.optim.weight_decay = 0.1
     config.optim.clip_norm = 5.0
     config.optim.warmup_epochs = 20.0
     if variant == AT_384:
         _fine_tune(config, batch_size=1024, learning_rate=1.5e-6 if model == "nextvit_base" else 5e-6)
+        config.classification.norm_group = config.classification.mix_group = 128
         config.optim.schedule = "constant"
         config.optim.warmup_epochs = 0.0
     return config

@@ -1,5 +1,6 @@
 """Image classification: uint8 images and labels in, cross-entropy out."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from halvit_jax.models import fold, partition_rules, transfer_rules
+from halvit_jax.models import fold, norm_groups, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.protocols import ArraySpec, Batch, DatasetInfo, Loss, PyTree, ServingModel
 from halvit_jax.tasks import mixup
-from halvit_jax.tasks.losses import LOSSES, cross_entropy, smooth_one_hot
-from halvit_jax.tasks.metrics import MeanCollector, classification_sums
+from halvit_jax.tasks.losses import LOSSES, any_label_cross_entropy, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.metrics import MeanCollector, best_label, classification_sums
 from halvit_jax.tasks.mixup import ERASE_FILLS
 from halvit_jax.text import first_few
 
@@ -37,6 +38,8 @@ class Classification:
         mixup, cutmix: the alphas of their Beta distributions; 0 is off.
         mixup_switch: probability of CutMix where both are on.
         mixup_mode: one draw for the whole "batch", or one for each element ("elem").
+        mix_group: rows of a batch that share a draw and are each other's partners; 0: all of them.
+        norm_group: rows over which batch normalisations take their statistics in training; 0: all of them.
         erase: probability of random erasing.
         erase_fill: what fills the erased box: "noise" or "zero".
     """
@@ -58,6 +61,8 @@ class Classification:
         cutmix: float = 0.0,
         mixup_switch: float = 0.5,
         mixup_mode: str = "batch",
+        mix_group: int = 0,
+        norm_group: int = 0,
         erase: float = 0.0,
         erase_fill: str = "noise",
     ) -> None:
@@ -78,8 +83,9 @@ class Classification:
         for name, value in (shares | {"bce_threshold": bce_threshold}).items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"classification.{name}={value} must lie between 0 and 1")
-        for name, value in {"mixup": mixup, "cutmix": cutmix}.items():
-            if value < 0.0:
+        amounts = {"mixup": mixup, "cutmix": cutmix, "mix_group": mix_group, "norm_group": norm_group}
+        for name, value in amounts.items():
+            if value < 0:
                 raise ValueError(f"classification.{name}={value} must not be negative")
         self.model = model
         self.constants: PyTree = {}
@@ -88,7 +94,8 @@ class Classification:
         self._loss = LOSSES[loss]
         self._label_smoothing = label_smoothing
         self._mixing = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch": mixup_switch}
-        self._mixing["per_image"] = mixup_mode == "elem"
+        self._mixing |= {"per_image": mixup_mode == "elem", "group": mix_group}
+        self._norm_group = norm_group
         self._bce_threshold = bce_threshold
         self._erase = {"probability": erase, "fill": erase_fill}
 
@@ -107,13 +114,14 @@ class Classification:
         del constants
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
-        logits, new_state = self.model.apply(
-            {"params": params, **model_state},
-            images,
-            train=True,
-            mutable=list(model_state),
-            rngs={"drop_path": drop_key},
-        )
+        with self._norm_groups(batch):
+            logits, new_state = self.model.apply(
+                {"params": params, **model_state},
+                images,
+                train=True,
+                mutable=list(model_state),
+                rngs={"drop_path": drop_key},
+            )
         loss = self._loss(logits, targets)
         sums = classification_sums(loss, logits, batch["label"], batch["mask"])
         return Loss(sums["loss"] / jnp.maximum(sums["examples"], 1.0), dict(new_state), sums)
@@ -123,10 +131,17 @@ class Classification:
         return self.model.apply({"params": params, **model_state}, self.normalise(batch["image"]), train=False)
 
     def score(self, params: PyTree, model_state: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number."""
-        logits = self.predict(params, model_state, batch)
-        targets = smooth_one_hot(batch["label"], logits.shape[-1], 0.0)
-        return classification_sums(cross_entropy(logits, targets), logits, batch["label"], batch["mask"])
+        """Sums of plain cross-entropy, top-1 and top-5 over the real rows, and their number.
+
+        Where the data have several labels an image, `label` is bool [b, c]: an answer is right if it is any of them,
+        the loss is that of their summed probability, and an image without labels does not count (ImageNet-ReaL).
+        """
+        logits, label, mask = self.predict(params, model_state, batch), batch["label"], batch["mask"]
+        if label.ndim == 2:
+            loss = any_label_cross_entropy(logits, label)
+            return classification_sums(loss, logits, best_label(logits, label), mask & label.any(-1))
+        targets = smooth_one_hot(label, logits.shape[-1], 0.0)
+        return classification_sums(cross_entropy(logits, targets), logits, label, mask)
 
     def collector(self) -> MeanCollector:
         """The means over all examples."""
@@ -135,11 +150,13 @@ class Classification:
     def summary_images(self, batch: Batch) -> dict[str, Any]:
         """The first 64 images of a batch, augmented."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
-        return {"train_images": jnp.clip(images[:64] * self.std + self.mean, 0.0, 1.0)}
+        mean, std = self._colours
+        return {"train_images": jnp.clip(images[:64] * std + mean, 0.0, 1.0)}
 
     def normalise(self, images: jax.Array) -> jax.Array:
         """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
-        return (images.astype(jnp.float32) / 255.0 - self.mean) / self.std
+        mean, std = self._colours
+        return (images.astype(jnp.float32) / 255.0 - mean) / std
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Raise a ValueError unless the classifier has the data set's number of classes."""
@@ -180,8 +197,17 @@ class Classification:
         ]
 
     @property
+    def _colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """`mean` and `std`, [1, 1, 1, 3]."""
+        return self.mean[None, None, None], self.std[None, None, None]
+
+    @property
     def _input_size(self) -> tuple[int, int]:
         return self.model.image_size, self.model.image_size
+
+    def _norm_groups(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        rows = len(batch["mask"])
+        return norm_groups(mixup.count_groups("classification.norm_group", self._norm_group, rows))
 
     def _training_inputs(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         erase_key, mix_key = jax.random.split(key)

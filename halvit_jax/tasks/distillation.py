@@ -82,7 +82,8 @@ class Distillation(Classification):
         self.constants = teacher.variables
         # From the student's normalisation to the teacher's: x -> x * scale + shift.
         mean, std = np.asarray(teacher.mean, np.float32), np.asarray(teacher.std, np.float32)
-        self._scale, self._shift = self.std / std, (self.mean - mean) / std
+        scale, shift = self.std / std, (self.mean - mean) / std
+        self._scale, self._shift = scale[None, None, None], shift[None, None, None]  # [1, 1, 1, 3]
         self._distill_loss, self._alpha, self._tau = DISTILL_LOSSES[kind], alpha, tau
 
     def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
@@ -90,14 +91,15 @@ class Distillation(Classification):
         drop_key, augment_key = jax.random.split(key)
         images, targets = self._training_inputs(batch, augment_key)
         sown = ["intermediates"] if self._relations else []
-        heads, new_state = self.model.apply(
-            {"params": params, **model_state},
-            images,
-            train=True,
-            mutable=[*model_state, *sown],
-            rngs={"drop_path": drop_key},
-            method="head_logits" if _is_distilled(self.model) else None,
-        )
+        with self._norm_groups(batch):
+            heads, new_state = self.model.apply(
+                {"params": params, **model_state},
+                images,
+                train=True,
+                mutable=[*model_state, *sown],
+                rngs={"drop_path": drop_key},
+                method="head_logits" if _is_distilled(self.model) else None,
+            )
         teacher_logits, teacher_state = self.teacher.apply(
             constants, images * self._scale + self._shift, train=False, mutable=sown
         )

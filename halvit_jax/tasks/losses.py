@@ -15,6 +15,11 @@ def binary_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return per_class.mean(axis=-1)
 
 
+def any_label_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log of the probability of all classes that are right, bool [b, c] with at least one a row -> [b]."""
+    return -jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=-1, where=labels)
+
+
 def hard_distillation(logits: jax.Array, teacher: jax.Array, tau: float) -> jax.Array:
     """Cross-entropy with the teacher's best class; `tau` is not used: [b, c], [b, c] -> [b] (DeiT)."""
     del tau

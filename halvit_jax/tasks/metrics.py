@@ -35,9 +35,14 @@ def in_top(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     NaN are False.
     """
     own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    earlier = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = jnp.sum((logits > own) | ((logits == own) & earlier), axis=-1)
     return (rank < k) & ~jnp.isnan(logits).any(axis=-1)
+
+
+def best_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Of several labels, bool [b, c], the one of the highest logit, so an answer is right if it is any: int32 [b]."""
+    return jnp.argmax(jnp.where(labels, logits, -jnp.inf), axis=-1)
 
 
 def classification_sums(loss: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -58,8 +58,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, *, accumulate: int = 1) -> Non
 def partition(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
     """A tree of shardings: the first rule whose regex is found in a leaf's path names the mesh axes of each dimension.
 
-    The paths of optimizer moments and EMA contain the parameter's path, so they are split like it. A scalar is whole
-    everywhere, and a dimension is split over as many of its axes, from the first on, as divide it.
+    The paths of optimizer moments and EMA contain the parameter's path, so they are split like it. A scalar is
+    replicated. A dimension is split over its axes in order, as long as they divide it.
 
     Raises:
         ValueError: an array that no rule names.
@@ -67,7 +67,7 @@ def partition(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
 
     def place(path: str, leaf: Array) -> NamedSharding:
         axes = first_match(path, rules) if leaf.ndim else ()
-        pairs = zip(axes, leaf.shape, strict=False)  # a rule may be shorter: the rest is whole
+        pairs = zip(axes, leaf.shape, strict=False)  # a rule may be shorter: the other dimensions are not split
         return NamedSharding(mesh, PartitionSpec(*(_fitting(wanted, size, mesh) for wanted, size in pairs)))
 
     return map_paths(place, tree)

@@ -66,5 +66,5 @@ def with_arrays(state: TrainState, arrays: Mapping[str, np.ndarray]) -> TrainSta
 def _fresh(task: Task, optimizer: Optimizer, seed: int, use_ema: bool, guard: GradSpikeGuard) -> TrainState:
     params, model_state = task.init(jax.random.fold_in(jax.random.key(seed), 0))
     ema = {"params": params, "model_state": model_state} if use_ema else {}
-    ema = jax.tree.map(jnp.copy, ema)  # buffers of its own, so that the step may donate both
+    ema = jax.tree.map(jnp.copy, ema)  # separate buffers, so that the step may donate both
     return TrainState(jnp.zeros((), jnp.int32), params, model_state, optimizer.init(params), ema, guard.init())

@@ -58,8 +58,8 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted step (state, constants, batch) -> (new state, report); the old state is donated.
 
-    `accumulate` cuts the batch into as many equal parts, runs them one after the other and takes the mean of their
-    gradients: the same update for less memory (mixing and BatchNorm see one part at a time). All randomness comes from
+    `accumulate` is the number of equal parts of the batch that are run one after the other; their gradients are
+    averaged: the same update for less memory (mixing and BatchNorm see one part at a time). All randomness comes from
     fold_in(key(seed), step), so nothing random is saved. An update that `guard` skips changes nothing but `step`
     and the guard's own state.
     """
@@ -97,7 +97,7 @@ def make_train_step(
 def add_state_flags(state: TrainState, outcome: StepReport) -> StepReport:
     """The report of the step that made this state, with the flags of the whole state added.
 
-    A program of its own, because hundreds of small reductions would slow down every step: parameters
+    A separate program, because hundreds of small reductions would slow down every step: parameters
     that are not finite show in the next loss, and the rest waits until this is called.
     """
     finite = nonfinite.finite_flags({**state.trained, "opt_state": state.opt_state, "ema": state.ema})

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.configs import load
 from helpers.plans import EIGHT, GIBIBYTE, OUT_OF_MEMORY, FakeLowered, digits_config, prepared
 from helpers.shapes import shallow
 from jax.sharding import NamedSharding
@@ -41,6 +42,10 @@ def test_bytes_of_a_small_model_are_those_counted_by_hand(fsdp: int) -> None:
     assert 0 <= parts["optimizer"] - 2 * by_hand < 16  # and its counters
     assert parts["other_state"] == 4  # the step
     assert aot_plan.shard_bytes(subject.batch) == 128 // 8 * (8 * 8 * 3 + 4 + 1 + 4)
+
+
+def test_the_step_is_that_of_images_of_the_training_size() -> None:
+    assert prepared(load("resnet:18,v2")).batch["image"].shape == (1024, 176, 176, 3)
 
 
 def test_auto_computes_in_bfloat16_and_the_given_config_stays() -> None:
@@ -124,13 +129,22 @@ def test_the_largest_batch_is_the_largest_that_fits(first: int) -> None:
         return {"fits": peak <= 1000, "memory": {"peak": peak, "usable": 1000, "code": 10}}
 
     report = {"batch_size": first, "batch_per_device": first // 8, "accumulate": 1, "bytes": {"state": 90, "batch": 7}}
-    assert aot_plan.largest_batch(report | compiled(first), compiled) == 768  # of 832 the peak is 1022
+    assert aot_plan.largest_batch(report | {"groups": []} | compiled(first), compiled) == 768  # of 832 it is 1022
     assert len(set(tried)) <= 1 + aot_plan.MAX_COMPILES
+    tried.clear()
+    assert (
+        aot_plan.largest_batch(
+            report | {"groups": [512, 256], "batch_size": 512, "batch_per_device": 64} | compiled(512), compiled
+        )
+        == 512
+    )
+    assert not any(size % 512 for size in tried)
 
 
 def test_no_batch_may_fit() -> None:
     memory = {"peak": 2000, "usable": 1000, "code": 0}
     report = {"batch_size": 64, "batch_per_device": 8, "accumulate": 1, "bytes": {"state": 1990, "batch": 1}}
+    report["groups"] = []
     never = {"fits": False, "memory": memory}
     assert aot_plan.largest_batch(report | never, lambda size: never) == 0
     silent = {"fits": False, "memory": memory | {"peak": None}}

@@ -6,6 +6,7 @@ import re
 import shutil
 from typing import Any
 
+import jax
 import pytest
 from helpers.runs import tiny
 from helpers.workdirs import listing
@@ -161,6 +162,32 @@ def test_a_workdir_that_cannot_be_used(
     assert failed.endswith("; wait for it, or name another one")
     assert lines[-1] == "FAIL: space, lock"
     line_of(lines, "ok", "workdir")
+
+
+def test_without_a_device_the_cause_is_named(digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def in_use() -> None:
+        raise RuntimeError("Unable to initialize backend 'tpu': The TPU is already in use by process 7\nmore")
+
+    monkeypatch.setattr("jax.devices", in_use)
+    with pytest.raises(ValueError, match=r"no device can be used \(Unable .* by process 7\); .* JAX_PLATFORMS=cpu$"):
+        preflight.preflight(small(digits_dir), None)
+
+
+def test_a_step_that_does_not_compile_for_lack_of_memory_names_what_to_lower(
+    digits_dir: pathlib.Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(compiled: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm\nmore")
+
+    class Step:
+        lower = compile = lambda self, *inputs: self
+
+    monkeypatch.setattr(preflight, "memory_of", exhausted)
+    monkeypatch.setattr(preflight.build, "build_train_step", lambda *parts: Step())
+    failed = line_of(tried(small(digits_dir), None, capsys, whole=True), "FAIL", "step")
+    assert (
+        "the step does not fit: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm; lower batch_size" in failed
+    )
 
 
 def test_a_step_that_does_not_fit_names_what_to_lower(

@@ -11,7 +11,6 @@ from helpers.processes import run_command
 from helpers.workdirs import flip, largest_file, listing
 
 from halvit_jax import check
-from halvit_jax.cli import app
 from halvit_jax.experiment import lock
 from halvit_jax.training.checkpoint import manifest
 
@@ -134,27 +133,11 @@ def test_what_is_no_workdir_of_a_run_is_refused(tmp_path: pathlib.Path, capsys: 
         (["stray"], "unexpected arguments ['stray']"),
     ],
 )
-# The loader of config files uses what Python 3.12 deprecates.
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
-def test_a_bad_command_line_is_answered_with_a_line(arguments: list[str], message: str, capsys: Capsys) -> None:
-    from absl import flags
-
-    values = flags.FlagValues()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flags, "FLAGS", values)
-        patch.setattr("jax.config.update", lambda name, value: None)
-        for define in ("string", "bool", "integer"):
-            of_absl = getattr(flags, f"DEFINE_{define}")
-            patch.setattr(flags, f"DEFINE_{define}", lambda *a, f=of_absl, **k: f(*a, flag_values=values, **k))
-        from ml_collections import config_flags
-
-        of_collections = config_flags.DEFINE_config_file
-        patch.setattr(config_flags, "DEFINE_config_file", lambda *a: of_collections(*a, flag_values=values))
-        check.define_flags()
-        with pytest.raises(SystemExit) as ended:
-            check.main(values(["check", *arguments]))
-    assert ended.value.code == app.ExitCode.BAD_INPUT
-    assert message in capsys.readouterr().err
+def test_a_bad_command_line_is_refused_with_one_line(arguments: list[str], message: str) -> None:
+    error = run_command(CHECK, *arguments, code=2).stderr
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
 def test_the_command_answers_with_its_exit_code(workdir: pathlib.Path) -> None:

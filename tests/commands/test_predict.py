@@ -14,6 +14,7 @@ from helpers.runs import Finished, classification
 from halvit_jax import data, predict
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.models import create_model
+from halvit_jax.protocols import ServingModel
 
 PREDICT = "halvit_jax.predict"
 
@@ -66,6 +67,12 @@ def test_predict_draws_attention(finished: Finished, tmp_path: pathlib.Path) -> 
     assert "must end in .png" in run_command(*command, "--attention=x.jpg", *files, code=2).stderr
     with pytest.raises(ValueError, match=r"digit.png/x.png cannot be written"):
         data.write_png(f"{tmp_path}/digit.png/x.png", image)
+
+
+def test_attention_of_a_model_that_has_none_is_refused() -> None:
+    model = ServingModel(apply=lambda variables, images: images, variables={}, input_size=(8, 8))
+    with pytest.raises(ValueError, match="--attention: this task's model has no attention maps"):
+        predict.attention_over(model, np.zeros((8, 8, 3), np.uint8))
 
 
 @pytest.mark.slow

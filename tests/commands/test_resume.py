@@ -23,6 +23,8 @@ EVERYTHING = {  # beside what `tiny` switches on
     "data.augment": "rand-m9-mstd0.5-inc1",
     "data.repeated_aug": 3,
     "optim.clip_norm": 1.0,
+    "classification.mix_group": 8,
+    "classification.norm_group": 8,
 }
 RESNET = {f"model.{field}": None for field in ("patch_size", "width", "depth", "num_heads")} | {
     "model.name": "resnet18",

@@ -1,7 +1,12 @@
 """The tables of `python -m halvit_jax.summary`."""
 
+from types import SimpleNamespace
+
+import pytest
+
 from halvit_jax import summary
 from halvit_jax.models import list_models
+from halvit_jax.protocols import ExitCode
 
 ROW = {
     "model": "halvit_tiny",
@@ -25,6 +30,14 @@ def test_the_table_has_every_figure() -> None:
     assert line.endswith("11.1M, top-1 77.3 (HaLViT, T)")
     lone = ROW | {"baseline": None, "published": None}
     assert summary.table([lone]).splitlines()[1].split() == ["halvit_tiny", *counts[:6]]
+
+
+def test_two_formats_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(summary.flags, "FLAGS", SimpleNamespace(json=True, markdown=True))
+    with pytest.raises(SystemExit) as ended:
+        summary.main(["summary"])
+    assert ended.value.code == ExitCode.BAD_INPUT
+    assert capsys.readouterr().err == "error: --json and --markdown: give one of them\n"
 
 
 def test_markdown_has_a_table_for_each_family() -> None:

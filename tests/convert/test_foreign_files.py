@@ -177,6 +177,27 @@ def test_files_of_pytorch_are_read_as_plain_weights(tmp_path: pathlib.Path, monk
     assert calls[0]["mmap"]
 
 
+def test_of_weights_and_their_averages_the_ones_asked_for_are_read(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As timm and DeiT write them, and as torchvision does with PyTorch's AveragedModel."""
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"x")
+    raw, averages = {"a.b": Tensor(np.zeros(2))}, {"a.b": Tensor(np.ones(2))}
+    averaged_model = {"n_averaged": Tensor(np.ones(())), "module.a.b": Tensor(np.ones(2))}
+    for content in (
+        {"model": raw, "model_ema": averages},
+        {"state_dict": raw, "state_dict_ema": averages},
+        {"model": raw, "model_ema": averaged_model},
+    ):
+        for ema in (False, True):
+            pytorch(monkeypatch, content)
+            arrays = readers.read(path, ema=ema).arrays
+            assert {name: array.tolist() for name, array in arrays.items()} == {"a.b": [float(ema)] * 2}
+    pytorch(monkeypatch, {"model": raw})
+    assert readers.read(path, ema=True).arrays["a.b"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -64,7 +64,7 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=r"x.npz must end in .safetensors"):
         readers.write(tmp_path / "x.npz", {}, {})
     for array in (np.array(["text"]), np.zeros((0, 3), np.float32), np.zeros(2, bool)):
-        with pytest.raises(ValueError, match=r"a of .* is empty or of none of the types float64, float32"):
+        with pytest.raises(ValueError, match=r"a of .* is empty or its type is not one of float64, float32"):
             readers.write(tmp_path / "x.safetensors", {"a": array}, {})
     with pytest.raises(FileNotFoundError):
         readers.write(tmp_path / "none" / "x.safetensors", {"a": np.zeros(1)}, {})

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
-from halvit_jax.convert.transfer import Transfer, adapt_input_channels, adapt_position_grid, read_for, transfer
+from halvit_jax.convert.transfer import (
+    RESAMPLINGS,
+    Transfer,
+    adapt_input_channels,
+    adapt_position_grid,
+    read_for,
+    torch_bicubic,
+    transfer,
+)
 from halvit_jax.models import create_model, transfer_rules
 from halvit_jax.trees import unflatten
 
@@ -80,6 +88,34 @@ def test_everything_that_does_not_fit_is_named(change: dict[str, Any], message: 
 def test_a_path_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("init_exclude: '^haed/' matches no path of resnet18")):
         begin("resnet18", arrays_of("resnet18"), exclude=("^haed/",))
+
+
+def test_torchs_bicubic_has_the_numbers_of_torch() -> None:
+    """interpolate(mode="bicubic") of PyTorch 2.13, enlarging 3 to 5 and reducing 5 to 3."""
+    enlarged = [
+        [-0.57821, -0.30032, 0.328, 1.4271, 2.18971],
+        [1.17591, 1.79852, 2.95854, 4.47483, 5.46426],
+        [4.92698, 6.05506, 8.0, 10.14824, 11.48565],
+        [11.04322, 12.48829, 14.9424, 17.55162, 19.1564],
+        [15.23258, 16.82832, 19.53021, 22.38056, 24.12917],
+    ]
+    grid = (np.arange(9.0).reshape(3, 3, 1)) ** 1.5
+    np.testing.assert_allclose(torch_bicubic(grid, 5)[..., 0], enlarged, atol=2e-5)
+    reduced = [[-0.076638, 0.896175, -0.175333], [-0.713312, -0.536573, 0.864176], [0.826208, -0.332328, -0.732769]]
+    np.testing.assert_allclose(torch_bicubic(np.sin(np.arange(25.0)).reshape(5, 5, 1), 3)[..., 0], reduced, atol=2e-6)
+
+
+def test_positions_are_resampled_as_the_field_says() -> None:
+    shapes, table = {"params/position/embedding": (37, 2)}, np.random.default_rng(0).standard_normal((17, 2))
+    arrays, rules = {"params/position/embedding": table.astype(np.float32)}, (("position/embedding$", "position_grid"),)
+    for positions, function in RESAMPLINGS.items():
+        found = transfer("a model", arrays, shapes, rules, exclude=(), positions=positions)
+        (array,) = found.arrays.values()
+        np.testing.assert_array_equal(array[0], arrays["params/position/embedding"][0])
+        expected = function(arrays["params/position/embedding"][1:].reshape(4, 4, 2), 6).reshape(36, 2)
+        np.testing.assert_allclose(array[1:], expected, atol=1e-6)
+    with pytest.raises(ValueError, match="init_positions='nearest' is not one of timm, torch"):
+        transfer("a model", arrays, shapes, rules, exclude=(), positions="nearest")
 
 
 def test_positions_are_resampled_between_grids_and_tokens_before_them_kept() -> None:

@@ -226,7 +226,8 @@ def test_seeds_may_be_int32_and_the_shape_stays_known(name: str, small: np.ndarr
         ("rand-m9-mstd0.5-inc1", (2, 9, 0.5, True, 0.5)),
         ("rand-m7-mstd0.5-inc1", (2, 7, 0.5, True, 0.5)),
         ("rand-n3-p0.7-m10", (3, 10, 0, False, 0.7)),
-        ("rand-mstd101-inc0-m6.5", (2, 6.5, math.inf, False, 0.5)),
+        ("rand-mstd101-inc0-m6.5", (2, 6.5, math.inf, True, 0.5)),  # timm: bool("0")
+        ("rand-mstd101-m6.5", (2, 6.5, math.inf, False, 0.5)),
         ("rand", (2, 10, 0, False, 0.5)),
     ],
 )

@@ -101,7 +101,7 @@ def test_the_bad_image_budget_is_a_fraction_of_the_examples(budget: float, allow
     batches = tracker(budget, steps_per_epoch=100).batches(iter([batch(letter, letter) for letter in letters]), 0)
     assert len(list(itertools.islice(batches, allowed))) == allowed
     names = first_few(list(letters[: allowed + 1]))
-    with pytest.raises(DataError, match=f"^{allowed + 1} images .*, {allowed} are allowed: {names}; remove them"):
+    with pytest.raises(DataError, match=f"^{allowed + 1} images .* only {allowed} may be: {names}; remove them"):
         next(batches)
 
 

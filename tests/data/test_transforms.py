@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from helpers.photographs import EVERY, WAYS, photographs
 from helpers.tiers import tiered
 from PIL import Image
 from sklearn.datasets import load_sample_image
@@ -125,9 +126,20 @@ def test_augmentations_come_in_the_order_of_the_fields() -> None:
         image = tf.constant(images(train(crop="random_resized"), range(i, i + 1))[0])
         image = ops.random_flip(image, ops.fold_in(seed(i), 1))
         image = ops.random_shift(image, ops.fold_in(seed(i), 2), pixels=2)
-        image = AUGMENTATIONS["color_jitter"][2](image, ops.fold_in(seed(i), 4))
         image = augment.rand_augment(image, ops.fold_in(seed(i), 3), interpolation="bilinear")
+        image = AUGMENTATIONS["color_jitter"][2](image, ops.fold_in(seed(i), 4))
         np.testing.assert_array_equal(found[i], image)
+
+
+def test_rand_augment_fills_with_the_mean_of_the_data() -> None:
+    black, found = tf.io.encode_png(np.zeros((SIZE, SIZE, 3), np.uint8)), []
+    for mean, fill in (((0.485, 0.456, 0.406), (124, 116, 104)), ((0.5, 0.25, 1.0), (128, 64, 255))):
+        found.append(images(train(policy="rand-m10-p1", mean=mean), range(8), black))
+        policy = augment.parse_policy("rand-m10-p1", interpolation="bilinear", fill=fill)
+        for i in range(8):
+            expected = policy(tf.zeros((SIZE, SIZE, 3), tf.uint8), ops.fold_in(seed(i), 3))
+            np.testing.assert_array_equal(found[-1][i], expected)
+    assert (found[0] != found[1]).any()
 
 
 @pytest.mark.parametrize("on_bad_image", tiered(["error", "replace"], {"error"}))
@@ -243,3 +255,18 @@ def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.
             read_image(str(tmp_path / name), transform)
     with pytest.raises(ValueError, match=r"^/.*/nowhere.jpg is not an image that can be read: .*No such file"):
         read_image(str(tmp_path / "nowhere.jpg"), transform)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_has_the_pixels_of_timms_transform_on_photographs(way: str, golden: pathlib.Path) -> None:
+    """Pillow rounds between the two passes of a resize and TensorFlow does not: a quarter of a grey level."""
+    fields = WAYS[way]
+    resize = {"center": "short_side", "squash": "squash"}[fields.get("crop_mode", "center")]
+    method, size = fields["interpolation"], (fields["input_size"],) * 2
+    transform = eval_transform(size, fraction=fields["crop_pct"], method=method, resize=resize)
+    with np.load(golden / "timm_eval.npz") as expected:
+        for name, file in photographs().items():
+            image = transform({"image": tf.constant(file)}, tf.zeros(2, tf.int64))["image"].numpy()[::EVERY, ::EVERY]
+            difference = np.abs(image.astype(int) - expected[f"{way}/{name}"])
+            assert difference.mean() < 0.3, name
+            assert difference.max() <= 8, name

@@ -23,7 +23,7 @@ def test_golden_losses_of_the_rpn_and_their_gradients(case: Any) -> None:
     gradients = jax.jit(jax.grad(lambda *given: sum(losses(*given)), argnums=(0, 1)))(*given)
     np.testing.assert_allclose(gradients[0], arrays["rpn_grad_logit"], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(gradients[1], arrays["rpn_grad_delta"], rtol=1e-5, atol=1e-7)
-    smooth = smooth_l1(given[1], target, code >= 0, beta=1 / 9) / sampled.sum()
+    smooth = smooth_l1(given[1], target, code >= 0, beta=1 / 9) / int(sampled.sum())
     np.testing.assert_allclose(smooth, info["rpn_torchvision"]["loss_box"], rtol=1e-5)
 
 

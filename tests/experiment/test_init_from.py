@@ -78,6 +78,19 @@ def test_init_from_loads_what_fits_and_lists_the_rest(
     assert logged[1] == f"init_from={source}: adapted: {listed['adapted'][0]}"
 
 
+@pytest.mark.parametrize("ema", [True, False])
+def test_init_from_takes_the_averages_of_a_run_or_its_raw_weights(
+    ema: bool, finished: Finished, digits_dir: pathlib.Path
+) -> None:
+    config = tiny(digits_dir, **{"init_from": str(finished[0]), "init_ema": ema})
+    task = tasks.build_task(config)
+    state = restore_newest(task, config, finished[0])
+    wanted, other = (state.ema, state.trained) if ema else (state.trained, state.ema)
+    kernel = init_from.read_for_task(config, task).arrays["params/head/kernel"]
+    np.testing.assert_array_equal(kernel, wanted["params"]["head"]["kernel"])
+    assert (kernel != other["params"]["head"]["kernel"]).any()
+
+
 @pytest.mark.slow
 def test_init_from_trains_and_a_checkpoint_takes_precedence(
     finished: Finished, digits_dir: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
@@ -129,6 +142,13 @@ def test_a_wrong_init_from_is_refused_by_field(
     assert end.value.code == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_task_without_a_model_loads_from_a_workdir_only(tmp_path: pathlib.Path) -> None:
+    file = tmp_path / "weights.npz"
+    file.touch()
+    with pytest.raises(ValueError, match=re.escape(f"init_from={file}: this task loads weights from a workdir only")):
+        init_from.read(str(file), "halvit_tiny", None, shapes={}, rules=())
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import Finished, tiny
@@ -210,12 +212,26 @@ def test_the_normalisation_of_the_teacher_comes_from_its_file_or_the_config(
     tmp_path: pathlib.Path,
 ) -> None:
     source = random_file(tmp_path / "regnet.safetensors", "regnety_002", about, **REGNET)
-    task = teacher.build_distillation(distill_config(digits_dir, source, **given), make_mesh()).task
+    unmixed = dict.fromkeys(("classification.mixup", "classification.cutmix", "classification.erase"), 0.0)
+    task = teacher.build_distillation(distill_config(digits_dir, source, **unmixed | given), make_mesh()).task
     assert task.constants.keys() == {"params", "batch_stats"}
-    black = -np.asarray(expected) / np.asarray(expected)
-    np.testing.assert_allclose((0 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, black, atol=1e-6)
-    white = (1 - np.asarray(expected)) / np.asarray(expected)
-    np.testing.assert_allclose((1 - np.asarray(HALF)) / np.asarray(HALF) * task._scale + task._shift, white, atol=1e-6)
+    seen = {}
+
+    def network(name: str) -> SimpleNamespace:
+        def apply(variables: Any, images: jax.Array, **_: Any) -> tuple[jax.Array, dict]:
+            seen[name] = np.asarray(images)
+            return jnp.zeros((len(images), 10)), {}
+
+        return SimpleNamespace(num_classes=10, apply=apply)
+
+    task.model, task.teacher = network("student"), network("teacher")
+    colours = jnp.asarray([[[0, 0, 0], [255, 255, 255]]], jnp.uint8)
+    batch = {"image": colours[None], "label": jnp.zeros(1, jnp.int32), "mask": jnp.ones(1, bool)}
+    task.loss({}, {}, task.constants, batch, jax.random.key(0))
+    for name, mean in (("student", HALF), ("teacher", expected)):
+        black, white = seen[name][0, 0]
+        np.testing.assert_allclose(black, (0 - np.asarray(mean)) / mean, atol=1e-6)
+        np.testing.assert_allclose(white, (1 - np.asarray(mean)) / mean, atol=1e-6)
 
 
 WRONG = {

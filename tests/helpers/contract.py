@@ -72,10 +72,36 @@ def check_every_parameter_learns(name: str) -> None:
 
 
 def check_bfloat16_is_close_to_float32(name: str) -> None:
-    """And not the same."""
+    """And not the same; the logits are not rounded to bfloat16."""
     exact, rough = (logits_of(tiny_model(name, dtype=dtype)) for dtype in ("float32", "bfloat16"))
     assert rough.dtype == jnp.float32
+    assert bool((rough != rough.astype(jnp.bfloat16)).any())
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.1 * float(exact.std())
+
+
+def check_the_residual_is_float32_where_the_field_says_so(name: str) -> None:
+    """The outputs of all blocks, while the branches compute in bfloat16."""
+    for wide, dtype in ((True, jnp.float32), (False, jnp.bfloat16), (None, jnp.bfloat16)):
+        model = tiny_model(name, dtype="bfloat16", **{} if wide is None else {"residual_float32": wide})
+        blocks = jax.eval_shape(lambda v: capture(model, v, images_of(model), ("blocks",)), variables_of(model))  # noqa: B023
+        leaves = jax.tree.leaves(blocks)
+        assert leaves
+        assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype)}
+
+
+def check_a_float32_residual_is_closer_to_float32(name: str, size: int) -> None:
+    """The RMS error of the logits in bfloat16, of the whole depth with weights of twice their initial size."""
+    exact = create_model(name, image_size=size)
+    variables = jax.jit(lambda: exact.init(jax.random.key(0), images_of(exact), train=False))()
+    variables = jax.tree.map(lambda leaf: 2 * leaf if leaf.ndim > 1 else leaf, variables)
+    logits = jax.jit(lambda v: exact.apply(v, images_of(exact), train=False))(variables)
+    errors = []
+    for wide in (False, True):
+        model = create_model(name, image_size=size, dtype="bfloat16", residual_float32=wide)
+        rough = jax.jit(lambda v, model=model: model.apply(v, images_of(model), train=False))(variables)
+        errors.append(float(jnp.sqrt(jnp.mean((rough - logits) ** 2)) / logits.std()))
+    print(f"{name}: {errors[0]:.4f}, {errors[1]:.4f}")
+    assert errors[1] < 0.9 * errors[0] < 0.02
 
 
 def check_another_resolution_and_no_head(name: str) -> None:

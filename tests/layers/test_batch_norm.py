@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from halvit_jax.layers.batch_norm import BatchNorm, fold, norms_in_evaluation
+from halvit_jax.layers.batch_norm import BatchNorm, fold, norm_groups, norms_in_evaluation
 from halvit_jax.layers.conv import Conv, ConvNorm
 
 C = 6
@@ -35,19 +35,44 @@ def test_training_normalises_with_the_biased_and_stores_the_unbiased_variance() 
     y, changed = _norm(x, variables, train=True)
     exact, old = np.asarray(x, np.float64).reshape(-1, C), variables["batch_stats"]
     mean, var = exact.mean(0), exact.var(0)
-    expected = (exact - mean) / np.sqrt(var + 1e-5) * variables["params"]["scale"] + variables["params"]["bias"]
+    scale, bias = np.asarray(variables["params"]["scale"]), np.asarray(variables["params"]["bias"])
+    expected = (exact - mean) / np.sqrt(var + 1e-5) * scale + bias
     np.testing.assert_allclose(y.reshape(-1, C), expected, atol=1e-5)
     stats = changed["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.9 * old["mean"] + 0.1 * mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.9 * old["var"] + 0.1 * exact.var(0, ddof=1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(12, C), (12, 5, 5, C)])
+def test_groups_are_normalised_each_by_itself_and_the_averages_move_to_the_mean_of_theirs(shape: tuple) -> None:
+    """Against NumPy: of PyTorch on three GPUs of four images, and the mean of their averages."""
+    x = 3 * _random(*shape) + jnp.arange(12.0).reshape(12, *[1] * (len(shape) - 1))
+    variables = _norm_variables(x)
+    with norm_groups(3):
+        y, changed = _norm(x, variables, train=True)
+    parts = np.asarray(x, np.float64).reshape(3, -1, C)
+    mean, var = parts.mean(1, keepdims=True), parts.var(1, keepdims=True)
+    scale, bias = (np.asarray(variables["params"][name]) for name in ("scale", "bias"))
+    scaled = (parts - mean) / np.sqrt(var + 1e-5) * scale + bias
+    np.testing.assert_allclose(y, scaled.reshape(shape), rtol=1e-4, atol=1e-5)
+    old, new = variables["batch_stats"], changed["batch_stats"]
+    np.testing.assert_allclose(new["mean"], 0.9 * old["mean"] + 0.1 * mean.mean(0)[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["var"], 0.9 * old["var"] + 0.1 * parts.var(1, ddof=1).mean(0), rtol=1e-5)
+    apart = [_norm(part, variables, train=True)[0] for part in jnp.split(x, 3)]
+    np.testing.assert_allclose(y, jnp.concatenate(apart), rtol=1e-6, atol=1e-6)
+    with norm_groups(1):
+        np.testing.assert_array_equal(_norm(x, variables, train=True)[0], _norm(x, variables, train=True)[0])
+    with norm_groups(3):
+        evaluated, _ = _norm(x, variables, train=False)
+    np.testing.assert_array_equal(evaluated, _norm(x, variables, train=False)[0])
+
+
 def test_evaluation_normalises_with_the_averages_and_keeps_them() -> None:
     x = _random(4, 5, 5, C)
     variables = _norm_variables(x)
     y, changed = _norm(x, variables, train=False)
-    params, stats = variables["params"], variables["batch_stats"]
-    expected = (x - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
+    params, stats = jax.tree.map(np.asarray, (variables["params"], variables["batch_stats"]))
+    expected = (np.asarray(x) - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"] + params["bias"]
     np.testing.assert_allclose(y, expected, atol=1e-5)
     assert jax.tree.all(jax.tree.map(jnp.array_equal, changed["batch_stats"], stats))
 
@@ -60,7 +85,8 @@ def test_the_gradient_goes_through_mean_and_variance() -> None:
         return _norm(x, _norm_variables(x) | {"params": params}, train=True)[0]
 
     def textbook(x: jax.Array, params: Any) -> jax.Array:
-        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * params["scale"] + params["bias"]
+        normal = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)
+        return normal * params["scale"][None] + params["bias"][None]
 
     a, b = (jax.vjp(f, x, params)[1](weights) for f in (ours, textbook))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), a, b)

@@ -18,7 +18,7 @@ def test_patch_embedding_is_a_convolution_read_row_by_row(height: int, width: in
     expected = jax.lax.conv_general_dilated(
         images, kernel, (patch, patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
     )
-    expected = expected.reshape(2, -1, D) + bias
+    expected = expected.reshape(2, -1, D) + bias[None, None]
     result = PatchEmbed(D, patch).apply({"params": {"kernel": kernel, "bias": bias}}, images)
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
 
@@ -52,7 +52,7 @@ def test_learned_positions_are_a_parameter_for_every_token_added_to_it(extra: in
     table = variables["params"]["embedding"]
     assert table.shape == (extra + 15, D)
     assert float(table.std()) == pytest.approx(0.02, rel=0.2)
-    np.testing.assert_array_equal(layer.apply(variables, x), x + table)
+    np.testing.assert_array_equal(layer.apply(variables, x), x + table[None])
 
 
 @pytest.mark.parametrize("extra", [0, 1, 2])
@@ -61,7 +61,7 @@ def test_fixed_positions_have_no_parameter_and_leave_extra_tokens_alone(extra: i
     assert layer.init(jax.random.key(0), x) == {}
     result = layer.apply({}, x)
     np.testing.assert_array_equal(result[:, :extra], x[:, :extra])
-    np.testing.assert_array_equal(result[:, extra:], x[:, extra:] + sincos_2d(GRID, D))
+    np.testing.assert_array_equal(result[:, extra:], np.asarray(x)[:, extra:] + sincos_2d(GRID, D))
 
 
 def test_no_positions_change_nothing() -> None:

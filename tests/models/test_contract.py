@@ -7,6 +7,7 @@ from helpers.tiers import CORE, KINDS, tiered
 from halvit_jax.models import list_models
 
 ALL = tiered(list_models(), KINDS)
+RESIDUALS = ["deit_tiny", "mini_deit_tiny", "swin_tiny", "mini_swin_tiny", "pvt_tiny", "pvt_v2_b0"]
 SLOWER = tiered(list_models(), CORE)  # checks that compile a gradient or two types
 
 
@@ -28,6 +29,17 @@ def test_every_parameter_learns(name: str) -> None:
 @pytest.mark.parametrize("name", SLOWER)
 def test_bfloat16_is_close_to_float32(name: str) -> None:
     contract.check_bfloat16_is_close_to_float32(name)
+
+
+@pytest.mark.parametrize("name", tiered(RESIDUALS, {"deit_tiny", "pvt_tiny"}))
+def test_the_residual_is_float32_where_the_field_says_so(name: str) -> None:
+    contract.check_the_residual_is_float32_where_the_field_says_so(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), [("deit_tiny", 64), ("swin_tiny", 112), ("pvt_tiny", 64)])
+def test_a_float32_residual_is_closer_to_float32(name: str, size: int) -> None:
+    contract.check_a_float32_residual_is_closer_to_float32(name, size)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -36,9 +36,9 @@ def test_features_of_a_rectangle_are_those_of_mmdetections_backbone(
                 (state[f"neck.{kind}.{i}.conv.weight"].transpose(2, 3, 1, 0), state[f"neck.{kind}.{i}.conv.bias"])
                 for kind in ("lateral_convs", "fpn_convs")
             )
-            finer = conv.convolve(maps[stride], lateral[0]) + lateral[1]
+            finer = conv.convolve(maps[stride], lateral[0]) + lateral[1][None, None, None]
             merged = finer if merged is None else finer + merged.repeat(2, 1).repeat(2, 2)
-            out.insert(0, conv.convolve(merged, output[0]) + output[1])
+            out.insert(0, conv.convolve(merged, output[0]) + output[1][None, None, None])
         return out
 
     with conv.xla_convolutions():

@@ -24,7 +24,7 @@ def test_attention_and_blocks_of_a_transformer(name: str) -> None:
         assert weights.shape == (2, 2, 10, 10)
         np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-5)
     last = np.asarray(found["blocks"]["block2"])[:, 0]
-    params = variables["params"]
+    params = jax.tree.map(np.asarray, variables["params"])
     normal = (last - last.mean(-1, keepdims=True)) / np.sqrt(last.var(-1, keepdims=True) + 1e-6)
     logits = (normal * params["norm"]["scale"] + params["norm"]["bias"]) @ params["head"]["kernel"]
     expected = model.apply(variables, images, train=False)

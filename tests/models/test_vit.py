@@ -11,7 +11,7 @@ from helpers.runs import classification
 
 from halvit_jax.config import default_config
 from halvit_jax.layers import conv
-from halvit_jax.models import create_model, fold, list_models, partition_rules
+from halvit_jax.models import create_model, family_of, fold, list_models, partition_rules
 from halvit_jax.models.vit import VisionTransformer
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
@@ -90,7 +90,7 @@ def test_the_gradient_of_every_tied_kernel_is_the_sum_of_both_uses() -> None:
     with jax.enable_x64(True):
         tied, untied = (create_model(name, **SMALL, dtype="float64") for name in ("halvit_tiny", "deit_small"))
         params, images = _params(tied, np.float64), _images().astype(jnp.float64)
-        weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, CLASSES)))
+        weights = jnp.asarray(np.random.default_rng(2).standard_normal((2, CLASSES)), jnp.float32)  # the logits' type
 
         def loss(model: VisionTransformer, params: dict[str, Any]) -> jax.Array:
             return jnp.sum(weights * model.apply({"params": params}, images, train=True))
@@ -183,7 +183,7 @@ def test_the_logits_of_each_classifier_are_available() -> None:
         create_model("deit_tiny_distilled", **SMALL | {"num_classes": 0}), params, images, method="head_logits"
     )
     for name, head in (("class", "head"), ("distill", "head_distill")):
-        expected = seen[name] @ params[head]["kernel"] + params[head]["bias"]
+        expected = seen[name] @ params[head]["kernel"] + params[head]["bias"][None]
         np.testing.assert_allclose(heads[name], expected, atol=1e-5)
     plain = create_model("deit_tiny", **SMALL)
     assert _apply(plain, _params(plain), images, method="head_logits").keys() == {"class"}
@@ -387,6 +387,11 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
 def test_impossible_fields_are_refused_by_name(overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         create_model("halvit_tiny", **overrides)
+
+
+def test_a_model_of_no_family_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Dense is in none of models\.FAMILIES"):
+        family_of(nn.Dense(3))
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name_and_all_names() -> None:

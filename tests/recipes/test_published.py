@@ -20,7 +20,14 @@ TABLE = json.loads((pathlib.Path(__file__).parents[1] / "golden/recipes.json").r
 RUNS: dict[str, dict[str, Any]] = TABLE["runs"]
 DEFAULTS = values(default_config())
 # What `peak`, `batch_size` and `model` stand for; and what decides how often something happens, not what is learned.
-COVERED = ("optim.learning_rate", "optim.base_batch_size", "optim.scaling", "recipe_batch_size", "model.name")
+COVERED = (
+    "optim.learning_rate",
+    "optim.base_batch_size",
+    "optim.scaling",
+    "recipe_batch_size",
+    "model.name",
+    "published_top1",
+)
 
 
 def published(entry: str) -> dict[str, Any]:
@@ -55,6 +62,7 @@ def test_a_run_has_the_published_values_and_no_others(entry: str) -> None:
     config = load(entry)
     assert deviations(entry, config) == []
     assert config.recipe_batch_size == config.batch_size
+    assert config.published_top1 == RUNS[entry].get("top1", [0.0])[0]
 
 
 def test_a_wrong_value_is_named() -> None:

@@ -33,19 +33,21 @@ PACKAGES: dict[str, set[str] | None] = {
         "numpy",
         "jax",
         "torch",
+        "huggingface_hub",
         "halvit_jax.models",
         "halvit_jax.layers",
         "halvit_jax.trees",
         "halvit_jax.text",
     },
+    "halving": NUMERIC | {"scipy", "optax", "halvit_jax.layers", "halvit_jax.models"},
     "experiment": {"jax", "numpy", "flax.linen", "ml_collections"}
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
-    | {f"{OURS}.{name}" for name in ("convert", "distributed")},
+    | {f"{OURS}.{name}" for name in ("convert", "distributed", "halving")},
     "analysis": {"jax", "flax.linen", "numpy", "ml_collections", "matplotlib"}
     | {f"{OURS}.{name}" for name in ("models", "experiment", "config", "recipes", "layers", "training", "convert")}
     | {f"{OURS}.{name}" for name in ("trees", "text", "protocols")},
     "cli": ANYTHING,
-    **dict.fromkeys(("__init__", "main", "predict", "export", "bench", "summary", "check", "plan"), ANYTHING),
+    **dict.fromkeys(("__init__", "main", "predict", "export", "halve", "bench", "summary", "check", "plan"), ANYTHING),
 }
 ONLY_IN_DATA = {"tensorflow", "tensorflow_datasets"}
 

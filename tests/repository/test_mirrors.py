@@ -6,7 +6,16 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE, TESTS = ROOT / "halvit_jax", ROOT / "tests"
-COMMANDS = {"bench", "check", "export", "main", "plan", "predict", "summary"}  # their tests are in tests/commands/
+COMMANDS = {
+    "bench",
+    "check",
+    "export",
+    "halve",
+    "main",
+    "plan",
+    "predict",
+    "summary",
+}  # their tests are in tests/commands/
 
 # Module -> the files that test it, and why they are elsewhere.
 ELSEWHERE: dict[str, tuple[str, ...]] = {

@@ -39,6 +39,10 @@ RUN = {
     f"{MAIN} --config=configs/distill_digits.py --workdir=runs/distill_digits": SHORT,
     f"{MAIN} --config=configs/distill_digits.py --workdir=runs/hard": SHORT,
     f"{MAIN} --config=configs/distill_digits.py:soft --workdir=runs/soft": SHORT,
+    "python -m halvit_jax.halve --config=configs/halve_digits.py --out=runs/halve_digits.safetensors": (
+        "--images=64 --fit_steps=4"
+    ),
+    f"{MAIN} --config=configs/halve_digits.py --workdir=runs/halve_digits": SHORT,
     f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/guarded --config.skip_updates.norm_factor=20": SHORT,
     f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/seed1 --config.seed=1 --config.save.keep=3": SHORT,
     f"{MAIN} --config=configs/digits.py:shvit --workdir=runs/shvit_digits": SHORT,
@@ -81,6 +85,7 @@ NEEDS = {
     'pip install "jax[cuda12]"': NETWORK,
     "pip install -e '.[onnx,torch]'": NETWORK,
     "pip install -e '.[onnx]'": NETWORK,
+    "pip install -e '.[hub]'": NETWORK,
     "pip install -e '.[plot]'": NETWORK,
     "pip install -e '.[torch]'": NETWORK,
     "python -m pytest tests --update-golden": "a change of golden files",
@@ -88,6 +93,13 @@ NEEDS = {
     "bash launch/prepare_imagenet.sh TARS_DIR ~/tensorflow_datasets": "the official archives, 150 GB",
     f"{MAIN} --config=configs/NAME.py --workdir=DIR": "a name",
     f"{MAIN} --config=configs/NAME.py --workdir=DIR --mode=eval": "a name",
+    f"{MAIN} --config=configs/NAME.py --mode=eval --config.init_from=FILE": "a name",
+    f"{MAIN} --mode=eval --config=configs/shvit.py:s4 --config.init_from=shvit_s4.pth "
+    "--config.data.evals=\"('v2=imagenet_v2:test','real=imagenet2012_real:validation')\"": (
+        "prepared ImageNet, -V2 and -ReaL, SHViT's weights, PyTorch"
+    ),
+    f"{MAIN} --mode=eval --config=configs/shvit.py:s4 --config.init_from=shvit_s4.pth --config.data.name=folder "
+    "--config.data.root=DIR --config.data.eval_split=val": "ImageNet as a folder, SHViT's weights, PyTorch",
     f"{MAIN} --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny": IMAGENET,
     f"{MAIN} --config=configs/halvit_tiny.py --workdir=runs/halvit_tiny "
     "--config.data.evals=\"('v2=imagenet_v2:test',)\"": f"{IMAGENET}, prepared ImageNet-V2",
@@ -108,9 +120,16 @@ NEEDS = {
         "prepared flowers, DeiT's weights, PyTorch"
     ),
     f"{CHECK} --config=configs/halvit_tiny.py --workdir=DIR": IMAGENET,
+    "python -m halvit_jax.bench --what=halve --plot=docs/images/halve.svg": "an hour",
+    "python -m halvit_jax.bench --what=signs --seeds=5": "half an hour",
+    "python -m halvit_jax.halve --config=configs/halvit_tiny.py --teacher=deit_small.pth "
+    "--config.teacher.name=deit_small --images=1000 --fit_steps=0 --out=runs/deit_small_attention.safetensors": (
+        "prepared ImageNet, DeiT's weights, PyTorch"
+    ),
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4": "jax[tpu]",
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 --config.batch_size=4096": "jax[tpu]",
     "python -m halvit_jax.convert deit_tiny.pth deit_tiny.safetensors --model=deit_tiny": "DeiT's weights, PyTorch",
+    "python -m halvit_jax.convert hf://timm/deit_small_patch16_224.fb_in1k deit_small.safetensors": NETWORK,
     "python -m halvit_jax.convert mine.safetensors deit.safetensors --model=halvit_tiny --to=deit": "weights",
     "bash launch/gpu.sh --config=configs/halvit_tiny.py --workdir=DIR": f"{IMAGENET}, GPUs",
     "bash launch/tpu_vm.sh NAME ZONE -- --config=configs/halvit_tiny.py --workdir=DIR": f"{IMAGENET}, a TPU",

@@ -6,12 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import classification
+from jax.sharding import NamedSharding, PartitionSpec
 
 from halvit_jax.config import default_config
+from halvit_jax.layers import conv
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Loss
 from halvit_jax.tasks import mixup
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.training.sharding import make_mesh, to_devices
 
 B, SIZE, CLASSES = 6, 8, 7
 TINY = {"width": 16, "depth": 1, "num_heads": 2, "image_size": SIZE, "patch_size": 4, "num_classes": CLASSES}
@@ -140,8 +143,55 @@ def test_training_erases_before_it_mixes_smoothed_targets(monkeypatch: pytest.Mo
     )
     assert calls == [
         ("erase", 0.25, "noise"),
-        ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4, "per_image": True}),
+        ("mix", {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.4, "per_image": True, "group": 0}),
     ]
+
+
+def test_groups_of_32_give_the_same_loss_and_statistics_on_any_number_of_devices() -> None:
+    """Groups that lie on several devices, on one, or several of them on one; and against the groups one by one."""
+    fields = {"depths": (1,), "widths": (8,), "partial_dims": (8,), "stages": ("i",), "stem_strides": (2,)}
+    mixing = {"mixup": 0.8, "cutmix": 1.0, "mix_group": 32}
+    fields |= {"image_size": SIZE, "num_classes": CLASSES}
+    task = _task("shvit_s1", fields, **mixing, norm_group=32)
+    params, model_state = jax.jit(task.init)(KEY)
+    loss = jax.jit(lambda params, model_state, batch: task.loss(params, model_state, {}, batch, KEY)[:2])
+    found = []
+    for devices in (1, 2, 4, 8):
+        mesh = make_mesh(devices=jax.devices()[:devices])
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        batch = to_devices({name: np.asarray(rows) for name, rows in _batch(64).items()}, mesh)
+        with conv.xla_convolutions():  # quicker to compile
+            found.append(jax.device_get(loss(*jax.device_put((params, model_state), everywhere), batch)))
+    for other in found[1:]:
+        np.testing.assert_allclose(other[0], found[0][0], rtol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other[1], found[0][1])
+
+    # A group is a batch of its own: its loss under its own key of the mixing, and its statistics.
+    _, mix_key = jax.random.split(jax.random.split(KEY)[1])
+
+    @jax.jit
+    def alone(key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        alphas = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
+        targets = jax.nn.one_hot(labels, CLASSES)
+        images, targets = mixup.mixup_or_cutmix(key, task.normalise(images), targets, **alphas)
+        variables = {"params": params, **model_state}
+        logits, state = task.model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean(), state
+
+    batch, keys = _batch(64), jax.random.split(mix_key, 2)
+    halves = [(batch["image"][rows], batch["label"][rows]) for rows in (slice(32), slice(32, 64))]
+    with conv.xla_convolutions():
+        parts = [alone(key, *half) for key, half in zip(keys, halves, strict=True)]
+    assert np.mean([float(value) for value, _ in parts]) == pytest.approx(float(found[0][0]), rel=1e-5)
+    means = jax.tree.map(lambda *leaves: np.mean(leaves, 0), *(state for _, state in parts))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found[0][1], means)
+
+
+@pytest.mark.parametrize("field", ["mix_group", "norm_group"])
+def test_a_group_that_does_not_divide_the_batch_is_refused(field: str) -> None:
+    task = _task(mixup=1.0, **{field: 4})
+    with pytest.raises(ValueError, match=rf"classification.{field}=4 must divide the 6 rows"):
+        jax.eval_shape(lambda: task.loss(_params(task), {}, {}, _batch(), KEY))
 
 
 def test_the_randomness_of_the_loss_comes_from_its_key() -> None:
@@ -187,6 +237,8 @@ def test_summary_images_are_at_most_64_between_0_and_1_and_as_they_came_where_no
         ({"bce_threshold": 0.2}, "classification.bce_threshold=0.2 is for classification.loss='binary_cross_entropy'"),
         ({"mixup": -0.1}, "classification.mixup=-0.1 must not be negative"),
         ({"cutmix": -1.0}, "classification.cutmix=-1.0 must not be negative"),
+        ({"mix_group": -1}, "classification.mix_group=-1 must not be negative"),
+        ({"norm_group": -1}, "classification.norm_group=-1 must not be negative"),
     ],
 )
 def test_impossible_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> None:

@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.tasks.losses import LOSSES, binary_cross_entropy, cross_entropy, smooth_one_hot
+from halvit_jax.tasks.losses import (
+    LOSSES,
+    any_label_cross_entropy,
+    binary_cross_entropy,
+    cross_entropy,
+    smooth_one_hot,
+)
 
 B, C = 4, 7
 
@@ -18,6 +24,16 @@ def test_cross_entropy_is_its_formula() -> None:
     probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     expected = -(targets * np.log(probabilities)).sum(1)
     np.testing.assert_allclose(cross_entropy(jnp.asarray(logits), jnp.asarray(targets)), expected, rtol=1e-5)
+
+
+def test_cross_entropy_with_any_of_several_labels_is_that_of_their_summed_probability() -> None:
+    logits, _ = _logits_and_targets()
+    labels = np.arange(C) % 2 == np.arange(B)[:, None] % 2
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = -np.log((probabilities * labels).sum(1))
+    np.testing.assert_allclose(any_label_cross_entropy(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-5)
+    one = any_label_cross_entropy(jnp.asarray(logits), jnp.eye(C)[:B] > 0)
+    np.testing.assert_allclose(one, cross_entropy(jnp.asarray(logits), jnp.eye(C)[:B]), rtol=1e-6)
 
 
 def test_binary_cross_entropy_is_its_formula_averaged_over_the_classes() -> None:

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from halvit_jax.tasks.metrics import MeanCollector, classification_sums, in_top
+from halvit_jax.tasks.metrics import MeanCollector, best_label, classification_sums, in_top
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
@@ -29,6 +29,17 @@ def test_fewer_classes_than_k_are_all_in_the_top() -> None:
 def test_with_a_nan_among_the_logits_no_label_is_in_the_top(place: int) -> None:
     logits = jnp.array([[0.0, 1.0, 2.0]]).at[0, place].set(jnp.nan)
     assert not in_top(jnp.repeat(logits, 3, axis=0), jnp.arange(3), 3).any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_of_several_labels_any_in_the_top_is_right(k: int) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((50, 8)), rng.random((50, 8)) < 0.3
+    labels[:, 0] |= ~labels.any(1)
+    expected = [right[np.argsort(-row)[:k]].any() for row, right in zip(logits, labels, strict=True)]
+    found = in_top(jnp.asarray(logits), best_label(jnp.asarray(logits), jnp.asarray(labels)), k)
+    np.testing.assert_array_equal(found, expected)
+    assert 0 < sum(expected) < 50 or k == 5
 
 
 def test_sums_count_the_real_rows_only() -> None:

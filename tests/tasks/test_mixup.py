@@ -10,7 +10,7 @@ from halvit_jax.tasks import mixup
 B, H, W, C = 4, 12, 16, 4
 DRAWS = 2000
 # Pixel values tell image, row and column apart; the batch's order is its class.
-IMAGES = jnp.arange(1.0, B * H * W + 1).reshape(B, H, W, 1) * jnp.ones(3)
+IMAGES = jnp.arange(1.0, B * H * W + 1).reshape(B, H, W, 1) * jnp.ones((1, 1, 1, 3))
 TARGETS = jnp.eye(C)
 KEYS = jax.random.split(jax.random.key(0), DRAWS)
 
@@ -76,6 +76,37 @@ def test_with_both_alphas_zero_nothing_changes() -> None:
     images, targets = mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, mixup_alpha=0.0, cutmix_alpha=0.0, switch=0.5)
     assert images is IMAGES
     assert targets is TARGETS
+
+
+def test_a_group_of_rows_is_mixed_as_a_batch_of_its_own() -> None:
+    keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
+    images = jax.random.uniform(jax.random.key(3), (16, 8, 8, 1))
+    mix = jax.jit(lambda *arrays: mixup.mixup_or_cutmix(*arrays, **keywords))
+    mixed, targets = jax.jit(lambda *arrays: mixup.mixup_or_cutmix(*arrays, **keywords, group=4))(
+        KEYS[0], images, jnp.eye(16)
+    )
+    for number, key in enumerate(jax.random.split(KEYS[0], 4)):
+        rows = slice(4 * number, 4 * number + 4)
+        own, wanted = mix(key, images[rows], jnp.eye(16)[rows])
+        np.testing.assert_allclose(mixed[rows], own, rtol=1e-6)
+        np.testing.assert_allclose(targets[rows], wanted, rtol=1e-6)
+    shares = np.asarray(targets).max(1).reshape(4, 4)
+    assert np.ptp(shares, axis=1).max() < 1e-6
+    assert len(set(shares[:, 0].round(4).tolist())) == 4
+
+
+@pytest.mark.parametrize("group", [0, 4, 7])
+def test_a_group_of_no_fewer_rows_is_the_whole_batch(group: int) -> None:
+    keywords = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "switch": 0.5}
+    whole = mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, **keywords)
+    jax.tree.map(
+        np.testing.assert_array_equal, mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, **keywords, group=group), whole
+    )
+
+
+def test_a_group_that_does_not_divide_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"classification.mix_group=3 must divide the 4 rows of a batch"):
+        mixup.mixup_or_cutmix(KEYS[0], IMAGES, TARGETS, mixup_alpha=1.0, cutmix_alpha=0.0, switch=0.5, group=3)
 
 
 def test_an_alpha_of_zero_leaves_that_kind_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,13 +197,32 @@ def test_erased_boxes_have_timms_areas_and_aspects_and_reach_every_place(erased:
     areas = heights * widths / SIZE**2
     assert areas.min() >= 0.02 * 0.85  # rounding to whole pixels
     assert areas.max() <= 1 / 3 * 1.05
-    inside = (heights < SIZE) & (widths < SIZE)  # a box cut to the image's size has lost its aspect
-    ratios = (heights / widths)[inside]
+    assert max(heights.max(), widths.max()) < SIZE  # a longer box is drawn again
+    ratios = heights / widths
     assert 0.25 < ratios.min() < 0.4
     assert 2.5 < ratios.max() < 4.0
     assert np.log(ratios).mean() == pytest.approx(0.0, abs=0.1)
     assert boxes.any((0, 1)).all()
     assert boxes.any((0, 2)).all()
+
+
+def test_a_box_that_never_fits_erases_nothing() -> None:
+    flat = jnp.full((32, 1, 90, 1), 100.0)  # every box is at least a pixel high
+    erased = jax.jit(lambda: mixup.random_erase(KEYS[0], flat, probability=1.0))()
+    np.testing.assert_array_equal(erased, flat)
+
+
+def test_a_box_that_does_not_fit_is_drawn_again() -> None:
+    """On an image of 1 to 8 few boxes fit at the first attempt; after ten more images are erased than after one."""
+    narrow = jnp.full((256, 10, 80, 1), 100.0)
+    counts = []
+    for attempts in (1, mixup.ERASE_ATTEMPTS):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mixup, "ERASE_ATTEMPTS", attempts)
+            erased = jax.jit(lambda: mixup.random_erase(KEYS[0], narrow, probability=1.0))()
+        counts.append(float((erased != 100.0).any((1, 2, 3)).mean()))
+    assert counts[0] < 0.9
+    assert counts[1] > 0.99
 
 
 def test_erasing_with_probability_zero_changes_nothing() -> None:

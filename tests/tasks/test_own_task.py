@@ -53,16 +53,17 @@ class StrokeWidth:
         self, params: Any, model_state: Any, constants: Any, batch: Mapping[str, jax.Array], key: jax.Array
     ) -> Loss:
         del model_state, constants
-        images = batch["image"] / 255.0
+        images = batch["image"].astype(jnp.float32) / 255.0
         rngs = {"drop_path": key}
         widths = self._model.apply({"params": params}, images, train=True, rngs=rngs)[:, 0]
         errors = jnp.abs(widths - stroke_width(images))
         huber = jnp.where(errors < self._delta, errors**2 / 2, self._delta * (errors - self._delta / 2))
-        total, examples = jnp.sum(huber * batch["mask"]), jnp.sum(batch["mask"])
+        mask = batch["mask"].astype(jnp.float32)
+        total, examples = jnp.sum(huber * mask), jnp.sum(mask)
         return Loss(total / examples, {}, {"loss": total, "examples": examples})
 
     def score(self, params: Any, model_state: Any, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        images = batch["image"] / 255.0
+        images = batch["image"].astype(jnp.float32) / 255.0
         del model_state
         return {"found": self._widths({"params": params}, images), "true": stroke_width(images)}
 
@@ -70,7 +71,7 @@ class StrokeWidth:
         return Ranks()
 
     def summary_images(self, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {"digits": batch["image"][:4] / 255.0}
+        return {"digits": batch["image"][:4].astype(jnp.float32) / 255.0}
 
     def check_dataset(self, info: DatasetInfo) -> None:
         if info.name != "digits":
@@ -79,7 +80,11 @@ class StrokeWidth:
     def serving(self, variables: Any, *, folded: bool = True) -> ServingModel:
         del folded
         size = self._model.image_size
-        return ServingModel(lambda v, images: {"width": self._widths(v, images / 255.0)}, variables, (size, size))
+
+        def serve(variables: Any, images: jax.Array) -> dict[str, jax.Array]:
+            return {"width": self._widths(variables, images.astype(jnp.float32) / 255.0)}
+
+        return ServingModel(serve, variables, (size, size))
 
     def decode(self, outputs: Any, info: DatasetInfo) -> list[dict[str, Any]]:
         del info

@@ -85,8 +85,8 @@ def _step(name: str, shape: tuple[int, ...]) -> tuple[Any, Any, str]:
 
 
 @pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    with jax.enable_x64(True):
+def _float64(name: str) -> Iterator[None]:
+    with jax.enable_x64(MODELS[name].get("dtype") == "float64"):
         yield
 
 

@@ -48,7 +48,7 @@ class Draws:
 
     def score(self, params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
         outputs = params["w"] * batch["image"] + model_state["seen"]
-        return {"score": jnp.sum(outputs * batch["mask"])}
+        return {"score": jnp.sum(outputs * batch["mask"].astype(jnp.float32))}
 
 
 MASK = {"mask": np.ones(BATCH, bool)}

@@ -25,32 +25,48 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
 
 
 def open_sources(
-    name: str, data_dir: str, root: str, train_split: str, eval_name: str, eval_split: str, evals: Sequence[str] = ()
-) -> tuple[Source, dict[str, Source]]:
+    name: str,
+    data_dir: str,
+    root: str,
+    train_split: str | None,
+    eval_name: str,
+    eval_split: str,
+    evals: Sequence[str] = (),
+) -> tuple[Source | None, dict[str, Source]]:
     """The training source, and the evaluation sources by the name of their curves; `open_source` explains the words.
+
+    A `train_split` of None is for evaluation alone.
 
     The first is "eval"; the entry "v2=imagenet_v2:test" of `evals` is "eval_v2". An entry without a data set, such as
     "half=:test[:50%]", is a split of `name`.
 
     Raises:
-        ValueError: also where a source has other classes than the training source, because labels would then mean
-            different things.
+        ValueError: also where a source has other classes than the first one, because labels would then mean different
+            things, or where the training source has several labels an image.
     """
-    train = open_source(name, data_dir, train_split, root=root)
+    train = None if train_split is None else open_source(name, data_dir, train_split, root=root)
+    if train and train.info.extra.get("several_labels"):
+        raise ValueError(
+            f"data.name={name!r} has several labels an image and is for evaluation only; set data.eval_name or "
+            "data.evals to it"
+        )
     sets = {"eval": (f"data.eval_split={eval_split!r}", EvalSet(eval_name, eval_split))}
     sets |= {f"eval_{key}": (f"data.evals {key}=", given) for key, given in parse_evals(evals).items()}
-    sources = {}
+    sources: dict[str, Source] = {}
+    first, what = train, f"data.train_split={train_split!r} of {root or name}"
     for key, (field, (eval_set, split)) in sets.items():
         try:
             source = open_source(eval_set or name, data_dir, split, root=root)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from error
-        classes, found = train.info.class_names, source.info.class_names
+        if first is None:
+            first, what = source, f"{field} of {root or eval_set or name}"
+        classes, found = first.info.class_names, source.info.class_names
         if classes != found:
             differing = first_few(sorted(set(classes) ^ set(found)))
             raise ValueError(
-                f"data.train_split={train_split!r} of {root or name} and {field} of {root or eval_set or name} must "
-                f"have the same classes; {f'only one of them has {differing}' if differing else 'their order differs'}"
+                f"{what} and {field} of {root or eval_set or name} must have the same classes; "
+                f"{f'only one of them has {differing}' if differing else 'their order differs'}"
             )
         sources[key] = source
     return train, sources

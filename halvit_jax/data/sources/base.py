@@ -16,7 +16,7 @@ RECORD_HINT = "repair it, or prepare the data set again"
 Entry = dict[str, tf.Tensor]
 Record = dict[str, tf.Tensor]
 """Named features of one example, undecoded: `name` (its origin, for messages), `image` (encoded bytes) and others, such
-as `label` (int32)."""
+as `label` (int32; where an image may have several: bool [classes], True for each)."""
 
 
 class Source(Protocol):

@@ -16,6 +16,7 @@ from halvit_jax.protocols import DataError, DatasetInfo
 from halvit_jax.text import first_few
 
 EMBEDDED = (digits.Digits.name,)  # prepared on first use, in seconds
+LABELS = ("label", "real_label")  # one class, or a sequence of all that are right (ImageNet-ReaL)
 MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
 OPEN_FILES = 4  # TFRecord files a shard mixes while reading
 
@@ -198,7 +199,8 @@ FORMATS: dict[str, Callable[[tfds.core.DatasetBuilder, str], Source]] = {
 
 
 def _validate(builder: tfds.core.DatasetBuilder, split: str, data_dir: str) -> None:
-    missing = {"image", "label"} - set(builder.info.features)
+    features = set(builder.info.features)
+    missing = {"image"} - features | (set() if features & set(LABELS) else {"label"})
     if missing:
         raise ValueError(
             f"data.name={builder.name!r} lacks the feature {' and '.join(sorted(missing))}; "
@@ -233,19 +235,28 @@ def _command(builder: tfds.core.DatasetBuilder, data_dir: str) -> str:
 
 
 def _info(builder: tfds.core.DatasetBuilder, split: str) -> DatasetInfo:
-    return DatasetInfo(
-        list(builder.info.features["label"].names), builder.info.splits[split].num_examples, builder.name
-    )
+    label = builder.info.features[_label(builder)]
+    several = isinstance(label, tfds.features.Sequence)
+    names, extra = (label.feature.names, {"several_labels": True}) if several else (label.names, {})
+    return DatasetInfo(list(names), builder.info.splits[split].num_examples, builder.name, extra)
+
+
+def _label(builder: tfds.core.DatasetBuilder) -> str:
+    """The feature that holds the class, or all classes."""
+    return next(name for name in LABELS if name in builder.info.features)
 
 
 def _parse(builder: tfds.core.DatasetBuilder, serialized: tf.Tensor, name: tf.Tensor, info: DatasetInfo) -> Record:
-    """The record of a labelled image.
+    """The record of a labelled image; several labels are bool [classes], True where the class is right.
 
     Raises:
         tf.errors.InvalidArgumentError: the label is not a class; training on it would be silently wrong.
     """
     example = builder.info.features.deserialize_example(serialized, decoders={"image": tfds.decode.SkipDecoding()})
-    label, classes = tf.cast(example["label"], tf.int32), len(info.class_names)
+    label, classes = tf.cast(example[_label(builder)], tf.int32), len(info.class_names)
     message = [name, "has the label", label, "outside of", classes, "classes"]
-    with tf.control_dependencies([tf.debugging.Assert((label >= 0) & (label < classes), message)]):
-        return {"image": example["image"], "label": tf.identity(label), "name": name}
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all((label >= 0) & (label < classes)), message)]):
+        label = tf.identity(label)
+    if label.shape.rank:
+        label = tf.reduce_any(tf.one_hot(label, classes, True, False, dtype=tf.bool), 0)
+    return {"image": example["image"], "label": label, "name": name}

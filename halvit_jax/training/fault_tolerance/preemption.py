@@ -1,6 +1,6 @@
 """Preemption: a stop requested on one host, agreed on by all.
 
-A platform that takes its machine back sends SIGTERM, a person at a terminal SIGINT. Each host writes its request into
+A platform that preempts a machine sends SIGTERM; Ctrl-C in a terminal sends SIGINT. Each host writes its request into
 its rows of every batch (`attach_request`), and the training and evaluation steps return the largest request of the
 global batch. So all hosts learn of it at the same step without an extra message.
 """

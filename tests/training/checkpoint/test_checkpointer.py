@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from halvit_jax.config import default_config
+from halvit_jax.training.checkpoint import checkpointer as checkpointer_lib
 from halvit_jax.training.checkpoint.checkpointer import CORRUPT_FOLDER, FOLDER, Checkpointer, SaveError, manifest
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.optim import make_optimizer
@@ -238,7 +240,7 @@ def test_damage_to_any_file_is_found_and_the_step_before_is_taken(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_unsealed_checkpoint_is_verified_by_its_arrays(two_steps: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """A run that ends between commit and seal loses nothing; damage to such a folder never comes back as a state."""
-    rng, abstract, outcomes = random.Random(0), _abstract(Task(), CUBE), []
+    rng, abstract, outcomes, unreadable = random.Random(0), _abstract(Task(), CUBE), [], []
     states = {step: sha256(to_host(_state(seed=step))) for step in (1, 2)}
     for number, file in enumerate(_files(two_steps, 2)):
         workdir = tmp_path / str(number)
@@ -253,7 +255,22 @@ def test_an_unsealed_checkpoint_is_verified_by_its_arrays(two_steps: pathlib.Pat
         outcomes.append(restored.step)
         if restored.step == 1:
             assert "2 is corrupt" in restored.corrupt[2]
+            unreadable.append("2 is corrupt: it was not sealed and cannot be read (" in restored.corrupt[2])
+    assert any(unreadable)
     assert set(outcomes) == {1, 2}  # some files hold nothing that is read
+
+
+def test_a_file_that_process_0_finds_corrupt_is_refused_by_all(
+    two_steps: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Checkpointer(two_steps, read_only=True)
+    monkeypatch.setattr(reader, "steps", lambda: [1, 2])
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    monkeypatch.setattr(checkpointer_lib, "broadcast_from_process_0", lambda verdict: np.array([False, True]))
+    with pytest.raises(CorruptCheckpointError, match="step 2 is corrupt: process 0 found a corrupt file"):
+        reader.restore(_abstract(Task(), CUBE), step=2)
+    monkeypatch.undo()
+    reader.close()
 
 
 def test_the_metadata_of_another_step_are_refused(two_steps: pathlib.Path, tmp_path: pathlib.Path) -> None:
