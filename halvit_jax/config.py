@@ -79,6 +79,7 @@ def _model() -> dict[str, Any]:
         "position": optional(str),  # learned, sincos or none
         "distilled": optional(bool),  # also SHViT: a second classifier, trained on the teacher's predictions
         "attention_impl": optional(str),  # also PVT, Next-ViT: auto, xla or fused (without the maps in memory)
+        "ffn_impl": optional(str),  # also Swin, PVT: auto, xla or fused (without the hidden activations in memory)
         # Hallucinated attention and compact FFNs: ViT, PVT, Next-ViT
         "real_heads": optional(float),  # fraction of the heads that compute their own maps
         "hallucinate": optional(str),  # source of the other heads' maps: logits or maps

@@ -84,13 +84,14 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
 
 
 def portable(trained: Trained) -> Trained:
-    """The same model without platform-specific operations, such as fused attention."""
+    """The same model without platform-specific operations, such as fused attention and fused feed-forward layers."""
     model = getattr(trained.task, "model", None)
     model = getattr(model, "backbone", model)
-    if model is None or "attention_impl" not in family_of(model).field_types:
+    fields = {"attention_impl", "ffn_impl"} & set(() if model is None else family_of(model).field_types)
+    if not fields:
         return trained
     config = trained.config.copy_and_resolve_references()
-    config.model.attention_impl = "xla"
+    config.model.update(dict.fromkeys(fields, "xla"))
     return trained._replace(task=build_task(config))
 
 

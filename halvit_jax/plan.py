@@ -98,6 +98,8 @@ def _roofline(report: dict[str, Any]) -> list[str]:
     if memory is not None:
         moved = f"memory: {report['bytes_moved'] / 1e9:.1f} GB to and from HBM, {1e3 * memory:.1f} ms at its bandwidth"
         binds = "compute-bound" if products >= memory else "memory-bound"
+        if report["hbm_bytes"]:
+            moved += f"; {report['hbm_bytes'] / 1e9:.1f} GB without what the compiler keeps in VMEM"
         lines += [moved, f"a step takes at least {1e3 * max(products, memory):.1f} ms: {binds}"]
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from halvit_jax.analysis.hlo import bytes_named, collectives, memory_of
+from halvit_jax.analysis.hlo import bytes_named, collectives, hbm_bytes, memory_of
 from halvit_jax.analysis.macs import count_macs
 from halvit_jax.analysis.tpu_topology import Topology
 from halvit_jax.experiment import build, tasks, teacher
@@ -167,7 +167,13 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
     """
     started = time.perf_counter()
     memory: dict[str, int | None] = dict.fromkeys(("arguments", "temporaries", "output", "code"))
-    stats: dict[str, Any] = {"collectives": None, "compiler": None, "compiled_flops": None, "bytes_moved": None}
+    stats: dict[str, Any] = {
+        "collectives": None,
+        "compiler": None,
+        "compiled_flops": None,
+        "bytes_moved": None,
+        "hbm_bytes": None,
+    }
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -179,7 +185,8 @@ def compile_for(lowered: Any, *, usable_bytes: int) -> dict[str, Any]:
         sizes = memory_of(compiled)
         memory = {**sizes, "peak": sum(sizes.values())}
         fits = memory["peak"] <= usable_bytes
-        stats["collectives"] = collectives(compiled.as_text())
+        text = compiled.as_text()
+        stats["collectives"], stats["hbm_bytes"] = collectives(text), hbm_bytes(text)
         cost = compiled.cost_analysis() or {}
         stats["compiled_flops"], stats["bytes_moved"] = cost.get("flops"), cost.get("bytes accessed")
     seconds = round(time.perf_counter() - started, 1)

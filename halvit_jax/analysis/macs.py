@@ -11,7 +11,8 @@ def count_macs(function: Callable, *args: Any) -> int:
     """Multiply-accumulates of `function(*args)`; arrays may be given as shapes (jax.ShapeDtypeStruct).
 
     Counts dot_general and conv_general_dilated, as published figures do, without additions, norms and activations. A
-    conditional counts as its most expensive branch, a loop as its length times its body.
+    conditional counts as its most expensive branch, a loop as its length times its body, a Pallas kernel as the steps
+    of its grid times its body, and a part that runs on each device as many times as there are devices.
     """
     return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -33,7 +34,19 @@ def _of_equation(equation: Any) -> int:
     inner = [_of_jaxpr(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
     if name == "cond":
         return max(inner)
-    return sum(inner) * (params["length"] if name == "scan" else 1)
+    return sum(inner) * _times(name, params)
+
+
+def _times(name: str, params: dict[str, Any]) -> int:
+    """How often the body of an equation runs."""
+    match name:
+        case "scan":
+            return params["length"]
+        case "pallas_call":
+            return math.prod(params["grid_mapping"].grid)
+        case "shard_map":
+            return params["mesh"].size
+    return 1
 
 
 def _jaxprs(value: Any) -> list[Any]:

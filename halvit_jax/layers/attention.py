@@ -20,8 +20,9 @@ from flax import linen as nn
 
 from halvit_jax.layers.arrays import align_last
 from halvit_jax.layers.conv import ConvNorm, depthwise_maps
-from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, choose
+from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, Shapes, choose
 from halvit_jax.layers.initializers import Dtype, normal_02
+from halvit_jax.layers.placement import current
 from halvit_jax.layers.sow import sow
 from halvit_jax.layers.tied import TiedDense
 
@@ -226,7 +227,7 @@ def attend(
     """The values averaged with the weights of `maps`: queries [b, n, d], keys and values [b, m, d] -> [b, n, d].
 
     Weights that nothing reads need not exist: `module.attention_impl`, one of CHOICES, selects the implementation
-    ("auto": fused where the platform, the type and the width of the heads allow it).
+    ("auto": fused where the platform, the type and the shapes allow it).
 
     Raises:
         ValueError: "fused" is required and not possible.
@@ -238,11 +239,12 @@ def attend(
         needs_map = "positions, a mask or the mixing of heads change it"
     chosen = "xla"
     if not (module.is_initializing() or module.is_mutable_collection("intermediates")):
+        (b, n, _), (_, m, width) = query.shape, value.shape
         chosen = choose(
             module.attention_impl,
-            platform=jax.default_backend(),
+            place=current(),
             dtype=query.dtype,
-            head_width=value.shape[-1] // maps.num_heads,
+            shapes=Shapes(b, n, m, maps.num_heads, width // maps.num_heads),
             needs_map=needs_map,
         )
     if chosen != "xla":

@@ -1,21 +1,25 @@
 """Feed-forward layers of a transformer block: dense, compact and tied.
 
 Shapes: `b` batch, `n` tokens, `d` width, `f` hidden, `r` rank. Every class of FFN maps [b, n, d] -> [b, n, d] and takes
-the same fields, so a block chooses one by name.
+the same fields, so a block chooses one by name. Tokens may lie on a map, [b, u, v, d].
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
 from halvit_jax.layers import batch_norm
 from halvit_jax.layers.arrays import align_last, widen
+from halvit_jax.layers.fused_ffn import FFN_IMPLS, choose_ffn
 from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
+from halvit_jax.layers.placement import current
 from halvit_jax.layers.tied import TiedDense
 
 
@@ -102,12 +106,27 @@ class Mlp(nn.Module):
     hidden: int  # f
     compact: Compact = Compact()
     activation: Callable[[jax.Array], jax.Array] = gelu
+    ffn_impl: str = "auto"  # one of CHOICES, see `implementation`
     dtype: Dtype = None
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        chosen = implementation(self, x, tied=False, obstacle=self._obstacle())
+        if chosen != "xla":
+            return without_hidden(chosen, x, *self._parts(), dtype=self.dtype)
         h = nn.Dense(self.hidden, kernel_init=normal_02, dtype=self.dtype, name="expand")(x)
         return CompactDense(self.width, self.compact, dtype=self.dtype, name="reduce")(self.activation(h), train=train)
+
+    def _obstacle(self) -> str:
+        """The reason why the hidden activations must exist, or ""."""
+        if self.compact.rank != 1.0:
+            return "its second matrix is a product of two (model.ffn_rank)"
+        return "" if self.activation is gelu else "its activation is not GELU"
+
+    def _parts(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """The kernels and the biases of both layers."""
+        layers = [self.variables["params"][name] for name in ("expand", "reduce")]
+        return [layer["kernel"] for layer in layers], [layer["bias"] for layer in layers]
 
 
 class TiedMlp(nn.Module):
@@ -116,6 +135,7 @@ class TiedMlp(nn.Module):
     width: int  # d
     hidden: int  # f
     compact: Compact = Compact()
+    ffn_impl: str = "auto"  # as in Mlp
     dtype: Dtype = None
 
     @nn.compact
@@ -124,12 +144,45 @@ class TiedMlp(nn.Module):
         tied = TiedDense(self.width, self.hidden, dtype=self.dtype, name="tied")
         b1 = self.param("hidden_bias", nn.initializers.zeros, (self.hidden,))
         b2 = self.param("bias", nn.initializers.zeros, (self.width,))
+        chosen = implementation(self, x, tied=True)
+        if chosen != "xla":
+            return without_hidden(chosen, x, [tied.cast_kernel()], [b1, b2], dtype=self.dtype)
         h = tied.project(x)
         y = tied.project_back(gelu(h + align_last(b1.astype(h.dtype), h)))
         return y + align_last(b2.astype(y.dtype), y)
 
 
 FFN: dict[str, type[nn.Module]] = {"dense": Mlp, "tied": TiedMlp}
+
+
+def implementation(module: nn.Module, x: jax.Array, *, tied: bool, obstacle: str = "") -> str:
+    """What computes the layer: "xla", or a key of FFN_IMPLS, which keeps the hidden activations out of memory.
+
+    `module.ffn_impl`, one of CHOICES, selects it ("auto": fused where the platform, the type and the shapes allow it);
+    `obstacle` is the reason why the hidden activations must exist, or "".
+
+    Raises:
+        ValueError: "fused" is required and not possible.
+    """
+    if module.is_initializing():
+        return "xla"
+    return choose_ffn(
+        module.ffn_impl,
+        place=current(),
+        dtype=jnp.dtype(module.dtype or x.dtype),
+        shape=_rows(x.shape),
+        hidden=module.hidden,
+        tied=tied,
+        needs_hidden=obstacle,
+    )
+
+
+def without_hidden(
+    chosen: str, x: jax.Array, kernels: Sequence[jax.Array], biases: Sequence[jax.Array], *, dtype: Dtype
+) -> jax.Array:
+    """The layer [b, ..., d] -> [b, ..., d] through FFN_IMPLS[chosen], with one kernel or two."""
+    x, *weights = promote_dtype(x, *kernels, dtype=dtype)
+    return FFN_IMPLS[chosen](x.reshape(_rows(x.shape)), tuple(weights), tuple(biases)).reshape(x.shape)
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,3 +213,8 @@ def _sum(module: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
     """The sum of the branches of a factor."""
     found = [branch["dense"] for key, branch in module.items() if key.startswith(name)]
     return {part: np.sum([branch[part] for branch in found], axis=0) for part in ("kernel", "bias")}
+
+
+def _rows(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of tokens in a row: [b, ..., d] -> [b, n, d]."""
+    return shape[0], math.prod(shape[1:-1]), shape[-1]

@@ -3,10 +3,15 @@
 Shapes: `b` batch, `n` tokens, `m` keys, `h` heads, `k` width of a head.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from halvit_jax.layers import placement
+from halvit_jax.layers.placement import Place, over_rows
+from halvit_jax.layers.tpu_attention import needed_bytes, short_attention
+from halvit_jax.layers.tpu_kernel import LANES, memory_obstacle
 
 
 class Implementation(Protocol):
@@ -36,14 +41,29 @@ def padded_attention(
     return out.reshape(padded[0].shape)[:, :n]
 
 
-ATTENTION_IMPLS: dict[str, Implementation] = {"cudnn": padded_attention}
-FUSED_ON = {"gpu": "cudnn"}  # platform -> its fused implementation
+def attention_in_vmem(query: jax.Array, key: jax.Array, value: jax.Array, *, num_heads: int) -> jax.Array:
+    """`short_attention`, a kernel for TPUs, on the rows of each device."""
+    return over_rows(lambda *arrays: short_attention(*arrays, num_heads), (query, key, value))
+
+
+ATTENTION_IMPLS: dict[str, Implementation] = {"cudnn": padded_attention, "pallas": attention_in_vmem}
+FUSED_ON = {"gpu": "cudnn", "tpu": "pallas"}  # platform -> its fused implementation
 CHOICES = ("auto", "xla", "fused")
-HALF_TYPES = (jnp.bfloat16, jnp.float16)
+TYPES = {"gpu": (jnp.bfloat16, jnp.float16), "tpu": (jnp.bfloat16,)}
 WIDEST_HEAD = 128
 
 
-def choose(wanted: str, *, platform: str, dtype: Any, head_width: int, needs_map: str = "") -> str:
+class Shapes(NamedTuple):
+    """The sizes that decide whether attention can be fused."""
+
+    batch: int  # b
+    queries: int  # n
+    keys: int  # m
+    num_heads: int  # h
+    head_width: int  # k
+
+
+def choose(wanted: str, *, place: Place, dtype: Any, shapes: Shapes, needs_map: str = "") -> str:
     """A key of ATTENTION_IMPLS, or "xla": plain products and softmax, with the map in memory.
 
     `wanted` is one of CHOICES; `needs_map` is the reason why the map must exist, or "".
@@ -53,20 +73,32 @@ def choose(wanted: str, *, platform: str, dtype: Any, head_width: int, needs_map
     """
     if wanted == "xla":
         return "xla"
-    obstacle = needs_map or _obstacle(platform, dtype, head_width)
+    obstacle = needs_map or _obstacle(place, dtype, shapes)
     if not obstacle:
-        return FUSED_ON[platform]
+        return FUSED_ON[place.platform]
     if wanted == "fused":
         raise ValueError(f"model.attention_impl='fused' is not possible: {obstacle}; set it to 'auto' or 'xla'")
     return "xla"
 
 
-def _obstacle(platform: str, dtype: Any, head_width: int) -> str:
+def _obstacle(place: Place, dtype: Any, shapes: Shapes) -> str:
     """The reason why attention cannot be fused, or ""."""
+    platform, head_width = place.platform, shapes.head_width
     if platform not in FUSED_ON:
         return f"it needs one of the platforms {', '.join(FUSED_ON)}, not {platform}"
-    if dtype not in HALF_TYPES:
-        return f"it needs bfloat16 or float16, not {jnp.dtype(dtype).name} (compute_dtype)"
+    if dtype not in TYPES[platform]:
+        allowed = " or ".join(jnp.dtype(one).name for one in TYPES[platform])
+        return f"it needs {allowed}, not {jnp.dtype(dtype).name} (compute_dtype)"
     if head_width % 8 or head_width > WIDEST_HEAD:
         return f"it needs heads whose width is a multiple of 8 up to {WIDEST_HEAD}, not {head_width}"
-    return ""
+    return _tpu_obstacle(place, dtype, shapes) if platform == "tpu" else ""
+
+
+def _tpu_obstacle(place: Place, dtype: Any, shapes: Shapes) -> str:
+    """The reason why the kernel for TPUs does not take these shapes, or ""."""
+    if LANES % shapes.head_width:
+        return f"it needs heads whose width divides {LANES}, not {shapes.head_width}"
+    if found := placement.obstacle(place, shapes.batch):
+        return found
+    query = shapes.batch // place.rows, shapes.queries, shapes.num_heads * shapes.head_width
+    return memory_obstacle(place.kind, needed_bytes(query, shapes.keys, dtype))

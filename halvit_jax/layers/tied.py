@@ -41,6 +41,10 @@ class TiedDense(nn.Module):
         # Cast once for both uses, so their gradients are added before the all-reduce, not after.
         self._cast = kernel if self.dtype is None else kernel.astype(self.dtype)
 
+    def cast_kernel(self) -> jax.Array:
+        """W in the type that both uses compute in, [d, f]."""
+        return self._cast
+
     def project(self, x: jax.Array, *, first: int | None = None) -> jax.Array:
         """x @ W: [..., d] -> [..., f], or only the `first` columns of it."""
         x, kernel = promote_dtype(x, self._cast, dtype=self.dtype)

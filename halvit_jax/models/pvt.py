@@ -155,18 +155,22 @@ class PVT(Pyramid):
     """Patches that do not overlap, learned positions, and a class token in the last stage, which has no reduction.
 
     The maps of `features` are not normalised, and their last stage runs without the class token. Images may have any
-    size that the product of `strides` divides; positions are resampled to it.
+    size that the product of `strides` divides; positions are resampled to it. `ffn_impl`: see
+    `layers.ffn.implementation`.
     """
+
+    ffn_impl: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("ffn_impl", self.ffn_impl, CHOICES)
         check_divides("strides", math.prod(self.strides), "image_size", self.image_size)
         if self.reductions[-1] != 1:
             raise ValueError(f"model.reductions={tuple(self.reductions)} must end in 1: a class token is on no map")
 
     def _stage(self, i: int) -> nn.Module:
         side, last = self.image_size // math.prod(self.strides[: i + 1]), i == len(self.depths) - 1
-        blocks = self._blocks(i, Mlp, convolutional=False)
+        blocks = self._blocks(i, functools.partial(Mlp, ffn_impl=self.ffn_impl), convolutional=False)
         return Stage(self.widths[i], self.strides[i], side, last, blocks, self.dtype, name=f"stage{i + 1}")
 
     def _pooled(self, images: jax.Array, train: bool) -> jax.Array:

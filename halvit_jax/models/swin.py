@@ -21,6 +21,7 @@ from halvit_jax.layers.batch_norm import norms_in_evaluation
 from halvit_jax.layers.drop import DropPath, stage_rates
 from halvit_jax.layers.embed import PatchEmbed
 from halvit_jax.layers.ffn import FFN
+from halvit_jax.layers.fused_attention import CHOICES
 from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.layers.sow import sow
@@ -51,6 +52,7 @@ class SwinTransformer(nn.Module):
         ffn_ratio: hidden width / width of the feed-forward layers.
         attention: a key of ATTENTION: the reference's "full", or "tied" (then `attention_bias` is False in HaLViT).
         ffn: a key of FFN: the reference's "dense", or "tied".
+        ffn_impl: see `layers.ffn.implementation`.
         attention_bias: biases of queries, keys, values and output.
         drop_path: stochastic depth of the last block; the others' rates rise to it linearly from 0.
         remat: recompute each block in the backward pass instead of keeping its activations.
@@ -68,6 +70,7 @@ class SwinTransformer(nn.Module):
     ffn_ratio: float = 4.0
     attention: str = "full"
     ffn: str = "dense"
+    ffn_impl: str = "auto"
     attention_bias: bool = True
     drop_path: float = 0.0
     remat: bool = False
@@ -77,6 +80,7 @@ class SwinTransformer(nn.Module):
     def __post_init__(self) -> None:
         check_choice("attention", self.attention, ATTENTION)
         check_choice("ffn", self.ffn, FFN)
+        check_choice("ffn_impl", self.ffn_impl, CHOICES)
         if not self.depths or min(self.depths) < 1:
             raise ValueError(f"model.depths={tuple(self.depths)} must be one stage or more, each of at least 1 block")
         check_divides("head_width", self.head_width, "width", self.width)
@@ -125,9 +129,10 @@ class SwinTransformer(nn.Module):
             map_size = -(-map_size // 2)
         heads = width // self.head_width
         attention, ffn = ATTENTION[self.attention], FFN[self.ffn]
+        hidden, chosen = round(width * self.ffn_ratio), {"ffn_impl": self.ffn_impl, "dtype": self.dtype}
         return {
             "attention": functools.partial(attention, width, heads, bias=self.attention_bias, dtype=self.dtype),
-            "ffn": functools.partial(ffn, width, round(width * self.ffn_ratio), dtype=self.dtype),
+            "ffn": functools.partial(ffn, width, hidden, **chosen),
             "num_heads": heads,
             "window": min(self.window_size, map_size),
             "dtype": self.dtype,

@@ -52,6 +52,7 @@ class VisionTransformer(nn.Module):
         real_heads: fraction of the heads with their own queries and keys, rounded up; the other maps are hallucinated
             from the real heads' "logits" or "maps" (`hallucinate`), see `AttentionMaps`.
         attention_impl: "xla", "fused" (without the maps in memory) or "auto" (fused if possible), see `attend`.
+        ffn_impl: the same for the hidden activations of the feed-forward layers, see `layers.ffn.implementation`.
         ffn_rank: rank of the FFNs' second matrix as a fraction of the width; below 1 it is two matrices, in training
             each the sum of `ffn_branches`, see `CompactDense`. Needs `ffn` "dense".
         pool: input of the head: the class "token", or the "mean" over the image's tokens (without a class token).
@@ -78,6 +79,7 @@ class VisionTransformer(nn.Module):
     real_heads: float = 1.0
     hallucinate: str = "logits"
     attention_impl: str = "auto"
+    ffn_impl: str = "auto"
     ffn_rank: float = 1.0
     ffn_branches: int = 2
     pool: str = "token"
@@ -93,6 +95,7 @@ class VisionTransformer(nn.Module):
         check_choice("attention", self.attention, ATTENTION)
         check_choice("ffn", self.ffn, FFN)
         check_choice("attention_impl", self.attention_impl, CHOICES)
+        check_choice("ffn_impl", self.ffn_impl, CHOICES)
         check_choice("pool", self.pool, POOLS)
         check_choice("position", self.position, POSITIONS)
         if self.distilled and self.pool != "token":
@@ -191,7 +194,8 @@ class VisionTransformer(nn.Module):
         """The feed-forward layer of every block, without its name."""
         compact = Compact(self.ffn_rank, self.ffn_branches, self.folded)
         hidden = round(self.width * self.ffn_ratio)
-        return functools.partial(FFN[self.ffn], self.width, hidden, compact=compact, dtype=self.dtype)
+        chosen = {"compact": compact, "ffn_impl": self.ffn_impl, "dtype": self.dtype}
+        return functools.partial(FFN[self.ffn], self.width, hidden, **chosen)
 
     def _make_blocks(self) -> list[nn.Module]:
         return [

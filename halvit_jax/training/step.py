@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +64,7 @@ def make_train_step(
     and the guard's own state.
     """
 
+    @_on_its_mesh
     def train_step(state: TrainState, constants: PyTree, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
         run = functools.partial(_backward, task, state.params, constants)
@@ -118,10 +119,26 @@ def make_eval_step(task: Task) -> EvalStep:
     """The jitted step (params, model_state, batch) -> report. Cached, so a task is compiled once."""
 
     @jax.jit
+    @_on_its_mesh
     def eval_step(params: PyTree, model_state: PyTree, batch: Batch) -> EvalReport:
         return EvalReport(task.score(params, model_state, batch), jnp.sum(batch["mask"]), requested(batch))
 
     return eval_step
+
+
+def _on_its_mesh(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, traced with the mesh of its batch, its last argument, as the current one.
+
+    Layers read from it for which platform they are compiled, and split kernels over its devices.
+    """
+
+    @functools.wraps(step)
+    def traced(*given: Any) -> Any:
+        mesh = jax.typeof(jax.tree.leaves(given[-1])[0]).sharding.mesh
+        with jax.sharding.use_abstract_mesh(mesh):
+            return step(*given)
+
+    return traced
 
 
 class _Backward(NamedTuple):

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 from halvit_jax.analysis.macs import count_macs
+from halvit_jax.layers.fused_ffn import ffn_over_rows
+from halvit_jax.training.sharding import make_mesh
 
 
 def _array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -97,3 +99,15 @@ def test_products_inside_transformations_count(function: Callable[..., Any], pro
 def test_arrays_and_trees_count_like_shapes() -> None:
     tree = {"w": jnp.ones((7, 3))}
     assert count_macs(lambda tree, x: x @ tree["w"], tree, jnp.ones((5, 7))) == 5 * 7 * 3
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_kernels_count_for_every_step_of_their_grid_and_every_device(devices: int) -> None:
+    b, n, d, f = 16, 5, 8, 12
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((b, n, d), (d, f), (f,), (d,))]
+
+    def layer(x: jax.Array, w: jax.Array, b1: jax.Array, b2: jax.Array) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(make_mesh(devices=jax.devices()[:devices]).abstract_mesh):
+            return ffn_over_rows(x, (w,), (b1, b2))
+
+    assert count_macs(layer, *shapes) == 2 * b * n * d * f

@@ -3,50 +3,70 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from halvit_jax.layers import attention as attention_module
 from halvit_jax.layers.attention import ATTENTION, attention_weights, weighted_values
-from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, CHOICES, FUSED_ON, choose, padded_attention
+from halvit_jax.layers.fused_attention import ATTENTION_IMPLS, CHOICES, FUSED_ON, Shapes, choose, padded_attention
+from halvit_jax.layers.placement import Place
 from halvit_jax.models import create_model
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 
 
+GPU, CPU = Place("gpu", "NVIDIA H100"), Place("cpu", "cpu")
+TPU = Place("tpu", "TPU v5 lite", rows=8)
+DEIT_S = Shapes(1024, 197, 197, 6, 64)
+
+
 @pytest.mark.parametrize(
-    ("wanted", "platform", "dtype", "head_width", "needs_map", "chosen"),
+    ("wanted", "place", "dtype", "head_width", "needs_map", "chosen"),
     [
-        ("auto", "gpu", BF16, 64, "", "cudnn"),
-        ("auto", "gpu", jnp.float16, 128, "", "cudnn"),
-        ("fused", "gpu", BF16, 32, "", "cudnn"),
-        ("auto", "gpu", F32, 64, "", "xla"),
-        ("auto", "gpu", BF16, 20, "", "xla"),
-        ("auto", "gpu", BF16, 136, "", "xla"),
-        ("auto", "gpu", BF16, 64, "maps are mixed", "xla"),
-        ("auto", "cpu", BF16, 64, "", "xla"),
-        ("auto", "tpu", BF16, 64, "", "xla"),
-        ("xla", "gpu", BF16, 64, "", "xla"),
+        ("auto", GPU, BF16, 64, "", "cudnn"),
+        ("auto", GPU, jnp.float16, 128, "", "cudnn"),
+        ("fused", GPU, BF16, 32, "", "cudnn"),
+        ("auto", GPU, F32, 64, "", "xla"),
+        ("auto", GPU, BF16, 20, "", "xla"),
+        ("auto", GPU, BF16, 136, "", "xla"),
+        ("auto", GPU, BF16, 64, "maps are mixed", "xla"),
+        ("auto", CPU, BF16, 64, "", "xla"),
+        ("xla", GPU, BF16, 64, "", "xla"),
+        ("auto", TPU, BF16, 64, "", "pallas"),
+        ("fused", TPU, BF16, 32, "", "pallas"),
+        ("auto", TPU, jnp.float16, 64, "", "xla"),
+        ("auto", TPU, BF16, 48, "", "xla"),
+        ("auto", TPU._replace(tensor=2), BF16, 64, "", "xla"),
+        ("auto", TPU._replace(kind="TPU v4"), BF16, 64, "", "xla"),
+        ("xla", TPU, BF16, 64, "", "xla"),
     ],
 )
 def test_which_implementation_computes_attention(
-    wanted: str, platform: str, dtype: jnp.dtype, head_width: int, needs_map: str, chosen: str
+    wanted: str, place: Place, dtype: jnp.dtype, head_width: int, needs_map: str, chosen: str
 ) -> None:
-    found = choose(wanted, platform=platform, dtype=jnp.dtype(dtype), head_width=head_width, needs_map=needs_map)
+    shapes = DEIT_S._replace(head_width=head_width)
+    found = choose(wanted, place=place, dtype=jnp.dtype(dtype), shapes=shapes, needs_map=needs_map)
     assert found == chosen
     assert found in {"xla", *ATTENTION_IMPLS}
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "head_width", "needs_map", "says"),
+    ("place", "dtype", "change", "needs_map", "says"),
     [
-        ("cpu", BF16, 64, "", "platforms gpu, not cpu"),
-        ("gpu", F32, 64, "", "bfloat16 or float16, not float32"),
-        ("gpu", BF16, 20, "", "multiple of 8 up to 128, not 20"),
-        ("gpu", BF16, 64, "maps are mixed", "maps are mixed"),
+        (CPU, BF16, {}, "", "platforms gpu, tpu, not cpu"),
+        (GPU, F32, {}, "", "bfloat16 or float16, not float32"),
+        (GPU, BF16, {"head_width": 20}, "", "multiple of 8 up to 128, not 20"),
+        (GPU, BF16, {}, "maps are mixed", "maps are mixed"),
+        (TPU, F32, {}, "", r"bfloat16, not float32 \(compute_dtype\)"),
+        (TPU, BF16, {"head_width": 48}, "", "divides 128, not 48"),
+        (TPU, BF16, {"batch": 1020}, "", "1020 rows do not divide over mesh.data x mesh.fsdp = 8"),
+        (TPU, BF16, {"queries": 4096, "keys": 4096}, "", "MiB of the 128 MiB next to the cores of TPU v5 lite"),
+        (TPU._replace(tensor=2), BF16, {}, "", "whole matrices, not mesh.tensor=2"),
+        (TPU._replace(kind="TPU v4"), BF16, {}, "", "a TPU v5e or newer, not 'TPU v4'"),
     ],
 )
 def test_impossible_fused_attention_is_refused_by_field(
-    platform: str, dtype: jnp.dtype, head_width: int, needs_map: str, says: str
+    place: Place, dtype: jnp.dtype, change: dict[str, int], needs_map: str, says: str
 ) -> None:
     with pytest.raises(ValueError, match=f"model.attention_impl='fused'.*{says}"):
-        choose("fused", platform=platform, dtype=jnp.dtype(dtype), head_width=head_width, needs_map=needs_map)
+        choose("fused", place=place, dtype=jnp.dtype(dtype), shapes=DEIT_S._replace(**change), needs_map=needs_map)
 
 
 def test_every_platform_names_an_implementation_that_there_is() -> None:
@@ -80,7 +100,7 @@ def test_attention_is_fused_where_nobody_asks_for_its_map(kind: str, monkeypatch
         calls.append(num_heads)
         return padded_attention(*args, num_heads=num_heads, implementation="xla")
 
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(attention_module, "current", lambda: GPU)
     monkeypatch.setitem(ATTENTION_IMPLS, "cudnn", recorded)
     attention = ATTENTION[kind](16, 2, dtype=BF16)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)), BF16)

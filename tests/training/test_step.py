@@ -8,6 +8,7 @@ from helpers.runs import classification
 from jax.sharding import Mesh
 
 from halvit_jax.config import default_config
+from halvit_jax.layers.placement import Place, current
 from halvit_jax.models import create_model
 from halvit_jax.protocols import Batch, Loss
 from halvit_jax.training.optim import Optimizer, make_optimizer
@@ -74,6 +75,30 @@ def test_a_step_counts_updates_parameters_by_the_gradient_and_keeps_the_new_mode
     np.testing.assert_allclose([state.params["w"][0] for state in states], 2.0 * 0.7 ** np.arange(4), rtol=1e-6)
     assert [float(state.model_state["seen"][0]) for state in states] == [0, 1, 2, 3]
     assert all(state.ema == {} for state in states)
+
+
+class Places(Draws):
+    """A task that notes where its parts believe to run."""
+
+    def __init__(self) -> None:
+        self.seen: list[Place] = []
+
+    def loss(self, params: Any, model_state: Any, constants: Any, batch: Batch, key: jax.Array) -> Loss:
+        self.seen.append(current())
+        return super().loss(params, model_state, constants, batch, key)
+
+    def score(self, params: Any, model_state: Any, batch: Batch) -> dict[str, jax.Array]:
+        self.seen.append(current())
+        return super().score(params, model_state, batch)
+
+
+def test_steps_are_traced_with_the_mesh_of_their_batch() -> None:
+    task, mesh = Places(), make_mesh(data=2, fsdp=2, tensor=2)
+    state, optimizer = _begin(task, mesh, **SGD)
+    batch = to_devices({**MASK, "image": np.ones(BATCH, np.float32)}, mesh)
+    make_eval_step(task)(state.params, state.model_state, batch)
+    make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.constants, batch)
+    assert set(task.seen) == {Place("cpu", "cpu", rows=4, tensor=2)}
 
 
 def test_averages_follow_parameters_and_model_state_by_their_formula() -> None:
