@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
         return x
 
     def embed_tokens(self, images: jax.Array, *, before: bool = True) -> jax.Array:
-        """The input [b, n, d] of the first block: tokens of the image, and `before` them those of class and distillation."""
+        """The input [b, n, d] of the first block: the image's tokens, `before` them those of class and distillation."""
         x, grid = self.embed(images), self._grid(images)
         x = x.astype(jnp.float32) if self.residual_float32 else x
         if before and self._names_before:
