@@ -142,7 +142,7 @@ def test_pictures_show_the_objects() -> None:
     pictures = jax.jit(task.summary_images)(batch)["train_images"]
     assert pictures.shape == (2, SIDE, SIDE, 3)
     plain = jax.jit(task.summary_images)(batch | {"real": jnp.zeros_like(batch["real"])})["train_images"]
-    np.testing.assert_allclose(plain, batch["image"] / 255.0, atol=1e-6)
+    np.testing.assert_allclose(plain, np.asarray(batch["image"]) / 255.0, atol=1e-6)
     assert np.abs(pictures - plain).max() > 0.1
 
 
