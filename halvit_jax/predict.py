@@ -143,8 +143,11 @@ def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dic
     from halvit_jax.experiment.trained import load_trained
     from halvit_jax.experiment.workdir import parse_step
 
-    workdir, step, paths = flags.FLAGS.workdir, parse_step(flags.FLAGS.step), _files(arguments)
-    trained = load_trained(workdir, step=step) if os.path.isdir(os.path.expanduser(workdir)) else None
+    workdir, step = os.path.expanduser(flags.FLAGS.workdir), parse_step(flags.FLAGS.step)
+    if not os.path.exists(workdir):
+        raise ValueError(f"{workdir} is not the workdir of a run, nor a weight file: it does not exist")
+    paths = _files(arguments)
+    trained = load_trained(workdir, step=step) if os.path.isdir(workdir) else None
     name = trained.config.task.name if trained else "classification"
     if flags.FLAGS.draw is not None:
         drawing.check(name, flags.FLAGS.draw, paths)

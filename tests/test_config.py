@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from halvit_jax import data, distributed
 from halvit_jax.config import default_config, from_json, smoke, to_json, validate
+from halvit_jax.detection.create import DETECTORS
 from halvit_jax.experiment import teacher
 from halvit_jax.models import FAMILIES
 from halvit_jax.recipes import imagenet
 from halvit_jax.tasks.classification import Classification
+from halvit_jax.tasks.detection import Detection
 from halvit_jax.tasks.distillation import Distillation
 from halvit_jax.training import loop
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
@@ -94,6 +96,9 @@ def test_every_field_is_read_somewhere() -> None:
     for name, value in config.items():
         if name in CONSTRUCTORS:
             assert set(value) <= used_keywords(CONSTRUCTORS[name]), name
+        elif name == "detection":
+            fields = {field for detector in DETECTORS.values() for field in detector.__dataclass_fields__}
+            assert set(value) <= used_keywords(Detection.__init__) | fields
         elif name == "model":
             assert set(value) - {"name"} <= {field for path in sources() for field in self_reads(path.read_text())}
         elif name == "teacher":

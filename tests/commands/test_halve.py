@@ -49,7 +49,7 @@ def test_halve_stopped_by_sigterm_exits_with_75_and_resumes(
         (["--out=x.safetensors"], "give both --config=configs/NAME.py and --out=FILE.safetensors"),
         (["--out=x.npz"], "--out=x.npz must end in .safetensors"),
         (["--out=/nowhere/x.safetensors"], "is in a folder that does not exist; create /nowhere"),
-        (["--out=x.safetensors", "--teacher=nowhere"], "teacher.init_from=nowhere does not name its model"),
+        (["--out=x.safetensors", "--teacher=nowhere"], "teacher.init_from=nowhere does not exist"),
         (["--out=x.safetensors", "--images=0"], "--images"),
         (["--out=x.safetensors", "runs/vit_digits"], "flags look like --teacher=runs/vit_digits"),
     ],

@@ -70,6 +70,7 @@ def test_one_table_reads_both_ways(state: dict[str, np.ndarray]) -> None:
         ("pointwise", (5, 4, 1, 1), (4, 5)),
         ("token", (1, 1, 6), (6,)),
         ("position", (1, 4, 6), (4, 6)),
+        ("transposed", (2, 3, 4, 5), (4, 5, 2, 3)),
     ],
 )
 def test_a_layout_has_an_inverse(layout: str, shape: tuple[int, ...], ours: tuple[int, ...]) -> None:
@@ -80,9 +81,32 @@ def test_a_layout_has_an_inverse(layout: str, shape: tuple[int, ...], ours: tupl
     assert np.shares_memory(there, array)
 
 
+@pytest.mark.parametrize(
+    ("layout", "shape", "ours", "background"),
+    [
+        ("pooled", (3, 98), (98, 3), 0),
+        ("background_first", (4, 6), (6, 4), 0),
+        ("background_first_bias", (4,), (4,), 0),
+        ("background_boxes", (12, 6), (6, 8), 4),
+        ("background_boxes_bias", (12,), (8,), 4),
+        ("background_masks", (3, 2, 1, 1), (1, 1, 2, 2), 1),
+        ("background_masks_bias", (3,), (2,), 1),
+    ],
+)
+def test_a_layout_of_detectors_has_an_inverse_but_for_the_rows_of_the_background(
+    layout: str, shape: tuple[int, ...], ours: tuple[int, ...], background: int
+) -> None:
+    array = np.arange(1, np.prod(shape) + 1).reshape(shape)
+    array[:background] = 0
+    there = LAYOUTS[layout].to_jax(array)
+    assert there.shape == ours
+    assert np.array_equal(LAYOUTS[layout].to_torch(there), array)
+
+
 def test_every_layout_is_tested() -> None:
-    (mark,) = (m for m in test_a_layout_has_an_inverse.pytestmark if m.name == "parametrize")
-    assert {case[0] for case in mark.args[1]} == LAYOUTS.keys()
+    tests = test_a_layout_has_an_inverse, test_a_layout_of_detectors_has_an_inverse_but_for_the_rows_of_the_background
+    marks = [mark for test in tests for mark in test.pytestmark if mark.name == "parametrize"]
+    assert {case[0] for mark in marks for case in mark.args[1]} == LAYOUTS.keys()
 
 
 def test_numbers_are_the_same_on_both_sides() -> None:
@@ -174,5 +198,5 @@ def test_variables_of_another_model_are_refused_by_path() -> None:
 def test_a_rule_that_reads_one_way_only_is_refused() -> None:
     with pytest.raises(ValueError, match=r"a.\{i\} and b do not name the same numbers"):
         Rule("a.{i}", "b")
-    with pytest.raises(ValueError, match=r"layout 'transposed' of a is not one of same, linear.*, counter, cache"):
-        Rule("a", "b", "transposed")
+    with pytest.raises(ValueError, match=r"layout 'diagonal' of a is not one of same, linear.*, counter, cache"):
+        Rule("a", "b", "diagonal")

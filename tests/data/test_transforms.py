@@ -247,7 +247,7 @@ def test_read_image_answers_an_undecodable_file_with_one_line(tmp_path: pathlib.
     transform = eval_transform((8, 8), fraction=1.0, method="bilinear")
     for name, content, why in (
         ("page.jpg", b"<html>", "by its first bytes it is no JPEG, PNG, GIF or BMP; it has 6 bytes"),
-        ("empty.jpg", b"", "Invalid JPEG data, size 0"),
+        ("empty.jpg", b"", "by its first bytes it is no JPEG, PNG, GIF or BMP; it has 0 bytes"),
         ("start.png", b"\x89PNG", "an image of 0 x 0 pixels, which must be 1 to 134217728"),
     ):
         (tmp_path / name).write_bytes(content)

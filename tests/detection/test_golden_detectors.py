@@ -140,7 +140,7 @@ def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: 
     }
     for ours, theirs in names.items():
         np.testing.assert_allclose(made.losses[ours], info["losses"][theirs], rtol=1e-4)
-    assert set(gradients) == set(paths.values())
+    assert set(gradients) == {path for path in paths.values() if not path.startswith("batch_stats/")}
     _check_norms(info["grad_norm"], paths, gradients)
 
 

@@ -75,4 +75,4 @@ def test_the_compilation_cache_is_where_the_config_says(
     monkeypatch.setenv("HOME", "/home/someone")
     monkeypatch.setattr(jax.config, "update", lambda name, value: set_to.update({name: value}))
     build.build(tiny(digits_dir, compilation_cache="~/cache"))
-    assert set_to == {"jax_compilation_cache_dir": "/home/someone/cache"}
+    assert set_to["jax_compilation_cache_dir"] == "/home/someone/cache"

@@ -81,7 +81,7 @@ def test_the_command_evaluates_converted_weights_without_a_workdir(
         ({"model.num_classes": 12}, "lacks arrays that an evaluation needs: params/head/bias (12,)"),
         ({"init_exclude": ("^norm/",)}, "set model.num_classes and init_exclude to fit the weights"),
         ({"data.eval_split": "val"}, "data.eval_split='val': split 'val' of data.name='digits' is unknown"),
-        ({"init_from": "/nowhere.npz"}, "init_from=/nowhere.npz: /nowhere.npz is not a file"),
+        ({"init_from": "/nowhere.npz"}, "init_from=/nowhere.npz: /nowhere.npz does not exist"),
     ],
 )
 def test_weights_or_data_that_do_not_do_are_refused_with_one_line(

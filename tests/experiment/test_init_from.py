@@ -121,7 +121,7 @@ def test_init_from_trains_and_a_checkpoint_takes_precedence(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere is not a file"),
+        ({"init_from": "/nowhere"}, "init_from=/nowhere: /nowhere does not exist"),
         (
             {"init_from": "WORKDIR", "model.depth": 3},
             "these weights cannot initialise halvit_tiny; .* missing",

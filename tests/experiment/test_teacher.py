@@ -253,7 +253,10 @@ WRONG = {
         "distillation.teacher_layers": (1, 2),
     },
     "teacher.init_from=/nowhere does not exist (/nowhere); train the": {"teacher.init_from": "/nowhere"},
-    "teacher.init_from=/nowhere: /nowhere is not a file": {"teacher.init_from": "/nowhere", "teacher.name": "resnet18"},
+    "teacher.init_from=/nowhere: /nowhere does not exist": {
+        "teacher.init_from": "/nowhere",
+        "teacher.name": "resnet18",
+    },
     "teacher.name='deit_tiny', but the model in": {"teacher.name": "deit_tiny"},
     "teacher.mean=(0.25, 0.25, 0.25), but the model in": {"teacher.mean": QUARTER},
     "teacher.name='halvit_tny' is unknown; did you mean 'halvit_tiny'": {

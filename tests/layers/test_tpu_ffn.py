@@ -9,6 +9,7 @@ import pytest
 from helpers.kernels import compare, compile_for_tpu, needs_libtpu, normal
 from helpers.tiers import tiered
 
+from halvit_jax.layers.arrays import align_last
 from halvit_jax.layers.ffn import gelu
 from halvit_jax.layers.fused_ffn import ffn_over_rows
 from halvit_jax.layers.tpu_ffn import block_of_tokens, ffn_in_vmem, gelu_and_slope, needed_bytes
@@ -43,7 +44,9 @@ def test_the_kernel_equals_the_plain_layer_forwards_and_backwards(shape: tuple[i
     def plain(x: jax.Array, *given: jax.Array) -> jax.Array:
         *weights, b1, b2 = given
         back = weights[0].T if tied else weights[1]
-        return gelu(x @ weights[0] + b1) @ back + b2
+        h = x @ weights[0]
+        y = gelu(h + align_last(b1, h)) @ back
+        return y + align_last(b2, y)
 
     def fused(x: jax.Array, *given: jax.Array) -> jax.Array:
         return ffn_in_vmem(x, given[:-2], given[-2:], True)

@@ -139,6 +139,8 @@ NEEDS = {
         "prepared ImageNet, DeiT's weights, PyTorch"
     ),
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4": "jax[tpu]",
+    "python -m halvit_jax.plan --config=configs/deit_small.py --topology=v5e:2x4 --config.batch_size=1024 "
+    "--config.model.depth=2 --config.model.attention_impl=xla --config.model.ffn_impl=xla --json": "jax[tpu]",
     "python -m halvit_jax.plan --config=configs/halvit_tiny.py --topology=v5e:4x4 --config.batch_size=4096": "jax[tpu]",
     "python -m halvit_jax.convert deit_tiny.pth deit_tiny.safetensors --model=deit_tiny": "DeiT's weights, PyTorch",
     "python -m halvit_jax.convert hf://timm/deit_small_patch16_224.fb_in1k deit_small.safetensors": NETWORK,
