@@ -167,7 +167,8 @@ def make_schedule(
 
     def reductions(step: Array) -> Array:
         if milestones:
-            return sum(step >= round(epoch * steps_per_epoch) for epoch in milestones)
+            passed = [jnp.float32(step >= round(epoch * steps_per_epoch)) for epoch in milestones]
+            return sum(passed)
         return jnp.floor(step / (step_epochs * steps_per_epoch))
 
     def cosine(step: Array, total: int) -> Array:

@@ -155,4 +155,4 @@ def test_an_export_without_the_data_is_compared_on_random_images(
     lines = run_command(EXPORT, *flags).stdout.splitlines()
     assert "largest difference of the output: 0.0e+00" in lines
     assert "the same best answer for 16 of the 16 random images" in lines
-    assert lines[-1] == "not compared on the evaluation set: data.root='moved' is not a folder"
+    assert lines[-1] == "not compared on the evaluation set: data.eval_split='test': data.root='moved' is not a folder"

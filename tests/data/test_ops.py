@@ -274,5 +274,9 @@ def test_a_reason_is_one_line_without_node_names() -> None:
             with pytest.raises(tf.errors.InvalidArgumentError) as found:
                 run()
             reasons.append(ops.reason(found.value))
-    assert reasons == ["Invalid JPEG data, size 0"] * 2 + ["file a, record 3 has the label 12"] * 2
+    assert (
+        reasons
+        == ["by its first bytes it is no JPEG, PNG, GIF or BMP; it has 0 bytes"] * 2
+        + ["file a, record 3 has the label 12"] * 2
+    )
     assert ops.reason(ValueError("file b cannot be read\nTraceback")) == "file b cannot be read"

@@ -207,7 +207,7 @@ def test_invalid_values_are_errors_that_name_the_field(digits_dir: pathlib.Path)
     cases = {
         "data.repeated_aug=0 must be at least 1": {"repeated_aug": 0},
         "data.interpolation='cubic' is not one of bilinear, bicubic": {"interpolation": "cubic"},
-        "batch_size=2048 over 8 virtual shards needs more than the 1433 examples": {"batch_size": 2048},
+        "batch_size=2048 in data.virtual_shards=8 needs more than the 1433 examples": {"batch_size": 2048},
         "3 hosts cannot share 8 virtual shards equally": {"host": Host(0, 3)},
         "data.augment='rand-x9' is not understood": {"augment": "rand-x9"},
         "data.on_bad_image='skip' is not one of error, replace": {"on_bad_image": "skip"},

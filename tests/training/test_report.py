@@ -35,6 +35,7 @@ class Noise:
 
     num_examples = BATCH
     steps_per_epoch = 1
+    info = None
 
     def __init__(self, *, endless: bool) -> None:
         self._endless = endless
