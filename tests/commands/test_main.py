@@ -68,7 +68,7 @@ BAD_FIELDS = {
     "model.width=-32 must not be negative": {"model.width": -32},
     "model.depth=0 must be at least 1": {"model.depth": 0},
     "model.attention='tide' is not one of full, tied": {"model.attention": "tide"},
-    "model.num_classes=0 must be at least 1": {"model.num_classes": 0},
+    "model.num_classes=-1 must not be negative": {"model.num_classes": -1},
     "model.depth=2: resnet18 has no such field": {"model.name": "resnet18"},
     "batch_size=-32 must be at least 1": {"batch_size": -32},
     "batch_size=30 does not divide over mesh.data x mesh.fsdp = 8 devices; set it to 24 or 32": {"batch_size": 30},
