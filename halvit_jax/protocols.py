@@ -61,8 +61,11 @@ class Loss(NamedTuple):
 class Collector(Protocol):
     """Turns the scores of all batches of an evaluation into metrics, on the host."""
 
+    reads: Sequence[str]
+    """Names of `batch_spec` that `add` reads: nothing else of a batch is gathered to the host."""
+
     def add(self, scored: PyTree, batch: Batch) -> None:
-        """Add `Task.score` of one global batch, and what `batch_spec` names of that batch except the images."""
+        """Add `Task.score` of one global batch, and what `reads` names of that batch."""
         ...
 
     def result(self) -> dict[str, float | None]:

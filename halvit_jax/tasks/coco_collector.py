@@ -38,6 +38,8 @@ class CocoCollector:
         ValueError: the backend is unknown or not installed.
     """
 
+    reads = ("size", "original", "image_id", "mask")
+
     def __init__(
         self,
         annotations: str | Mapping[str, Any],
@@ -59,7 +61,7 @@ class CocoCollector:
         """Add the detections of a global batch, of which this process takes its own rows.
 
         `scored`: `boxes` [b, d, 4] in pixels of the canvas, `scores`, `labels`, `valid` [b, d], and with masks their
-        probabilities `masks` [b, d, r, r]. `batch`: `size`, `original`, `image_id`, `mask`.
+        probabilities `masks` [b, d, r, r]. `batch`: what `reads` names.
         """
         rows = len(batch["mask"]) // jax.process_count()
         first = jax.process_index() * rows

@@ -11,6 +11,8 @@ from halvit_jax.protocols import Array, Batch
 class MeanCollector:
     """Collector of sums over examples: each metric is its sum divided by the sum `examples`."""
 
+    reads = ()
+
     def __init__(self) -> None:
         self._totals: dict[str, float] = {}
 

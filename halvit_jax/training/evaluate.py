@@ -41,7 +41,7 @@ def evaluate(
     examples, before = 0, None
 
     def collect(scored: _Scored) -> int:
-        host = to_host((scored.report, {name: scored.batch[name] for name in spec if name != "image"}))
+        host = to_host((scored.report, {name: scored.batch[name] for name in collector.reads}))
         collector.add(host[0].scored, host[1])
         return int(host[0].examples)
 

@@ -98,6 +98,8 @@ class StrokeWidth:
 class Ranks:
     """The median error and Spearman's rank correlation over the whole set, neither of them a mean over examples."""
 
+    reads = ("mask",)
+
     def __init__(self) -> None:
         self._found: list[float] = []
         self._true: list[float] = []

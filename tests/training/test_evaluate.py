@@ -47,6 +47,8 @@ class Task:
 class Values:
     """The scores of the real rows."""
 
+    reads = ("mask",)
+
     def __init__(self) -> None:
         self.values: list[float] = []
 
@@ -124,6 +126,7 @@ class Task:
         return Doubled()
 
 class Doubled:
+    reads = ("mask",)
     def __init__(self):
         self.rows = []
     def add(self, scored, batch):
