@@ -96,11 +96,13 @@ def predict(
                 yield {"image": path, **next(rows)}, image
 
 
-def detect(trained: "Trained", paths: Iterable[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+def detect(
+    trained: "Trained", serving: ServingModel, paths: Iterable[str]
+) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """`predict` for a detector: the detections in the pixels of each file; and the file's image."""
     from halvit_jax import data
 
-    fields, serving = trained.config.instances, trained.task.serving(trained.model_variables, folded=False)
+    fields = trained.config.instances
     apply, canvases = jax.jit(serving.apply), [tuple(canvas) for canvas in fields.canvases]
     for path in paths:
         try:
@@ -152,7 +154,8 @@ def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dic
     if flags.FLAGS.draw is not None:
         drawing.check(name, flags.FLAGS.draw, paths)
     if trained and name == "detection":
-        return trained.task.serving(trained.model_variables, folded=False), detect(trained, paths)
+        serving = trained.task.serving(trained.model_variables, folded=False)
+        return serving, detect(trained, serving, paths)
     predictor = predictor_of(trained) if trained else load_predictor(workdir, step=step)
     decoding = {} if flags.FLAGS.top is None else {"top": flags.FLAGS.top}
     return predictor.serving, predict(predictor, paths, **decoding)
