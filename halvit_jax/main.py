@@ -325,7 +325,7 @@ def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
     try:
         yield
     except MismatchError as error:
-        changed = resume.changed_fields(workdir, config)
+        changed = resume.that_change_the_run(resume.changed_fields(workdir, config))
         if not changed:
             raise
         raise ValueError(

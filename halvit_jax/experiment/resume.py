@@ -36,7 +36,7 @@ def check_changes(workdir: pathlib.Path, config: ConfigDict, *, allowed: bool) -
         ValueError: a field that makes the resumed run another one, unless that is `allowed`.
     """
     changed = changed_fields(workdir, config)
-    breaking = {name: pair for name, pair in changed.items() if not name.startswith(UNCHANGED_BY)}
+    breaking = that_change_the_run(changed)
     if breaking and not allowed:
         step = saved_steps(workdir)[-1]
         raise ValueError(
@@ -44,6 +44,11 @@ def check_changes(workdir: pathlib.Path, config: ConfigDict, *, allowed: bool) -
             "another --workdir, or --resume_changed to go on with the new ones"
         )
     return [f"resuming with {name}={now!r}, before {before!r}" for name, (before, now) in changed.items()]
+
+
+def that_change_the_run(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Those of `changed_fields` without which the resumed run would be the same."""
+    return {name: pair for name, pair in changed.items() if not name.startswith(UNCHANGED_BY)}
 
 
 def describe(changed: dict[str, tuple[Any, Any]]) -> str:
