@@ -8,7 +8,7 @@ state = to_torch("halvit_tiny", variables, as_deit=True)  # what timm's deit_sma
 classifier or resolution; `python -m halvit_jax.convert` converts from a shell.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import jax
@@ -62,8 +62,18 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
     model = create_model(name, **overrides)
     if isinstance(model, SwinTransformer):
         swin.check_windows(name, model, state)
-    state = timm.official_names(model, state)
-    return unflatten(_copied(engine.from_torch_arrays(name, rules_of(name, model), state, shapes_of(model))))
+    return unflatten(_copied(arrays_from_torch(name, model, state, shapes_of(model))))
+
+
+def arrays_from_torch(
+    name: str, model: Any, state: Mapping[str, Any], wanted: engine.Shapes, *, free: Set[str] = frozenset()
+) -> dict[str, np.ndarray]:
+    """The arrays of a state, under the official names or timm's, by the paths `wanted`: `engine.from_torch_arrays`.
+
+    Raises:
+        ValueError: all ambiguous, missing and unexpected entries and shape mismatches by name.
+    """
+    return engine.from_torch_arrays(name, rules_of(name, model), timm.official_names(model, state), wanted, free=free)
 
 
 def to_torch(

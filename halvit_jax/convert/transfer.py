@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halvit_jax.convert import detectors, engine, readers, rules_of, shapes_of, weights_file
+from halvit_jax.convert import arrays_from_torch, detectors, engine, readers, shapes_of, weights_file
 from halvit_jax.layers.embed import resampled
 from halvit_jax.models import transfer_rules
 from halvit_jax.trees import TransferRules, flatten
@@ -64,7 +64,7 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any, *, ema: bool =
     model = getattr(model, "backbone", model)
     wanted = shapes_of(model.clone(num_classes=model.num_classes or 1))  # the state may have a classifier
     free = {path for path in wanted if _kind(path, transfer_rules(model))}
-    return engine.from_torch_arrays(name, rules_of(name, model), weights.arrays, wanted, free=free)
+    return arrays_from_torch(name, model, weights.arrays, wanted, free=free)
 
 
 def below_backbone(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -100,7 +100,7 @@ def read(
     try:
         if pathlib.Path(path).is_dir():
             arrays = flatten(load_trained(path, step=step, ema=ema).model_variables)
-        elif not path.startswith(hub.PREFIX) and not workdir_path(path).exists():
+        elif not hub.is_source(path) and not workdir_path(path).exists():
             raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")

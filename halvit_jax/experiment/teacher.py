@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from halvit_jax.convert import readers, shapes_of, weights_file
+from halvit_jax.convert import hub, readers, shapes_of, weights_file
 from halvit_jax.convert.transfer import Transfer
 from halvit_jax.experiment import init_from, tasks
 from halvit_jax.experiment.workdir import TEACHER_FILE, read_config, read_json, split_source, write_text
@@ -155,14 +155,17 @@ def _describe(
     """The model of `config.teacher` and its normalisation, without variables, and the model's name."""
     images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
     path, _ = split_source(init_from)
+    on_hub = hub.is_source(path)
     known = _known(path) if os.path.exists(path) else None
+    if on_hub and not name:
+        name = hub.model_of(path)[0] or ""
     if known:
         _check_agreement(init_from, {"name": name or known.name, **images}, {"name": known.name, **known.images})
         # The stored number of classes is kept, to be compared with the student's.
         name, fields, images = known.name, known.fields, images | known.images
     elif name:
         fields = {"num_classes": student.model.num_classes}
-    elif os.path.exists(path):
+    elif on_hub or os.path.exists(path):
         raise ValueError(f"teacher.init_from={init_from} does not name its model; set teacher.name")
     else:
         raise ValueError(

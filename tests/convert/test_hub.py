@@ -17,7 +17,9 @@ from helpers.pages import DOCS, text_of
 import halvit_jax
 from halvit_jax.convert import from_torch, hub, readers
 from halvit_jax.convert.timm import official_names
+from halvit_jax.convert.transfer import read_for
 from halvit_jax.models import create_model, list_models
+from halvit_jax.trees import flatten
 
 TIMM = json.loads((GOLDEN / "timm_names.json").read_text())["states"]
 
@@ -90,6 +92,8 @@ def test_the_golden_weights_arrive_under_the_names_of_timm_and_offline_the_secon
     assert model == create_model(name)
     wanted = from_torch(name, official)
     jax.tree.map(np.testing.assert_array_equal, variables, wanted)
+    initial = read_for(f"hf://{repository}", name, model)  # what `init_from` reads
+    jax.tree.map(np.testing.assert_array_equal, initial, flatten(wanted))
     _configure(monkeypatch, server.url, tmp_path / "cache", HF_HUB_OFFLINE=True)
     asked = len(server.requests)
     jax.tree.map(np.testing.assert_array_equal, halvit_jax.load(f"hf://{name}")[1], wanted)

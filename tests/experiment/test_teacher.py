@@ -22,7 +22,7 @@ from halvit_jax.analysis import aot_plan
 from halvit_jax.analysis.tpu_topology import Topology
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import preflight
-from halvit_jax.convert import readers, shapes_of, to_torch, weights_file
+from halvit_jax.convert import hub, readers, shapes_of, to_torch, weights_file
 from halvit_jax.experiment import build, tasks, teacher
 from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
 from halvit_jax.experiment.workdir import TEACHER_FILE
@@ -306,9 +306,20 @@ def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_pat
 def test_a_state_without_a_name_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     readers.write(tmp_path / "torch.safetensors", {"a": np.zeros(1, np.float32)}, {})
     np.savez(tmp_path / "torch.npz", a=np.zeros(1, np.float32))
-    for name in ("torch.safetensors", "torch.npz"):
+    for source in (tmp_path / "torch.safetensors", tmp_path / "torch.npz", "hf://me/unknown"):
         with pytest.raises(ValueError, match="does not name its model"):
-            teacher.build_distillation(distill_config(digits_dir, tmp_path / name), make_mesh())
+            teacher.build_distillation(distill_config(digits_dir, source), make_mesh())
+
+
+def test_a_repository_of_published_weights_names_the_teachers_model(
+    digits_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(source: str) -> pathlib.Path:
+        raise ValueError(f"{source} is asked for")
+
+    monkeypatch.setattr(hub, "download", download)
+    with pytest.raises(ValueError, match=r"hf://timm/resnet18\.tv_in1k is asked for"):
+        teacher.build_distillation(distill_config(digits_dir, "hf://timm/resnet18.tv_in1k"), make_mesh())
 
 
 @pytest.mark.slow  # it compiles for half a minute
