@@ -20,7 +20,7 @@ def scenes_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A few scenes, written once."""
     folder = tmp_path_factory.mktemp("scenes")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "SPLITS", {"train": (1, 24), "val": (2, 6)})
+        patch.setattr(scenes, "SPLITS", {"train": (1, 48), "val": (2, 6)})
         scenes.prepare(str(folder))
     return folder
 
@@ -31,7 +31,7 @@ def _small(folder: pathlib.Path, **changes: Any) -> Any:
     config.update_from_flattened_dict(
         {
             "total_steps": 6,
-            "batch_size": 4,
+            "batch_size": 8,  # one image on each of the tests' devices
             "loop.log_every": 2,
             "loop.eval_every": 6,
             "loop.checkpoint_every": 3,
@@ -66,7 +66,7 @@ def test_a_detector_trains_resumes_bitwise_and_is_evaluated(scenes_dir: pathlib.
     # Killed in the middle of an epoch: what is left is the checkpoint of step 3.
     stopped = run_experiment(_small(scenes_dir, **{"total_steps": 3}), tmp_path / "broken")
     assert stopped["step"] == 3
-    resumed = run_experiment(_small(scenes_dir), tmp_path / "broken")
+    resumed = run_experiment(_small(scenes_dir), tmp_path / "broken", resume_changed=True)
     assert resumed["params_sha256"] == whole["params_sha256"]
     again = run_experiment(_small(scenes_dir), tmp_path / "whole", mode="eval", detections=str(tmp_path / "found.json"))
     assert again["eval"] == whole["eval"]
