@@ -199,7 +199,7 @@ def test_golden_retinanet(case: Any, reference_weights: Any) -> None:
     made, gradients = _losses_and_gradients(model, variables, images, truth)
     for ours, theirs in {"class": "loss_cls", "box": "loss_bbox"}.items():
         np.testing.assert_allclose(made.losses[ours], info["losses"][theirs], rtol=1e-4)
-    assert set(gradients) == set(paths.values())
+    assert set(gradients) == {path for path in paths.values() if not path.startswith("batch_stats/")}
     _check_norms(info["grad_norm"], paths, gradients)
     found = jax.jit(model.apply)(variables, images, truth["size"])
     for i in range(2):

@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rpn_samples": 32,
         "roi_samples": 16,
     },
-    "retinanet": {"head_depth": 1},
+    "retinanet": {"head_depth": 1, "neck": "plain4"},  # from stride 8 on, for a plain backbone
 }
 BACKBONES: dict[str, dict[str, Any]] = {
     "halvit_tiny": {"width": 32, "depth": 1, "num_heads": 2, "patch_size": 8, "image_size": SIDE},
