@@ -1,5 +1,6 @@
 """What all tests share. The environment is set here because it counts only until jax and TensorFlow are imported."""
 
+import contextlib
 import fcntl
 import importlib.util
 import json
@@ -8,7 +9,7 @@ import pathlib
 import shutil
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,17 +48,37 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A `data_dir` for TFDS in which the embedded digits are prepared."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder that the workers of pytest-xdist have in common."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@contextlib.contextmanager
+def _one_at_a_time(lock: pathlib.Path) -> Iterator[None]:
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits_dir(shared: pathlib.Path) -> pathlib.Path:
+    """A `data_dir` for TFDS in which the embedded digits are prepared.
+
+    All workers have the same one: it is recorded in the config of the run that they share.
+    """
     from halvit_jax.data import open_source
 
-    folder = tmp_path_factory.mktemp("tfds")
-    open_source("digits", str(folder), "train")
+    folder = shared / "tfds"
+    with _one_at_a_time(shared / "tfds.lock"):
+        open_source("digits", str(folder), "train")
     return folder
 
 
 @pytest.fixture(scope="session")
-def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict[str, Any]]:
+def finished(
+    digits_dir: pathlib.Path, shared: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[pathlib.Path, dict[str, Any]]:
     """A workdir after a small run on digits, with checkpoints of the steps 4 and 8 of 8, and the run's result.
 
     The worker that asks first makes it, each has a copy.
@@ -66,11 +87,8 @@ def finished(digits_dir: pathlib.Path, tmp_path_factory: pytest.TempPathFactory)
 
     from halvit_jax.main import run_experiment
 
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     made, returned = shared / "finished", shared / "finished.json"
-    with (shared / "finished.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _one_at_a_time(shared / "finished.lock"):
         if not returned.exists():
             returned.write_text(json.dumps(run_experiment(tiny(digits_dir, **{"loop.eval_every": 8}), made)))
     workdir = shutil.copytree(made, tmp_path_factory.mktemp("copy") / "finished")
