@@ -125,26 +125,21 @@ def recorded(request: pytest.FixtureRequest) -> Callable[..., dict[str, Any]]:
     return read
 
 
-def _text(tree: Any, indent: str = "") -> str:
-    """JSON with a line for each leaf, a list being one; an object in an object in the file fills its lines.
-
-    A short object in the file is a line.
-    """
-    if not isinstance(tree, dict):
-        return json.dumps(tree)
-    if len(indent) == 2 and tree:
-        words = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
-        lines = [words[0]]
-        for word in words[1:]:
-            if len(lines[-1]) + len(word) < 112:
-                lines[-1] += f", {word}"
-            else:
-                lines.append(word)
-        return "{" + f",\n{indent}  ".join(lines) + "}"
-    if len(indent) == 1 and tree and len(json.dumps(tree)) < 90:
-        return json.dumps(tree)
-    lines = [f"{indent} {json.dumps(key)}: {_text(value, indent + ' ')}" for key, value in tree.items()]
-    return "{\n" + ",\n".join(lines) + "\n" + indent + "}" if lines else "{}"
+def _text(tree: dict[str, Any], indent: str = " ") -> str:
+    """JSON in which each entry of the file begins a line, and an object among them fills its lines."""
+    items = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
+    if indent == " ":
+        items = [
+            f"{json.dumps(key)}: {_text(value, '  ')}" if isinstance(value, dict) else item
+            for (key, value), item in zip(tree.items(), items, strict=True)
+        ]
+        return "{\n " + ",\n ".join(items) + "\n}"
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + len(item) > 112:
+            lines.append("")
+        lines[-1] += f", {item}" if lines[-1] else item
+    return "{" + f",\n{indent}".join(lines) + "}"
 
 
 @pytest.fixture(scope="session")

@@ -23,12 +23,7 @@ Recorded = Callable[..., dict[str, Any]]
 
 def difference(config: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     assert config.keys() == base.keys()
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if value != base[name]:
-            tree, _, field = name.rpartition(".")
-            (found.setdefault(tree, {}) if tree else found)[field] = value
-    return found
+    return {name: value for name, value in config.items() if value != base[name]}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
