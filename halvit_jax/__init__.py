@@ -133,7 +133,10 @@ def load(
     Raises:
         ValueError: no run or no checkpoint in a workdir, or an unreadable file.
     """
-    if os.path.isdir(source):
+    from halvit_jax import storage
+    from halvit_jax.convert import hub, readers, weights_file
+
+    if not hub.is_source(source) and storage.parse(source).is_dir():
         if name is not None or overrides:
             raise ValueError(f"{source} is the workdir of a run, whose config names the model; give no other argument")
         from halvit_jax.experiment.trained import load_trained  # slow: imports the trainer
@@ -142,7 +145,5 @@ def load(
         return trained.task.model, trained.model_variables
     if step is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
-    from halvit_jax.convert import readers, weights_file
-
     found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
     return create_model(found.name, **found.fields), found.variables

@@ -33,6 +33,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from halvit_jax import storage
 from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders, input_size
 from halvit_jax.experiment.tasks import build_task, model_name
@@ -63,12 +64,14 @@ def main(argv: list[str]) -> None:
         app.reject_positional_args(argv, "name the run with --workdir=DIR")
         if None in (given.workdir, given.format, given.out):
             raise ValueError("give --workdir=DIR, --format=NAME and --out=FILE")
+        if "://" in given.out:
+            raise ValueError(f"--out={given.out} must be a local path; copy the file to where it belongs afterwards")
         out = pathlib.Path(given.out)
         if out.exists():
             raise ValueError(f"--out={out} exists; name another one, or remove it")
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out={out} is in a folder that does not exist; create {out.absolute().parent}")
-        trained = load_trained(given.workdir, step=parse_step(given.step))
+        trained = load_trained(storage.parse(given.workdir, "--workdir="), step=parse_step(given.step))
         written = export(trained, given.format, out)
     for line in verify_export(trained, written, out):
         print(line)

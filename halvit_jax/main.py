@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +27,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import config as config_lib
-from halvit_jax import distributed
+from halvit_jax import distributed, storage
 from halvit_jax.cli import app
 from halvit_jax.experiment import lock, resume
 from halvit_jax.experiment import workdir as files
+from halvit_jax.storage import Path
 
 if TYPE_CHECKING:
     from halvit_jax.experiment.build import Run
@@ -93,10 +93,10 @@ def main(argv: list[str]) -> None:
         evaluate_weights(config, processes=processes)
         return
     with app.report_user_errors():
-        workdir = files.workdir_path(values.workdir)
+        workdir = storage.parse(values.workdir, "--workdir=")
         if values.smoke:
             workdir = workdir / files.SMOKE_FOLDER
-            shutil.rmtree(workdir, ignore_errors=True)
+            storage.remove_folder(workdir, ignore_errors=True)
     run_experiment(
         config,
         workdir,
@@ -113,7 +113,7 @@ def main(argv: list[str]) -> None:
 
 def run_experiment(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     *,
     mode: str = "train",
     step: int | str | None = None,
@@ -199,7 +199,7 @@ def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any], lin
 
 def _evaluate(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     run: "Run",
     step: int | str | None,
     predictions: str | None,
@@ -247,7 +247,7 @@ def _evaluate(
 
 def _train(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     run: "Run",
     changes: list[str],
     *,
@@ -311,14 +311,15 @@ def _train(
     if "stopped" in result:
         report.close()
         app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command resumes from there")
-    files.write_result(workdir, result)
+    with app.report_fatal_run():
+        files.write_result(workdir, result)
     report.result(result, workdir)
     report.close()
     return result
 
 
 @contextlib.contextmanager
-def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
+def _name_changes(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Answer a checkpoint of another model with the fields that differ, in place of its arrays."""
     from halvit_jax.training.checkpoint.metadata import MismatchError
 
@@ -334,7 +335,7 @@ def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
         ) from error
 
 
-def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curves: bool = True) -> Any:
+def _make_report(config: ConfigDict, workdir: Path, run: "Run", *, curves: bool = True) -> Any:
     from halvit_jax.training.report import Report
 
     return Report(
@@ -348,7 +349,7 @@ def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curve
 
 
 @contextlib.contextmanager
-def _fault_handlers(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _fault_handlers(config: ConfigDict, workdir: Path) -> Iterator[dict[str, Any]]:
     """The preemption handler and the watchdog, both active, as keyword arguments of `loop.train`."""
     from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog

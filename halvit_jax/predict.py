@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from halvit_jax import storage
 from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode, ServingModel
 
@@ -145,11 +146,11 @@ def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dic
     from halvit_jax.experiment.trained import load_trained
     from halvit_jax.experiment.workdir import parse_step
 
-    workdir, step = os.path.expanduser(flags.FLAGS.workdir), parse_step(flags.FLAGS.step)
-    if not os.path.exists(workdir):
+    workdir, step = storage.parse(flags.FLAGS.workdir, "--workdir="), parse_step(flags.FLAGS.step)
+    if not workdir.exists():
         raise ValueError(f"{workdir} is not the workdir of a run, nor a weight file: it does not exist")
     paths = _files(arguments)
-    trained = load_trained(workdir, step=step) if os.path.isdir(workdir) else None
+    trained = load_trained(workdir, step=step) if workdir.is_dir() else None
     name = trained.config.task.name if trained else "classification"
     if flags.FLAGS.draw is not None:
         drawing.check(name, flags.FLAGS.draw, paths)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from halvit_jax.buckets import StorageError
 from halvit_jax.cli.config_files import explain, resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.cli.startup import ignore_signals
@@ -70,12 +71,12 @@ def report_data_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_fatal_run() -> Iterator[None]:
-    """Turn an error that ends a run (not finite, not saved) into a one-line message and exit code 3."""
+    """Turn an error that ends a run (not finite, not saved, a lost bucket) into one line and exit code 3."""
     from halvit_jax.training.checkpoint.checkpointer import SaveError
 
     try:
         yield
-    except (ArithmeticError, SaveError) as error:
+    except (ArithmeticError, SaveError, StorageError) as error:
         fail(str(error), code=ExitCode.FATAL_RUN)
 
 

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from halvit_jax import storage
 from halvit_jax.convert import hub
 
 DTYPES: dict[str, np.dtype] = {
@@ -55,9 +56,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> Weights:
     Raises:
         ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
-    path = hub.download(str(path)) if hub.is_source(path) else pathlib.Path(path)
+    path = hub.download(str(path)) if hub.is_source(path) else storage.parse(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
+    if isinstance(path, storage.BucketPath):
+        with storage.local_copy(path) as copy:
+            return read(copy, ema=ema)
     match path.suffix:
         case ".safetensors":
             return _read_safetensors(path)

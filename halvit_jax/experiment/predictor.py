@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import readers, weights_file
+from halvit_jax import storage
+from halvit_jax.convert import hub, readers, weights_file
 from halvit_jax.experiment.trained import CONFIG, Trained, load_trained
 from halvit_jax.models import create_model
 from halvit_jax.protocols import DatasetInfo, PyTree
@@ -91,7 +92,8 @@ def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = N
         ValueError: no run or no checkpoint in a workdir, or a file without a description of its images.
     """
     source = os.path.expanduser(os.fspath(source))
-    weights = None if os.path.isdir(source) else readers.read(source)
+    is_workdir = not hub.is_source(source) and storage.parse(source).is_dir()
+    weights = None if is_workdir else readers.read(source)
     if step is not None and weights is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     if weights is None or CONFIG in weights.metadata:

@@ -1,7 +1,7 @@
 """From a workdir, or a weight file that knows its run, back to a trained model."""
 
 import json
-import pathlib
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -9,10 +9,12 @@ import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
+from halvit_jax import storage
 from halvit_jax.convert import readers, weights_file
 from halvit_jax.experiment.tasks import build_task
-from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
+from halvit_jax.experiment.workdir import read_config, read_dataset_info
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
+from halvit_jax.storage import Path
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
@@ -36,7 +38,7 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, ema: bool = True) -> Trained:
+def load_trained(workdir: str | os.PathLike[str], *, step: int | str | None = None, ema: bool = True) -> Trained:
     """The newest checkpoint of a run, or that of a step, which may be "best"; or the model of a file of `save_trained`.
 
     It computes in float32. Without `ema` it has the raw weights of a run, even if that has averages.
@@ -44,7 +46,7 @@ def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, 
     Raises:
         ValueError: no run or no checkpoint here, one that does not fit its own config, or a file without a config.
     """
-    workdir = workdir_path(workdir)
+    workdir = storage.parse(workdir)
     if workdir.is_file():
         return _load_file(workdir)
     config = read_config(workdir)
@@ -55,7 +57,7 @@ def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, 
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 
-def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
+def save_trained(path: str | os.PathLike[str], trained: Trained) -> None:
     """Write a weight file that knows its config and data set, so that it serves as a run does.
 
     Raises:
@@ -68,7 +70,7 @@ def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
     weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
 
 
-def _load_file(path: pathlib.Path) -> Trained:
+def _load_file(path: Path) -> Trained:
     weights = readers.read(path)
     if CONFIG not in weights.metadata:
         raise ValueError(
@@ -85,7 +87,7 @@ def _load_file(path: pathlib.Path) -> Trained:
     )
 
 
-def restore(task: Task, config: ConfigDict, workdir: pathlib.Path, *, step: int | str | None = None) -> TrainState:
+def restore(task: Task, config: ConfigDict, workdir: Path, *, step: int | str | None = None) -> TrainState:
     """The state of the newest checkpoint in `workdir` that verifies, or of a step; whole on this host's first device.
 
     Raises:

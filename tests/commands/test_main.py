@@ -13,8 +13,8 @@ from helpers.runs import MAIN, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+from halvit_jax import storage
 from halvit_jax.cli import app
-from halvit_jax.experiment import workdir as files
 from halvit_jax.main import run_experiment
 from halvit_jax.training.profiling import ProfileRange
 
@@ -233,8 +233,8 @@ def test_further_evaluation_sets_have_lines_curves_and_results_of_their_own(
     ("flags", "message"),
     [
         (
-            ["--workdir=gs://bucket/run"],
-            "gs://bucket/run is a URL; give a folder, which may be a bucket that is mounted",
+            ["--workdir=s3://bucket/run"],
+            "--workdir=s3://bucket/run must be a local path or the address of a bucket, gs://BUCKET/FOLDER",
         ),
         (["--workdir=x", "--mode=eval", "--step=newest"], "--step=newest must be the step of a checkpoint, or best"),
     ],
@@ -242,9 +242,9 @@ def test_further_evaluation_sets_have_lines_curves_and_results_of_their_own(
 def test_a_workdir_and_a_step_are_refused_before_anything_is_made(flags: list[str], message: str) -> None:
     error = run_command(MAIN, "--config=configs/halvit_digits.py", *flags, code=2).stderr
     assert error.startswith(f"error: {message}")
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "s3:").exists()
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(files.workdir_path("~/runs/a")) == "/home/someone/runs/a"
+    assert str(storage.parse("~/runs/a")) == "/home/someone/runs/a"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from halvit_jax import storage
 from halvit_jax.data.evals import EvalSet, parse_evals
 from halvit_jax.data.sources.base import Source
 from halvit_jax.data.sources.image_folder import open_folder
@@ -19,8 +20,11 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
     missing; nothing is ever downloaded.
 
     Raises:
-        ValueError: no such data set or split, not or only partly prepared, or without the features needed.
+        ValueError: no such data set or split, not or only partly prepared, without the features needed, or in
+            a store that cannot be read.
     """
+    storage.check_scheme(data_dir, "data.data_dir=")
+    storage.check_scheme(root, "data.root=")
     return SOURCES.get(name, open_tfds)(name, data_dir, split, root)
 
 
