@@ -85,14 +85,14 @@ class BucketPath(os.PathLike[str]):
 
     def is_dir(self) -> bool:
         with _reported(self):
-            return any(True for _ in _client().list_blobs(self.bucket, prefix=f"{self.key}/", max_results=1, **_how()))
+            return any(True for _ in client().list_blobs(self.bucket, prefix=f"{self.key}/", max_results=1, **_how()))
 
     def exists(self) -> bool:
         return self.is_dir() or self.is_file()
 
     def iterdir(self) -> "Iterator[BucketPath]":
         with _reported(self):
-            found = _client().list_blobs(self.bucket, prefix=f"{self.key}/", delimiter="/", **_how())
+            found = client().list_blobs(self.bucket, prefix=f"{self.key}/", delimiter="/", **_how())
             names = [pathlib.PurePosixPath(blob.name).name for blob in found if not blob.name.endswith("/")]
             names += [pathlib.PurePosixPath(prefix).name for prefix in found.prefixes]
         return iter([self / name for name in sorted(set(names))])
@@ -108,7 +108,7 @@ class BucketPath(os.PathLike[str]):
     def read_text(self) -> str:
         return self.read_bytes().decode()
 
-    def write_bytes(self, data: bytes, *, generation: int | None = None, retry_s: float = RETRY_S) -> int:
+    def write_bytes(self, data: bytes, *, generation: int | None = None, retry_s: float | None = None) -> int:
         """Write an object whole, and return its generation.
 
         With a `generation` only if the object still has that one, and with 0 only if there is none.
@@ -140,13 +140,13 @@ class BucketPath(os.PathLike[str]):
         """{path relative to this folder: bytes} of all objects below it, sorted; of all pages of the listing."""
         prefix = f"{self.key}/"
         with _reported(self):
-            found = {blob.name: int(blob.size) for blob in _client().list_blobs(self.bucket, prefix=prefix, **_how())}
+            found = {blob.name: int(blob.size) for blob in client().list_blobs(self.bucket, prefix=prefix, **_how())}
         return {name.removeprefix(prefix): found[name] for name in sorted(found) if not name.endswith("/")}
 
     def remove_below(self) -> None:
         """Delete all objects of this folder."""
         with _reported(self):
-            found = list(_client().list_blobs(self.bucket, prefix=f"{self.key}/", **_how()))
+            found = list(client().list_blobs(self.bucket, prefix=f"{self.key}/", **_how()))
         for blob in found:
             with contextlib.suppress(FileNotFoundError), _reported(self):
                 blob.delete(**_how())
@@ -170,7 +170,7 @@ class BucketPath(os.PathLike[str]):
                 raise
 
     def _blob(self) -> Any:
-        return _client().bucket(self.bucket).blob(str(self.key))
+        return client().bucket(self.bucket).blob(str(self.key))
 
 
 @contextlib.contextmanager
@@ -189,15 +189,17 @@ def _reported(path: BucketPath) -> Iterator[None]:
         raise StorageError(f"{path} cannot be reached: {one_line(error)}") from error
 
 
-def _how(retry_s: float = RETRY_S) -> dict[str, Any]:
+def _how(retry_s: float | None = None) -> dict[str, Any]:
     """The waits of a request, each of which ends."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
+    retry_s = RETRY_S if retry_s is None else retry_s
     return {"timeout": min(REQUEST_S, retry_s), "retry": DEFAULT_RETRY.with_timeout(retry_s)}
 
 
 @functools.lru_cache(maxsize=1)
-def _client() -> Any:
+def client() -> Any:
+    """The client of this process."""
     from google.cloud import storage
 
     return storage.Client()

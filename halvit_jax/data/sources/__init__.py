@@ -21,7 +21,7 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
 
     Raises:
         ValueError: no such data set or split, not or only partly prepared, without the features needed, or in
-            a store that cannot be read.
+            another store than a disk or a bucket of Google Cloud Storage.
     """
     storage.check_scheme(data_dir, "data.data_dir=")
     storage.check_scheme(root, "data.root=")
