@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from halvit_jax import storage
 from halvit_jax.experiment import teacher
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.teacher import DistillationSetup
@@ -62,7 +63,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         ValueError: a value that is not allowed; the message names the field, the value and what is allowed.
     """
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(config.compilation_cache)))
+        cache = storage.parse(config.compilation_cache, "compilation_cache=").absolute()
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
     task = build_task(config)
     mesh = build_mesh(config)
     guard = make_guard(**config.skip_updates)

@@ -74,6 +74,7 @@ class Checkpointer:
         self._keep, self._attempts, self._timeout, self._log = keep, attempts, timeout, log
         self._read_only = read_only
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._complete_copies()
         self._manager = self._new_manager()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._sealing: Future[None] | None = None
@@ -299,6 +300,16 @@ class Checkpointer:
                 continue
         scores = {step: score for step, score in scores.items() if score is not None}
         return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
+
+    def _complete_copies(self) -> None:
+        """Commit the sealed folders that were copied into a bucket from a disk, where a folder needs no mark of that.
+
+        Without it Orbax takes them for unfinished ones, and deletes them.
+        """
+        if storage.is_bucket(self._folder) and jax.process_index() == 0:
+            for folder in self._folders().values():
+                if manifest.is_sealed(folder) and not storage.is_committed(folder):
+                    storage.write_text(folder / storage.COMMITTED, "")
 
     def _raise_if_no_answer(self, error: BaseException) -> None:
         """Raise an error by which a bucket says nothing about a checkpoint, so that it is not taken for corrupt.
