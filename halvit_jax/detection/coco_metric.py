@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from halvit_jax import storage
 from halvit_jax.text import first_few
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our name of a metric -> pycocotools's
@@ -69,8 +70,7 @@ def read_truth(path: str) -> dict[str, Any]:
     `data.coco.read_index` has checked the file. Annotations are numbered anew from 1, because pycocotools takes a match
     with number 0 for none.
     """
-    with open(path) as file:
-        content = json.load(file)
+    content = json.loads(storage.parse(path).read_text())
     annotations = []
     for number, entry in enumerate(content["annotations"], 1):
         _, _, width, height = entry["bbox"]

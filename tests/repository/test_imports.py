@@ -26,7 +26,7 @@ PACKAGES: dict[str, set[str] | None] = {
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC
-    | {f"{OURS}.{name}" for name in ("layers", "protocols", "text")}
+    | {f"{OURS}.{name}" for name in ("layers", "protocols", "storage", "text")}
     | {"pycocotools", "faster_coco_eval"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},

@@ -6,11 +6,13 @@ import json
 import os
 import resource
 import shlex
+import tempfile
 from collections.abc import Callable
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from halvit_jax import storage
 from halvit_jax.data import ops
 from halvit_jax.data.sources import digits  # registers the builder `digits` with TFDS
 from halvit_jax.data.sources.base import RECORD_HINT, Entry, Record, Source, position_shard, shard_bounds
@@ -20,6 +22,7 @@ from halvit_jax.text import first_few
 EMBEDDED = (digits.Digits.name,)  # prepared on first use, in seconds
 LABELS = ("label", "real_label")  # one class, or a sequence of all that are right (ImageNet-ReaL)
 MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
+INFO_FILE = "dataset_info.json"  # by which TFDS knows a prepared data set
 OPEN_FILES = 4  # TFRecord files a shard mixes while reading
 
 
@@ -165,6 +168,8 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     if root:
         raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
     try:
+        if name in EMBEDDED and storage.is_bucket(data_dir):
+            _prepare_in_bucket(name, data_dir)
         builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
@@ -182,6 +187,21 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
         builder.download_and_prepare(file_format="tfrecord")
     _validate(builder, split)
     return FORMATS[builder.info.file_format.value](builder, split)
+
+
+def _prepare_in_bucket(name: str, data_dir: str) -> None:
+    """Prepare a data set on the disk and copy it, the file that makes it a data set last.
+
+    TFDS renames a folder, which a process that is killed leaves half done in a bucket.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        builder = tfds.builder(name, data_dir=made, try_gcs=False)
+        target = os.path.join(data_dir, builder.info.full_name)
+        if tf.io.gfile.exists(os.path.join(target, INFO_FILE)):
+            return
+        builder.download_and_prepare(file_format="tfrecord")
+        for file in sorted(os.listdir(builder.data_dir), key=lambda file: (file == INFO_FILE, file)):
+            tf.io.gfile.copy(os.path.join(builder.data_dir, file), os.path.join(target, file), overwrite=True)
 
 
 def raise_open_file_limit(count: int) -> None:
