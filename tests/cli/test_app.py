@@ -3,6 +3,7 @@
 import pytest
 from helpers.processes import run_command
 
+from halvit_jax.buckets import StorageError
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError
@@ -27,7 +28,14 @@ def test_a_data_error_ends_the_program_with_one_line(capsys: Capsys) -> None:
     assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
 
 
-@pytest.mark.parametrize("error", [NotFiniteError("not finite at step 3: loss"), SaveError("the disk is full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFiniteError("not finite at step 3: loss"),
+        SaveError("the disk is full"),
+        StorageError("gs://bucket/run/result.json cannot be reached"),
+    ],
+)
 def test_a_nan_and_a_failed_checkpoint_end_the_program_with_exit_code_3(error: Exception, capsys: Capsys) -> None:
     with pytest.raises(SystemExit) as ended, app.report_fatal_run():
         raise error

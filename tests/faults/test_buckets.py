@@ -21,6 +21,7 @@ from helpers.runs import MAIN
 from halvit_jax import storage
 from halvit_jax.experiment import workdir as files
 from halvit_jax.training.checkpoint import manifest
+from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
 STEPS, SAVE_EVERY, KILLS = 200, 10, 10
@@ -92,6 +93,19 @@ def test_a_bucket_without_access_is_no_corrupt_checkpoint(server: Server) -> Non
     for read in (manifest.read, manifest.verify):
         with pytest.raises(storage.StorageError, match=r"gs://bucket/run/checkpoints/4.* cannot be reached"):
             read(folder)
+
+
+def test_metadata_that_cannot_be_read_are_no_corrupt_checkpoint(copied: str, server: Server) -> None:
+    checkpointer = Checkpointer(storage.parse(copied), read_only=True)
+    try:
+        assert checkpointer.steps() == [4, 8]  # a copy is committed
+        assert checkpointer.metadata(8)["step"] == 8
+        server.bucket.forbidden = ("GET",)
+        with pytest.raises(storage.StorageError, match=r"gs://bucket/run/checkpoints cannot be reached: .*403"):
+            checkpointer.metadata(4)
+    finally:
+        server.bucket.forbidden = ()
+        checkpointer.close()
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +292,14 @@ def test_data_in_another_store_are_refused() -> None:
         open_source("digits", "s3://bucket/tfds", "train")
     with pytest.raises(ValueError, match=r"data.root=s3://bucket/images must be a local path or .*gs://BUCKET"):
         open_source("folder", "", "train", root="s3://bucket/images")
+
+
+def test_data_without_access_are_one_line(server: Server) -> None:
+    from halvit_jax.data import open_source
+
+    server.bucket.forbidden = ("GET",)
+    for name, field in (("folder", "data.root"), ("digits", "data.data_dir")):
+        place = f"{server.url}/{name}"
+        places = {"root": place} if name == "folder" else {}
+        with pytest.raises(ValueError, match=rf"{field}={place} cannot be read \(.*403"):
+            open_source(name, "" if places else place, "train", **places)
