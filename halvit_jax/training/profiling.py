@@ -37,12 +37,13 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: ProfileRange | None = None) -> None:
         self._folder, self._steps, self._running = folder, steps, False
-        # JAX writes to disks alone; a trace for a bucket is copied there.
-        self._local = tempfile.TemporaryDirectory() if steps and isinstance(folder, BucketPath) else None
+        self._local: tempfile.TemporaryDirectory | None = None
 
     def before(self, step: int) -> None:
         """Start the trace if this step is in the range."""
         if self._steps and not self._running and self._steps.first <= step <= self._steps.last:
+            if isinstance(self._folder, BucketPath):  # JAX writes to disks alone
+                self._local = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._local.name if self._local else os.fspath(self._folder))
             self._running = True
 
@@ -58,6 +59,6 @@ class Profiler:
             self._running = False
             jax.profiler.stop_trace()
             if self._local:
-                written = pathlib.Path(self._local.name)
-                for name in storage.files_below(written):
-                    (self._folder / name).write_bytes((written / name).read_bytes())
+                with self._local as written:
+                    for name in storage.files_below(pathlib.Path(written)):
+                        (self._folder / name).write_bytes(pathlib.Path(written, name).read_bytes())
