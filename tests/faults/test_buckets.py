@@ -170,7 +170,7 @@ def test_a_run_in_a_bucket_killed_at_ten_random_moments_ends_as_the_one_on_a_dis
     trial.server.bucket.page = 5
     for _ in range(KILLS):
         process = trial.start()
-        deadline = time.monotonic() + moments.uniform(1.0, 15.0)
+        deadline = time.monotonic() + moments.uniform(2.0, 12.0)
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         process.kill()
