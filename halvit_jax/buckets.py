@@ -37,7 +37,7 @@ class Versioned(NamedTuple):
     updated: float
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, order=True)
 class BucketPath(os.PathLike[str]):
     """An object or a folder in a bucket, with the methods of `pathlib.Path` that a bucket can keep.
 

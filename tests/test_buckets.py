@@ -24,6 +24,7 @@ def test_a_path_in_a_bucket_is_taken_apart_and_put_together_as_a_path() -> None:
     assert str(path) == "gs://bucket/runs/a/b/config.json"
     assert (path.name, path.suffix, path.absolute()) == ("config.json", ".json", path)
     assert str(path.with_suffix(".step_8.json")) == "gs://bucket/runs/a/b/config.step_8.json"
+    assert sorted([path / "b", path / "a"])[0].name == "a"
     assert str(path.relative_to(BucketPath("bucket", pathlib.PurePosixPath("runs")))) == "a/b/config.json"
 
 
