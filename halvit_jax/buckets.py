@@ -186,6 +186,9 @@ def _reported(path: BucketPath) -> Iterator[None]:
     except exceptions.PreconditionFailed as error:
         raise ChangedError(f"{path} was changed by another process") from error
     except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
+        for cause in (error, error.__cause__):  # of a download, whose connection the client leaves open
+            if getattr(cause, "response", None) is not None:
+                cause.response.close()
         raise StorageError(f"{path} cannot be reached: {one_line(error)}") from error
 
 

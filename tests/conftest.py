@@ -131,6 +131,8 @@ def server(_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Serv
         monkeypatch.setenv(name, value)
     buckets.client.cache_clear()
     yield _server
+    if buckets.client.cache_info().currsize:
+        buckets.client()._http.close()  # else its connection is closed in another test, with a warning
     buckets.client.cache_clear()
 
 

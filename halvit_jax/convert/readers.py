@@ -77,8 +77,10 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
     """Write a safetensors file atomically.
 
     Raises:
-        ValueError: another suffix, or an array that is empty or of an unsupported type.
+        ValueError: another suffix, an address of a bucket, or an array that is empty or of an unsupported type.
     """
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path} must be a local path; copy the file to where it belongs afterwards")
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the only format that is written")
