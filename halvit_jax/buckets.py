@@ -181,14 +181,14 @@ def _reported(path: BucketPath) -> Iterator[None]:
 
     try:
         yield
-    except exceptions.NotFound as error:
-        raise FileNotFoundError(f"{path} does not exist") from error
-    except exceptions.PreconditionFailed as error:
-        raise ChangedError(f"{path} was changed by another process") from error
     except (exceptions.GoogleAPIError, GoogleAuthError, OSError) as error:
         for cause in (error, error.__cause__):  # of a download, whose connection the client leaves open
             if getattr(cause, "response", None) is not None:
                 cause.response.close()
+        if isinstance(error, exceptions.NotFound):
+            raise FileNotFoundError(f"{path} does not exist") from error
+        if isinstance(error, exceptions.PreconditionFailed):
+            raise ChangedError(f"{path} was changed by another process") from error
         raise StorageError(f"{path} cannot be reached: {one_line(error)}") from error
 
 
