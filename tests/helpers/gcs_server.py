@@ -103,8 +103,7 @@ def serving(folder: pathlib.Path, bucket: Bucket | None = None) -> Iterator[Serv
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate, key)
     handler = type("Handler", (_Handler,), {"bucket": bucket, "tls": tls})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     environment = {
@@ -123,6 +122,13 @@ def serving(folder: pathlib.Path, bucket: Bucket | None = None) -> Iterator[Serv
         server.server_close()
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Nothing: a client that is killed breaks its connections."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     bucket: Bucket
     tls: ssl.SSLContext
@@ -137,6 +143,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.connection = self.request = self.tls.wrap_socket(self.connection, server_side=True)
         self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
         self.scheme, self.close_connection = "https", False
+
+    def finish(self) -> None:
+        super().finish()
+        if self.scheme == "https":
+            self.connection.close()
 
     def answer(self) -> None:
         body, bucket = self.read_body(), self.bucket

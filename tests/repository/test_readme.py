@@ -92,6 +92,11 @@ NEEDS = {
     "pip install -e '.[onnx,torch]'": NETWORK,
     "pip install -e '.[onnx]'": NETWORK,
     "pip install -e '.[hub]'": NETWORK,
+    "pip install -e '.[gcs]'": NETWORK,
+    "gcloud auth application-default login": "an account at Google",
+    f"{MAIN} --config=configs/halvit_digits.py --workdir=gs://BUCKET/runs/a --config.data.data_dir=gs://BUCKET/tfds": (
+        "a bucket; tests/faults/test_buckets.py runs it against a server of the same API"
+    ),
     "pip install -e '.[plot]'": NETWORK,
     "pip install -e '.[detection]'": NETWORK,
     f"{MAIN} --config=configs/coco_mask_rcnn.py:resnet50 --workdir=runs/mine --config.instances.root=DIR "

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from halvit_jax import storage
 from halvit_jax.data.file_formats import PILLOW_SUFFIXES, SUFFIXES, has_pillow
 from halvit_jax.data.ops import no_autograph
 from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
@@ -98,6 +99,8 @@ def _suffixes() -> tuple[str, ...]:
 
 def _read_folders(root: str, split: str) -> Labelled:
     """The images of root/split/<class>/; where no folder of a split is there, of a part of root/<class>/."""
+    if storage.is_bucket(root):
+        tf.io.gfile.listdir(root)  # raises if there is no access, of which `isdir` makes a "no"
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"data.root={root!r} is not a folder")
     folder, inside = os.path.join(root, split), _subfolders(root)
