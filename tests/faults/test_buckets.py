@@ -25,6 +25,7 @@ from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
 STEPS, SAVE_EVERY, KILLS = 200, 10, 10
+STARTED = "first step done"
 RUN = [
     "--config=configs/halvit_digits.py",
     "--config.model.width=24",
@@ -152,6 +153,14 @@ class _Trial:
             assert time.monotonic() < end, self.text()
             time.sleep(0.05)
 
+    def wait_for_start(self, process: Started) -> None:
+        """Wait until the first step of a start is done."""
+        before = self.text().count(STARTED)
+        end = time.monotonic() + 200.0
+        while process.poll() is None and self.text().count(STARTED) == before:
+            assert time.monotonic() < end, self.text()
+            time.sleep(0.01)
+
     def result(self) -> dict[str, Any]:
         return json.loads(self.server.bucket.text(f"run/{files.RESULT_FILE}"))
 
@@ -168,11 +177,13 @@ def test_a_run_in_a_bucket_killed_at_ten_random_moments_ends_as_the_one_on_a_dis
 ) -> None:
     moments = random.Random(0)
     trial.server.bucket.page = 5
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         process = trial.start()
-        deadline = time.monotonic() + moments.uniform(2.0, 12.0)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        if (
+            kill % 3
+        ):  # while it trains, saves or evaluates; else while it starts, the first time while it prepares the data
+            trial.wait_for_start(process)
+        process.join(moments.uniform(0.0, 1.5 if kill % 3 else 8.0))
         process.kill()
         assert process.wait() in (-signal.SIGKILL, 0)
     trial.finish()

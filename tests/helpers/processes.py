@@ -56,6 +56,10 @@ class Started:
             raise subprocess.TimeoutExpired(self._process.name, seconds)
         return self._process.exitcode
 
+    def join(self, seconds: float) -> None:
+        """Wait until it has ended, at most so long."""
+        self._process.join(seconds)
+
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self._process.pid
