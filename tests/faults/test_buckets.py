@@ -102,7 +102,7 @@ def test_metadata_that_cannot_be_read_are_no_corrupt_checkpoint(copied: str, ser
         assert checkpointer.steps() == [4, 8]  # a copy is committed
         assert checkpointer.metadata(8)["step"] == 8
         server.bucket.forbidden = ("GET",)
-        with pytest.raises(storage.StorageError, match=r"gs://bucket/run/checkpoints cannot be reached: .*403"):
+        with pytest.raises(storage.StorageError, match=r"gs://bucket/run/checkpoints.* cannot be reached: .*403"):
             checkpointer.metadata(4)
     finally:
         server.bucket.forbidden = ()

@@ -7,6 +7,7 @@ between, passes by its arrays alone. In a bucket, the folder of a step may be on
 folder is no checkpoint, and the next run removes it.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -209,7 +210,7 @@ class Checkpointer:
             signed = self._manager.metadata(step).custom_metadata
             metadata, expected = signed["metadata"], signed["sha256"]
         except Exception as error:  # a corrupt file may raise anything
-            self._raise_if_no_answer(error)
+            self._raise_if_no_answer(step, error)
             raise CorruptCheckpointError(f"its metadata cannot be read ({type(error).__name__})") from error
         actual = manifest.sha256_of(metadata)
         if actual != expected:
@@ -248,7 +249,7 @@ class Checkpointer:
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
-            self._raise_if_no_answer(error)
+            self._raise_if_no_answer(step, error)
             raise CorruptCheckpointError(f"it was not sealed and cannot be read ({type(error).__name__})") from error
         for path, actual in digests(arrays).items():
             expected = metadata["arrays"][path]["digest"]
@@ -311,14 +312,17 @@ class Checkpointer:
                 if manifest.is_sealed(folder) and not storage.is_committed(folder):
                     storage.write_text(folder / storage.COMMITTED, "")
 
-    def _raise_if_no_answer(self, error: BaseException) -> None:
-        """Raise an error by which a bucket says nothing about a checkpoint, so that it is not taken for corrupt.
+    def _raise_if_no_answer(self, step: int, error: BaseException) -> None:
+        """Tell a bucket that says nothing about a checkpoint from one whose checkpoint is corrupt.
 
         Raises:
-            StorageError: it is such an error.
+            StorageError: the error says so, or an object of the step cannot be read now either.
         """
-        if storage.is_bucket(self._folder) and storage.no_answer(error):
-            raise StorageError(f"{self._folder} cannot be reached: {one_line(error)}") from error
+        if storage.is_bucket(self._folder):
+            if storage.no_answer(error):
+                raise StorageError(f"{self._folder} cannot be reached: {one_line(error)}") from error
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / str(step) / storage.COMMITTED).read_bytes()
 
     def _finish(self) -> None:
         """Wait for the save in flight, if there is one."""
