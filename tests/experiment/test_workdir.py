@@ -5,10 +5,15 @@ import pathlib
 from typing import Any
 
 import pytest
+from helpers.gcs_server import Server
 from helpers.runs import tiny
 
+from halvit_jax import storage
 from halvit_jax.cli import app
+from halvit_jax.config import default_config
+from halvit_jax.experiment import workdir as files
 from halvit_jax.main import run_experiment
+from halvit_jax.protocols import DatasetInfo
 
 
 def test_result_and_description_are_written(finished: tuple[pathlib.Path, dict[str, Any]]) -> None:
@@ -26,3 +31,31 @@ def test_an_unwritable_workdir_is_refused(
         run_experiment(tiny(digits_dir), tmp_path / "file" / "run")
     assert ended.value.code == app.ExitCode.BAD_INPUT
     assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_workdir_in_a_bucket_is_tested_leaves_nothing_there_and_is_refused_without_access(server: Server) -> None:
+    workdir = storage.parse(f"{server.url}/run")
+    files.create_workdir(workdir)
+    assert server.bucket.names() == []
+    server.bucket.forbidden = ("POST",)
+    with pytest.raises(
+        ValueError, match=r"--workdir=gs://bucket/run cannot be written to \(.*403.*\); name"
+    ):
+        files.create_workdir(workdir)
+
+
+def test_a_config_that_was_another_one_is_kept_in_a_bucket_too(server: Server) -> None:
+    workdir, info = storage.parse(f"{server.url}/run"), DatasetInfo(["cat", "dog"], 2)
+    config = default_config()
+    files.write_run_metadata(workdir, config, info)
+    before, config.seed = server.bucket.text("run/config.json"), 7
+    files.write_run_metadata(workdir, config, info, resumed_at=8)
+    assert server.bucket.text("run/config.step_8.json") == before
+    assert files.read_config(workdir).seed == 7
+    assert files.read_dataset_info(workdir) == info
+    files.append_evaluation(workdir, {"step": 8})
+    files.append_evaluation(workdir, {"step": 9})
+    assert (workdir / files.EVALS_FILE).read_text() == '{"step": 8}\n{"step": 9}\n'
+    assert files.directory_size(workdir) == sum(len(each.data) for each in server.bucket.objects.values())
+    assert files.split_source("gs://bucket/run@best") == ("gs://bucket/run", "best")
+    assert files.split_source("hf://me/model@main") == ("hf://me/model@main", None)
