@@ -38,9 +38,7 @@ def test_a_workdir_in_a_bucket_is_tested_leaves_nothing_there_and_is_refused_wit
     files.create_workdir(workdir)
     assert server.bucket.names() == []
     server.bucket.forbidden = ("POST",)
-    with pytest.raises(
-        ValueError, match=r"--workdir=gs://bucket/run cannot be written to \(.*403.*\); name"
-    ):
+    with pytest.raises(ValueError, match=r"--workdir=gs://bucket/run cannot be written to \(.*403.*\); name"):
         files.create_workdir(workdir)
 
 
