@@ -1,6 +1,7 @@
 """Your own images as a source: class folders, with or without a folder for each split, or a CSV of labels."""
 
 import collections
+import contextlib
 import csv
 import hashlib
 import logging
@@ -100,7 +101,8 @@ def _suffixes() -> tuple[str, ...]:
 def _read_folders(root: str, split: str) -> Labelled:
     """The images of root/split/<class>/; where no folder of a split is there, of a part of root/<class>/."""
     if storage.is_bucket(root):
-        tf.io.gfile.listdir(root)  # raises if there is no access, of which `isdir` makes a "no"
+        with contextlib.suppress(tf.errors.NotFoundError):
+            tf.io.gfile.stat(root)  # raises if there is no access, of which `isdir` makes a "no"
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"data.root={root!r} is not a folder")
     folder, inside = os.path.join(root, split), _subfolders(root)
