@@ -130,11 +130,12 @@ class BucketPath(os.PathLike[str]):
         Raises:
             FileNotFoundError: there is none.
         """
-        with _reported(self):
-            blob = self._blob()
-            blob.reload(**_how())
-            content = blob.download_as_bytes(if_generation_match=blob.generation, **_how())
-            return Versioned(content.decode(), int(blob.generation), blob.updated.timestamp())
+        while True:
+            with contextlib.suppress(ChangedError), _reported(self):  # by another process, between the two requests
+                blob = self._blob()
+                blob.reload(**_how())
+                content = blob.download_as_bytes(if_generation_match=blob.generation, **_how())
+                return Versioned(content.decode(), int(blob.generation), blob.updated.timestamp())
 
     def sizes_below(self) -> dict[str, int]:
         """{path relative to this folder: bytes} of all objects below it, sorted; of all pages of the listing."""

@@ -2,6 +2,7 @@
 
 import gc
 import pathlib
+from typing import Any
 
 import pytest
 from helpers.gcs_server import Server
@@ -71,6 +72,23 @@ def test_an_object_is_written_only_if_it_is_still_the_one_that_was_read(run: Buc
     for read in (path.read_text, path.versioned, path.unlink):
         with pytest.raises(FileNotFoundError, match=r"gs://bucket/runs/a/lock.json does not exist"):
             read()
+
+
+def test_an_object_that_changes_while_it_is_read_is_read_again(
+    run: BucketPath, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from google.cloud.storage import Blob
+
+    reload = Blob.reload
+
+    def and_another_writes(self: Any, **how: Any) -> None:
+        monkeypatch.setattr(Blob, "reload", reload)
+        reload(self, **how)
+        server.bucket.put("runs/a/config.json", b"new")
+
+    monkeypatch.setattr(Blob, "reload", and_another_writes)
+    found = (run / "config.json").versioned()
+    assert (found.text, found.generation) == ("new", server.bucket.objects["runs/a/config.json"].generation)
 
 
 # Of downloads that are repeated, google-cloud-storage leaves each connection but the last to the garbage collector.

@@ -147,9 +147,14 @@ def _process() -> dict[str, Any]:
 
 
 def _has_ended(text: str) -> bool:
-    """Whether the process of a record was on this machine, since its last start, and is no more."""
+    """Whether the process of a record was on this machine, since its last start, and is no more.
+
+    So has that of a record without a token: it was copied from a disk, where the system holds the lock.
+    """
     try:
         record = json.loads(text)
+        if "token" not in record:
+            return True
         if record["boot"] != _boot():
             return False
     except (ValueError, KeyError, OSError):

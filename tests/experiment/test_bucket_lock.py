@@ -75,6 +75,10 @@ def test_the_lock_of_a_process_that_has_ended_on_this_machine_is_taken_over_at_o
     _lock(server, boot=bucket_lock._boot(), pid=2**22 + 1, started="1")
     with lock.acquire(workdir):
         pass
+    server.bucket.put(f"run/{LOCK_FILE}", b'{"host": "here", "pid": 7, "since": "then"}')  # copied from a disk
+    assert lock.owner(workdir) == ""
+    with lock.acquire(workdir):
+        pass
     assert capsys.readouterr().out == ""
 
 
