@@ -183,7 +183,7 @@ def test_a_run_in_a_bucket_killed_at_ten_random_moments_ends_as_the_one_on_a_dis
             kill % 3
         ):  # while it trains, saves or evaluates; else while it starts, the first time while it prepares the data
             trial.wait_for_start(process)
-        process.join(moments.uniform(0.0, 3.0 if kill % 3 else 8.0))
+        process.join(moments.uniform(1.0, 6.0 if kill % 3 else 8.0))
         process.kill()
         assert process.wait() in (-signal.SIGKILL, 0)
     trial.finish()
