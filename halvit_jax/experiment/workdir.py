@@ -18,6 +18,7 @@ CONFIG_FILE = "config.json"  # the config of the run; before it was changed at s
 DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class names
 EVALS_FILE = "evals.jsonl"  # a line for each --mode=eval: the step, the data and the metrics
 RESULT_FILE = "result.json"  # metrics of the finished run
+PAGE_FILE = "report.html"  # the finished run on one page
 INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
 TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
 LOCK_FILE = "lock.json"  # the process that trains here
