@@ -2,7 +2,7 @@
 
 from halvit_jax.data.errors import undecodable
 from halvit_jax.data.instance_loaders import make_detection_loaders
-from halvit_jax.data.instances import read_on_canvas
+from halvit_jax.data.instances import put_on_canvas, read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.image_folder import image_files
@@ -16,6 +16,7 @@ __all__ = [
     "make_detection_loaders",
     "make_loaders",
     "open_source",
+    "put_on_canvas",
     "read_image",
     "read_on_canvas",
     "transform_array",
