@@ -117,12 +117,14 @@ def test_predict_prints_and_draws_detections_in_pixels_of_the_file(
     assert predictor.labels == [str(n) for n in range(10)]
     with pytest.raises(ValueError, match=r"an image must be uint8 \[h, w, 3\] or \[h, w\], not float32"):
         predictor(pixels.astype(np.float32))
-    with pytest.raises(ValueError, match="instances.canvases=.* hold no image of 400 x 400"):
+    with pytest.raises(ValueError, match=r"instances.canvases=.* hold no image of 400 x 400"):
         predictor(np.zeros((400, 400), np.uint8))
 
 
 @pytest.mark.slow
-def test_an_exported_detector_finds_the_same_without_this_package(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_an_exported_detector_finds_the_same_without_this_package(
+    workdir: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     out = tmp_path / "detector.zip"
     logged = run_command("halvit_jax.export", f"--workdir={workdir}", "--format=stablehlo", f"--out={out}").stdout
     assert re.search(r"the same best answer for (\d+) of the \1 images of the evaluation set", logged), logged
@@ -157,12 +159,14 @@ def test_a_detector_in_a_file_serves_as_its_run_and_initialises_another(
     config = _small(scenes_dir, **{"init_from": str(out)})
     arrays = init_from.read_for_task(config, build_task(config)).arrays
     assert sha256(arrays) == sha256(flatten(variables))
-    with pytest.raises(ValueError, match="the file is of the detector 'mask_rcnn_halvit_tiny', and no model of its own"):
+    with pytest.raises(
+        ValueError, match="the file is of the detector 'mask_rcnn_halvit_tiny', and no model of its own"
+    ):
         weights_file.load(out)
     narrow = readers.read(out)
     narrow.arrays.pop("params/rpn/conv/kernel")
     readers.write(tmp_path / "narrow.safetensors", narrow.arrays, narrow.metadata)
-    with pytest.raises(ValueError, match="do not fit mask_rcnn_halvit_tiny(.|\n)*missing: params/rpn/conv/kernel"):
+    with pytest.raises(ValueError, match=r"do not fit mask_rcnn_halvit_tiny(.|\n)*missing: params/rpn/conv/kernel"):
         halvit_jax.load(tmp_path / "narrow.safetensors")
 
 

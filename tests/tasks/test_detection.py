@@ -176,6 +176,15 @@ def test_names_of_detectors_begin_with_their_kind() -> None:
     ("changes", "message"),
     [
         ({"model.num_classes": 5}, r"model\.num_classes=5 must be 0 for task\.name='detection'"),
+        (
+            {"instances.canvases": ((64, 64), (70, 96))},
+            r"instances\.canvases=\(\(64, 64\), \(70, 96\)\): the strides of VisionTransformer do not divide 70 x 96; "
+            r"make the sides multiples of 32, here 96 x 96",
+        ),
+        (
+            {"instances.canvases": ((96, 64),), "model.patch_size": 12, "model.image_size": 96},
+            "do not divide 96 x 64; make the sides multiples of 96, here 96 x 96",
+        ),
         ({"instances.masks": False}, r"instances\.masks=False leaves nothing .* detection\.masks=False"),
         ({"teacher.init_from": "x"}, r"teacher\.init_from=x needs task\.name='distillation', not 'detection'"),
     ],
