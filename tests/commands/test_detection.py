@@ -70,6 +70,7 @@ def _small(folder: pathlib.Path, **changes: Any) -> Any:
 def test_a_detector_trains_resumes_bitwise_and_is_evaluated(scenes_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     whole = run_experiment(_small(scenes_dir), tmp_path / "whole")
     assert {"box_ap", "mask_ap", "box_ap50", "mask_ap_small", "box_ap/0"} <= whole["eval"].keys()
+    assert whole["ema_eval"].keys() == whole["eval"].keys()
     assert whole["eval"]["box_ap_large"] is None  # no scene has a large digit
     # Killed in the middle of an epoch: what is left is the checkpoint of step 3.
     stopped = run_experiment(_small(scenes_dir, **{"total_steps": 3}), tmp_path / "broken")
