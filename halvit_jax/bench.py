@@ -232,7 +232,7 @@ def measure_detect(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[s
     """Rows of the whole detector, of its stages, of the formulations of its operators, and of torchvision's."""
     from halvit_jax.analysis import detection_benchmark
 
-    ((name, config),) = configs.items()
+    name, config = next(iter(configs.items()))
     with app.report_user_errors():
         if config.task.name != "detection":
             raise ValueError(
