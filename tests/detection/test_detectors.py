@@ -270,7 +270,7 @@ def test_no_more_masks_are_drawn_than_the_image_with_the_most_of_them_needs(monk
     whole = jax.jit(lambda *given: draw(*given))
     assert "cond" not in str(jax.make_jaxpr(lambda *given: draw(*given))(variables, jnp.ones((2, n), bool)))
     for needed, drawn in ((0, 9), (9, 9), (10, 18), (18, 18), (19, 36), (36, 36)):
-        used = jnp.arange(n) < jnp.asarray([[needed // 2], [needed]])
+        used = jnp.arange(n)[None] < jnp.asarray([[needed // 2], [needed]])
         (found, gradient), (expected, expected_gradient) = cut(variables, used), whole(variables, used)
         np.testing.assert_allclose(found[:, :drawn], expected[:, :drawn], atol=1e-5)
         assert not found[:, drawn:].any()
