@@ -54,9 +54,14 @@ def define_flags() -> None:
 
 
 class ModelBenchmark:
-    """The task and model of a config, compiled for inference and for training steps on one random batch."""
+    """The task and model of a config, compiled for inference and for training steps on one random batch.
 
-    def __init__(self, name: str, config: ConfigDict) -> None:
+    `alter` changes the initial variables {"params": ...} that inference has.
+    """
+
+    def __init__(
+        self, name: str, config: ConfigDict, alter: Callable[[Any], Any] = lambda variables: variables
+    ) -> None:
         from halvit_jax.experiment import build, tasks
         from halvit_jax.training.sharding import bytes_of, make_mesh
         from halvit_jax.training.state import init_state
@@ -76,7 +81,8 @@ class ModelBenchmark:
         self._step = step.lower(self._state, self._constants, self._batch).compile()
         self.compile_s = time.perf_counter() - started
         self.peak_bytes = _peak_bytes(self._step)
-        variables = {"params": self._state.params, **self._state.model_state}
+        variables = alter({"params": self._state.params, **self._state.model_state})
+        variables = self.variables = jax.tree.map(jnp.copy, variables)  # training donates the state's own
         self._infer = self._inference(task.serving(variables, folded=False))
         has_norms = bool(self._state.model_state) and config.task.name != "detection"  # whose norms are not folded
         self.infer_folded = self._inference(task.serving(variables)) if has_norms else None
@@ -92,7 +98,7 @@ class ModelBenchmark:
 
     def _inference(self, serving: Any) -> Callable[[], None]:
         """A function that runs one batch of inference to the end."""
-        variables = jax.tree.map(jnp.copy, serving.variables)  # training donates the state's own
+        variables = serving.variables
         given = [self._batch[name] for name in serving.inputs]
         compiled = jax.jit(serving.apply).lower(variables, *given).compile()
         return lambda: jax.block_until_ready(compiled(variables, *given))

@@ -152,11 +152,12 @@ STAGES: dict[str, Callable[[Any], list[Stage]]] = {"MaskRCNN": mask_rcnn_stages,
 
 
 def measure(
-    name: str, config: ConfigDict, *, subject: Callable[[str, ConfigDict], Any], against: str | None, repeats: int
+    name: str, config: ConfigDict, *, subject: Callable[..., Any], against: str | None, repeats: int
 ) -> list[dict[str, Any]]:
     """Rows by kind: "whole", ours and with `against` torchvision's in turns, then "stage", then "formulation".
 
-    `subject(name, config)` is the detector, compiled, on a random batch: `infer()`, `train()`, `task`, `batch`.
+    `subject(name, config, likely)` is the detector with variables that `likely` altered, compiled, on a random batch:
+    `infer()`, `train()`, `task`, `variables`, `batch`.
 
     Raises:
         ValueError: torchvision has no such detector, or is not installed.
@@ -167,14 +168,8 @@ def measure(
     reference = torchvision_benchmark.TorchvisionMaskRCNN if against else None
     if reference:
         reference.check(config)
-    ours = subject(name, config)
-    variables = likely(ours.task.init(jax.random.key(config.seed)))
-    infer = jax.jit(ours.task.serving(variables).apply)
-    inputs = [ours.batch[one] for one in ours.task.serving(variables).inputs]
-    whole: dict[tuple[str, str], Run] = {
-        (name, "infer"): functools.partial(_wait, infer, variables, *inputs),
-        (name, "train"): ours.train,
-    }
+    ours = subject(name, config, likely)
+    whole: dict[tuple[str, str], Run] = {(name, "infer"): ours.infer, (name, "train"): ours.train}
     if reference:
         theirs = reference(config, ours.task.model, ours.batch)
         whole |= {("torchvision", "infer"): theirs.infer, ("torchvision", "train"): theirs.train}
@@ -186,7 +181,7 @@ def measure(
     if reference:
         ratios = {f"{what}_ms": round(rows[1][f"{what}_ms"] / rows[0][f"{what}_ms"], 2) for what in ("infer", "train")}
         rows.append({"kind": "whole", "model": "times as fast as torchvision", **ratios})
-    found = stages(ours.task, variables, ours.batch, repeats=repeats)
+    found = stages(ours.task, ours.variables, ours.batch, repeats=repeats)
     rows += [{"kind": "stage", **row} for row in found]
     detector, (height, width) = ours.task.model, ours.batch["image"].shape[1:3]
     maps = {stride: (-(-height // stride), -(-width // stride)) for stride in (4, 8, 16, 32)}
@@ -195,14 +190,14 @@ def measure(
     return rows + [{"kind": "formulation", **row} for row in found]
 
 
-def likely(variables: tuple[PyTree, PyTree]) -> PyTree:
+def likely(variables: PyTree) -> PyTree:
     """Initial variables of a detector, its first class as likely as one in ten, so that there is something to find."""
-    params, state = variables
+    params = variables["params"]
     if "box_head" in params:
         bias = params["box_head"]["score"]["bias"]
         score = {**params["box_head"]["score"], "bias": bias.at[0].set(jnp.log(0.1 * (len(bias) - 1)))}
         params = {**params, "box_head": {**params["box_head"], "score": score}}
-    return {"params": params, **state}
+    return {**variables, "params": params}
 
 
 def stages(task: Any, variables: PyTree, batch: Mapping[str, Array], *, repeats: int) -> list[dict[str, Any]]:

@@ -28,7 +28,8 @@ def _config(detector: str = "mask_rcnn") -> Any:
 def test_the_stages_of_mask_rcnn_find_what_the_detector_finds() -> None:
     config = _config()
     task = build_task(config)
-    variables = likely(task.init(jax.random.key(0)))
+    params, state = task.init(jax.random.key(0))
+    variables = likely({"params": params, **state})
     batch = bench.random_batch(task.batch_spec(), 2)
     given: dict[str, Any] = {"image": task.normalise(batch["image"]), "size": batch["size"], "truth": batch}
     stages = STAGES["MaskRCNN"](task.model)
