@@ -78,7 +78,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
     """Write the model in the format `kind`, a key of FORMATS, and return the written model, read again.
 
     Raises:
-        ValueError: a package that the format needs is missing.
+        ValueError: a package that the format needs is missing, or an operation that it cannot hold.
     """
     return FORMATS[kind](portable(trained), out)
 
@@ -224,7 +224,13 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         ) from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs a warning for each unknown dimension
     serving = trained.task.serving(trained.model_variables)
-    model = jax2onnx.to_onnx(serving, _specs(trained, serving, "b"), return_mode="proto")
+    try:
+        model = jax2onnx.to_onnx(serving, _specs(trained, serving, "b"), return_mode="proto")
+    except Exception as error:  # of any kind, for operations that it cannot write, such as some of detectors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--format=onnx: jax2onnx cannot write {model_name(trained.config)} ({reason}); use --format=stablehlo"
+        ) from error
     onnx.helper.set_model_props(model, {"info": json.dumps(description(trained))})
     onnx.save(model, out)
     session = onnxruntime.InferenceSession(os.fspath(out), providers=["CPUExecutionProvider"])
