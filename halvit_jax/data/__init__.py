@@ -2,7 +2,7 @@
 
 from halvit_jax.data.errors import undecodable
 from halvit_jax.data.instance_loaders import make_detection_loaders
-from halvit_jax.data.instances import read_on_canvas
+from halvit_jax.data.instances import put_on_canvas, read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.image_folder import image_files
@@ -17,6 +17,7 @@ __all__ = [
     "make_loaders",
     "open_source",
     "png",
+    "put_on_canvas",
     "read_image",
     "read_on_canvas",
     "transform_array",
