@@ -26,8 +26,7 @@ from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode, ServingModel
 
 if TYPE_CHECKING:
-    from halvit_jax.experiment.predictor import Predictor
-    from halvit_jax.experiment.trained import Trained
+    from halvit_jax.experiment.predictor import DetectionPredictor, Predictor
 
 BATCH = 16  # images that are run at once
 MIN_SIDE = 224  # pixels of a drawn image
@@ -97,24 +96,15 @@ def predict(
                 yield {"image": path, **next(rows)}, image
 
 
-def detect(
-    trained: "Trained", serving: ServingModel, paths: Iterable[str]
-) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+def detect(predictor: "DetectionPredictor", paths: Iterable[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """`predict` for a detector: the detections in the pixels of each file; and the file's image."""
-    from halvit_jax import data
-
-    fields = trained.config.instances
-    apply, canvases = jax.jit(serving.apply), [tuple(canvas) for canvas in fields.canvases]
     for path in paths:
         try:
-            row = data.read_on_canvas(path, canvases, short_side=fields.short_side, long_side=fields.long_side)
+            row = predictor.preprocess(path)
         except ValueError as error:
             yield {"image": path, "error": str(error)}, None
             continue
-        outputs = apply(serving.variables, *(row[name][None] for name in serving.inputs))
-        outputs |= {name: row[name][None] for name in ("size", "original")}
-        (decoded,) = trained.task.decode(outputs, trained.info)
-        yield {"image": path, **decoded}, row["pixels"]
+        yield {"image": path, **predictor.detect(row)}, row["pixels"]
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
@@ -142,22 +132,19 @@ def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
 def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dict[str, Any], np.ndarray | None]]]:
     """The model, and the rows of `predict` or `detect`, which are made one after the other."""
     from halvit_jax.cli import drawing
-    from halvit_jax.experiment.predictor import load_predictor, predictor_of
-    from halvit_jax.experiment.trained import load_trained
+    from halvit_jax.experiment.predictor import DetectionPredictor, load_predictor
     from halvit_jax.experiment.workdir import parse_step
 
     workdir, step = storage.parse(flags.FLAGS.workdir, "--workdir="), parse_step(flags.FLAGS.step)
     if not workdir.exists():
         raise ValueError(f"{workdir} is not the workdir of a run, nor a weight file: it does not exist")
     paths = _files(arguments)
-    trained = load_trained(workdir, step=step) if workdir.is_dir() else None
-    name = trained.config.task.name if trained else "classification"
+    predictor = load_predictor(workdir, step=step)
+    detects = isinstance(predictor, DetectionPredictor)
     if flags.FLAGS.draw is not None:
-        drawing.check(name, flags.FLAGS.draw, paths)
-    if trained and name == "detection":
-        serving = trained.task.serving(trained.model_variables, folded=False)
-        return serving, detect(trained, serving, paths)
-    predictor = predictor_of(trained) if trained else load_predictor(workdir, step=step)
+        drawing.check(detects, flags.FLAGS.draw, paths)
+    if detects:
+        return predictor.serving, detect(predictor, paths)
     decoding = {} if flags.FLAGS.top is None else {"top": flags.FLAGS.top}
     return predictor.serving, predict(predictor, paths, **decoding)
 

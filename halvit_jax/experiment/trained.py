@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,8 +11,8 @@ from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
 from halvit_jax import storage
-from halvit_jax.convert import readers, weights_file
-from halvit_jax.experiment.tasks import build_task
+from halvit_jax.convert import engine, readers, weights_file
+from halvit_jax.experiment.tasks import build_task, model_name
 from halvit_jax.experiment.workdir import read_config, read_dataset_info
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
 from halvit_jax.storage import Path
@@ -19,6 +20,7 @@ from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
+from halvit_jax.trees import flatten, unflatten
 
 CONFIG, DATASET, INFO = "config", "dataset", "info"  # in the metadata of a file; the last is what `export` writes too
 
@@ -67,7 +69,10 @@ def save_trained(path: str | os.PathLike[str], trained: Trained) -> None:
     name, images = fields.pop("name"), {"mean": list(trained.config.task.mean), "std": list(trained.config.task.std)}
     texts = {CONFIG: config_lib.to_json(trained.config), INFO: json.dumps(images)}
     texts[DATASET] = json.dumps(trained.info._asdict() | {"extra": dict(trained.info.extra)})
-    weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
+    if trained.config.task.name == "detection":
+        weights_file.save_detector(path, model_name(trained.config), trained.model_variables, metadata=texts)
+    else:
+        weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
 
 
 def _load_file(path: Path) -> Trained:
@@ -78,13 +83,24 @@ def _load_file(path: Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
-    stored = weights_file.from_weights(weights)
-    if stored is None:
-        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
-    params, model_state = stored.variables.pop("params"), stored.variables
-    return Trained(
-        build_task(config), (params, model_state), config, DatasetInfo(**json.loads(weights.metadata[DATASET]))
-    )
+    task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
+    if weights_file.DETECTOR in weights.metadata:
+        variables = _variables_of(task, model_name(config), weights.arrays)
+    else:
+        stored = weights_file.from_weights(weights)
+        if stored is None:
+            raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
+        variables = stored.variables
+    params, model_state = variables.pop("params"), variables
+    return Trained(task, (params, model_state), config, info)
+
+
+def _variables_of(task: Task, name: str, arrays: Mapping[str, Any]) -> dict[str, PyTree]:
+    """The arrays of a file as the variables of a task, in the shapes of which they must be."""
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
+    engine.check_tree(name, arrays, shapes)
+    return unflatten(arrays)
 
 
 def restore(task: Task, config: ConfigDict, workdir: Path, *, step: int | str | None = None) -> TrainState:
