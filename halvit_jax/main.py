@@ -257,6 +257,7 @@ def _train(
     from halvit_jax.experiment import build, init_from, teacher
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+    from halvit_jax.training.optim import frozen_line
     from halvit_jax.training.profiling import Profiler
 
     with app.report_user_errors():
@@ -287,6 +288,10 @@ def _train(
     for line in [*(changes if resumed_at else []), *build.recipe_deviations(config)]:
         report.log(f"WARNING: {line}")
     files.write_run_metadata(workdir, config, run.loaders.info, resumed_at=resumed_at)
+    if changes and resumed_at < run.total_steps:
+        files.set_aside_result(workdir, resumed_at=resumed_at)
+    if config.optim.frozen:
+        report.log(frozen_line(start.state.params, config.optim.frozen))
     report.hyperparameters(config.to_dict())
     profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
     with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:

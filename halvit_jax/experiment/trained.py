@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
 from halvit_jax.convert import readers, weights_file
+from halvit_jax.convert.transfer import transfer
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
@@ -17,6 +18,7 @@ from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.training.state import TrainState, abstract_state
+from halvit_jax.trees import flatten, unflatten
 
 CONFIG, DATASET, INFO = "config", "dataset", "info"  # in the metadata of a file; the last is what `export` writes too
 
@@ -53,6 +55,32 @@ def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, 
     state = restore(task, config, workdir, step=step)
     variables = (ema and state.ema) or state.trained
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
+
+
+def at_size(trained: Trained, image_size: int) -> Trained:
+    """The same model for images of another height and width; learned positions are resampled as in timm.
+
+    Raises:
+        ValueError: a task that has sizes of its own, or a size that the model cannot have.
+    """
+    if trained.config.task.name == "detection":
+        raise ValueError(f"image_size={image_size}: a detector takes images of any size, on instances.canvases")
+    config = trained.config.copy_and_resolve_references()
+    config.model.image_size = image_size
+    task = build_task(config)
+    variables = fit(task, trained.model_variables, config.model.name)
+    return trained._replace(task=task, config=config, variables=(variables.pop("params"), variables))
+
+
+def fit(task: Task, variables: PyTree, name: str) -> dict[str, PyTree]:
+    """The variables of the model `name`, adapted to the size of the images of a task.
+
+    Raises:
+        ValueError: arrays that cannot be adapted, by path.
+    """
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
+    return unflatten(transfer(name, flatten(variables), shapes, task.transfer_rules, exclude=()).arrays)
 
 
 def save_trained(path: str | pathlib.Path, trained: Trained) -> None:

@@ -47,6 +47,7 @@ class Pyramid(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out.
         image_size: height and width of the images.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         strides: of each stage's map against the one before.
         widths: of each stage's tokens.
         depths: blocks in each stage.
@@ -65,6 +66,7 @@ class Pyramid(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     strides: Sequence[int] = (4, 2, 2, 2)
     widths: Sequence[int] = (64, 128, 320, 512)
     depths: Sequence[int] = (2, 2, 2, 2)

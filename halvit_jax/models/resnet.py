@@ -55,6 +55,7 @@ class ResNet(nn.Module):
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # of the recipe's images; the network runs at any size
+    in_channels: int = 3  # of the images: 1 of grey ones
     dtype: Dtype = None  # the type to compute in; parameters and statistics are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     folded: bool = False  # for inference only, with the variables of `layers.batch_norm.fold`

@@ -49,6 +49,7 @@ class SHViT(nn.Module):
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         distilled: a second classifier, trained on the teacher's predictions; the logits are the mean of both.
         image_size: of the recipe's images; the network runs at any size.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, classifiers and logits are float32.
         folded: for inference only, with the variables of `fold`.
@@ -62,6 +63,7 @@ class SHViT(nn.Module):
     num_classes: int = 1000
     distilled: bool = False
     image_size: int = 224
+    in_channels: int = 3
     remat: bool = False
     dtype: Dtype = None
     folded: bool = False

@@ -44,6 +44,7 @@ class SwinTransformer(nn.Module):
         num_classes: size of the head; 0 leaves it out.
         image_size: of the recipe's images. A stage with a map no larger than `window_size` has one window of the map's
             size, and so a smaller table of relative positions.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         patch_size: the stride of the first stage.
         width: of the first stage's tokens.
         depths: blocks in each stage; every second one of a stage is shifted.
@@ -62,6 +63,7 @@ class SwinTransformer(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     patch_size: int = 4
     width: int = 96
     depths: Sequence[int] = (2, 2, 6, 2)

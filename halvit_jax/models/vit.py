@@ -47,6 +47,7 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: size of the classifier; 0 leaves it out and returns the pooled features.
         image_size: height and width of the images to classify; a multiple of `patch_size`. `features` takes others.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         attention: "full" or "tied".
         ffn: "dense" or "tied".
         real_heads: fraction of the heads with their own queries and keys, rounded up; the other maps are hallucinated
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     patch_size: int = 16
     width: int = 384
     depth: int = 12

@@ -73,6 +73,10 @@ class Detection:
         self.model = create_detector(detector, model, dtype=model.dtype, **fields)
         self.metric_backend = metric_backend
         self.detector, self.max_objects = detector, max_objects
+        if model.in_channels != 3:
+            raise ValueError(
+                f"model.in_channels={model.in_channels}: detection reads images of 3 channels; set it to 3"
+            )
         self.canvases = [(int(height), int(width)) for height, width in canvases]
         self.constants: PyTree = {}
         self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))

@@ -1,6 +1,6 @@
 """SIGTERM and SIGINT at moments from the start of a run to its end: never a traceback, always an exit code that fits.
 
-python tests/faults/signals.py [--trials=20] [--moments=20] [--workdir=DIR]
+python tests/faults/signals.py [--trials=20] [--moments=20]
 
 A whole run is timed first; then each trial starts the same command, sends a signal after a part of that time, and
 starts it again to its end. Allowed are 75 with a line that names the signal, and 0 where the run had ended; the
@@ -97,6 +97,7 @@ def main() -> None:
                 if problem:
                     failures += 1
                     print(f"{number.name} after {delay:.2f} of {length:.2f} s: {problem}", flush=True)
+        print(f"moment {moment + 1} of {given.moments}: exit codes so far {ends}, {failures} failures", flush=True)
     print(f"{sum(ends.values())} trials, exit codes {ends}, {failures} failures", flush=True)
     shutil.rmtree(folder)
     sys.exit(1 if failures else 0)
