@@ -74,9 +74,7 @@ class Detection:
         self.metric_backend = metric_backend
         self.detector, self.max_objects = detector, max_objects
         if model.in_channels != 3:
-            raise ValueError(
-                f"model.in_channels={model.in_channels}: detection reads images of 3 channels; set it to 3"
-            )
+            raise ValueError(f"model.in_channels={model.in_channels} must be 3 for task.name='detection'")
         self.canvases = [(int(height), int(width)) for height, width in canvases]
         self.constants: PyTree = {}
         self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))

@@ -1,5 +1,6 @@
 """The command that predicts images with a trained model, and draws its attention."""
 
+import csv
 import json
 import pathlib
 from typing import Any
@@ -86,8 +87,24 @@ def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letter
     assert [json.loads(line)["image"] for line in lines] == [f"{tmp_path}/Blüte/a.png", f"{tmp_path}/b.png"]
     assert all(len(json.loads(line)["top3"]) == 3 for line in lines)
     assert "Blüte" in lines[0]
+    table = tmp_path / "out.csv"
+    flags = (f"--workdir={finished[0]}", "--top=2", "--image_size=12", f"--csv={table}")
+    larger = run_command(PREDICT, *flags, f"{tmp_path}/**/*.png").stdout.splitlines()
+    written = list(csv.DictReader(table.read_text().splitlines()))
+    assert list(written[0]) == ["image", "class1", "probability1", "class2", "probability2"]
+    for row, line in zip(written, map(json.loads, larger), strict=True):
+        best, second = line["top2"]
+        assert (row["image"], row["class1"], row["class2"]) == (line["image"], best["class"], second["class"])
+        assert float(row["probability1"]) == best["probability"]
     (tmp_path / "empty").mkdir()
-    for wrong, message in ((tmp_path / "empty", "empty holds no images"), ("--top=0", "--top=0 must be at least 1")):
+    for wrong, message in (
+        (tmp_path / "empty", "empty holds no images"),
+        (tmp_path / "*.webp", "*.webp matches no file"),
+        ("--csv=no/such/folder/out.csv", "--csv=no/such/folder/out.csv is in a folder that does not exist"),
+        ("--image_size=0", "--image_size=0 must be at least 1"),
+        ("--image_size=9", "model.patch_size=2 does not divide model.image_size=9"),
+        ("--top=0", "--top=0 must be at least 1"),
+    ):
         assert message in run_command(PREDICT, f"--workdir={finished[0]}", "a.png", str(wrong), code=2).stderr
 
 

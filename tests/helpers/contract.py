@@ -11,7 +11,7 @@ from flax import linen as nn
 from helpers.shapes import random_variables
 
 from halvit_jax.layers import conv
-from halvit_jax.models import create_model, family_of, partition_rules
+from halvit_jax.models import create_model, family_of, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.trees import count, first_match, flatten, variable_shapes
 
@@ -51,6 +51,19 @@ def check_variables_are_float32_in_any_compute_dtype(name: str) -> None:
     for dtype in ("float32", "bfloat16"):
         leaves = jax.tree.leaves(shapes_of(tiny_model(name, dtype=dtype)))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def check_images_of_other_channels_change_the_first_kernel_alone(name: str) -> None:
+    """Of grey images and of many spectral bands."""
+    colour = {path: leaf.shape for path, leaf in flatten(shapes_of(tiny_model(name))).items()}
+    for channels in (1, 5):
+        found = {path: leaf.shape for path, leaf in flatten(shapes_of(tiny_model(name, in_channels=channels))).items()}
+        changed = {path: shape for path, shape in found.items() if shape != colour.get(path)}
+        assert found.keys() == colour.keys()
+        kernels = [path for path, shape in changed.items() if len(shape) == 4]
+        assert [(colour[path][2], changed[path][2]) for path in kernels] == [(3, channels)]
+        assert {path.rpartition("/")[0] for path in changed} == {path.rpartition("/")[0] for path in kernels}
+        assert first_match(kernels[0].split("/", 1)[1], transfer_rules(tiny_model(name))) == "input_channels"
 
 
 def check_every_parameter_learns(name: str) -> None:

@@ -176,6 +176,7 @@ def test_names_of_detectors_begin_with_their_kind() -> None:
     ("changes", "message"),
     [
         ({"model.num_classes": 5}, r"model\.num_classes=5 must be 0 for task\.name='detection'"),
+        ({"model.in_channels": 1}, r"model\.in_channels=1 must be 3 for task\.name='detection'"),
         ({"instances.masks": False}, r"instances\.masks=False leaves nothing .* detection\.masks=False"),
         ({"teacher.init_from": "x"}, r"teacher\.init_from=x needs task\.name='distillation', not 'detection'"),
     ],
