@@ -1,12 +1,15 @@
 """Data sets prepared by TFDS: TFRecord, ArrayRecord, and small ones kept in memory."""
 
 import bisect
+import contextlib
+import io
 import itertools
 import json
+import logging
 import os
 import resource
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -165,7 +168,8 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     if root:
         raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+        with _quiet():
+            builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
@@ -179,7 +183,9 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
                 f"{_command(builder)}"
             )
-        builder.download_and_prepare(file_format="tfrecord")
+        tfds.disable_progress_bar()
+        with _quiet():
+            builder.download_and_prepare(file_format="tfrecord")
     _validate(builder, split)
     return FORMATS[builder.info.file_format.value](builder, split)
 
@@ -190,6 +196,19 @@ def raise_open_file_limit(count: int) -> None:
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TFDS prints and warns of itself: the messages of this file say what matters of it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tfrecord(builder: tfds.core.DatasetBuilder, split: str) -> Source:
