@@ -157,6 +157,10 @@ NEEDS = {
     "--predictions=predictions.csv": OWN,
     "python -m halvit_jax.predict --workdir=runs/photos --step=best NEW": OWN,
     "python -m halvit_jax.export --workdir=runs/photos --step=best --format=stablehlo --out=photos.zip": OWN,
+    f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/seen --config.model.depth=2 --config.total_steps=120 "
+    "--config.loop.eval_every=60 --config.loop.log_every=20 --config.optim.warmup_epochs=0.0": (
+        "terminals of two widths, which tests/repository/test_terminal.py opens"
+    ),
     "bash launch/gpu_check.sh --out=gpu": "a GPU, PyTorch and timm",
     "bash launch/local_cluster.sh 4 -- --config=configs/halvit_digits.py --workdir=DIR": "4 processes, minutes",
 }

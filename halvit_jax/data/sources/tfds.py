@@ -170,6 +170,7 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     try:
         with _quiet():
             builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+            prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
@@ -177,7 +178,7 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     except (tf.errors.OpError, RuntimeError) as error:  # a bucket without access
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"data.data_dir={data_dir} cannot be read ({reason}); name another one") from error
-    if not builder.is_prepared():
+    if not prepared:
         if builder.name not in EMBEDDED:
             raise ValueError(
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
