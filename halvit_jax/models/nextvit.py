@@ -32,7 +32,7 @@ from halvit_jax.layers.next_block import ATTENDING, ConvBlock, TransformerBlock,
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
 
 
@@ -117,6 +117,7 @@ class NextViT(nn.Module):
         """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
         stride, maps = math.prod(self.stem_strides), {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = self.stem(images, train=train)
             for i in range(len(self.depths)):
                 x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

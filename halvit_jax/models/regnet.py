@@ -25,7 +25,7 @@ from halvit_jax.layers.initializers import Dtype, Initializer
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_rate
+from halvit_jax.models.validation import check_channels, check_rate
 
 STEM = 32  # channels
 SQUEEZE = 0.25  # hidden channels of squeeze-excite / input channels of its block
@@ -83,6 +83,7 @@ class RegNet(nn.Module):
         """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = nn.relu(self.stem(images, train=train))
             for i in range(len(self.depths)):
                 x = maps[4 * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

@@ -29,7 +29,7 @@ from halvit_jax.layers.residual import BasicBlock, Bottleneck, TiedBottleneck
 from halvit_jax.layers.tied import TiedDense
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_choice, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_rate
 
 STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image
 
@@ -112,6 +112,7 @@ class ResNet(nn.Module):
         """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = nn.relu(self.stem(images, train=train))
             x = max_pool(x, size=3, stride=2, padding=1)
             for i, stride in enumerate(STRIDES):

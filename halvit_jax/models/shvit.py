@@ -28,7 +28,7 @@ from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_choice
+from halvit_jax.models.validation import check_channels, check_choice
 
 KINDS = {"i": False, "s": True}  # kind of stage -> its blocks have attention
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -127,6 +127,7 @@ class SHViT(nn.Module):
         """The outputs of the stages: {16: [b, h/16, w/16, c], 32: ..., 64: ...} with the usual stem."""
         stride, maps = math.prod(self.stem_strides), {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = self.stem(images, train=train)
             for i in range(len(self.stages)):
                 x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

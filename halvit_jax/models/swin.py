@@ -28,7 +28,7 @@ from halvit_jax.layers.sow import sow
 from halvit_jax.layers.window import RelativePositionBias, Windows
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_divides, check_rate
 
 EPSILON = 1e-5  # of every LayerNorm
 
@@ -110,6 +110,7 @@ class SwinTransformer(nn.Module):
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
         """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, 2 d], ...}."""
+        check_channels(images, self.in_channels)
         b, height, width, _ = images.shape
         p, maps = self.patch_size, {}
         with norms_in_evaluation(frozen_norms):

@@ -28,7 +28,7 @@ from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_compact, check_divides, check_rate
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")
@@ -214,6 +214,7 @@ class VisionTransformer(nn.Module):
 
     def embed_tokens(self, images: jax.Array, *, before: bool = True) -> jax.Array:
         """The input [b, n, d] of the first block; `before` the tokens of the image those of class and distillation."""
+        check_channels(images, self.in_channels)
         x, grid = self.embed(images), self._grid(images)
         x = x.astype(jnp.float32) if self.residual_float32 else x
         if before and self._names_before:
