@@ -99,13 +99,28 @@ def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letter
     (tmp_path / "empty").mkdir()
     for wrong, message in (
         (tmp_path / "empty", "empty holds no images"),
-        (tmp_path / "*.webp", "*.webp matches no file"),
         ("--csv=no/such/folder/out.csv", "--csv=no/such/folder/out.csv is in a folder that does not exist"),
         ("--image_size=0", "--image_size=0 must be at least 1"),
-        ("--image_size=9", "model.patch_size=2 does not divide model.image_size=9"),
         ("--top=0", "--top=0 must be at least 1"),
     ):
         assert message in run_command(PREDICT, f"--workdir={finished[0]}", "a.png", str(wrong), code=2).stderr
+
+
+def test_a_pattern_stands_for_the_files_that_match(tmp_path: pathlib.Path) -> None:
+    for name in ("a/x.png", "a/b/y.png", "[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = predict._files([f"{tmp_path}/a/**/*.png", f"{tmp_path}/[1].png"])  # the last is a file of that name
+    assert found == [f"{tmp_path}/{name}" for name in ("a/b/y.png", "a/x.png", "[1].png")]
+    with pytest.raises(ValueError, match=r"\*.webp matches no file"):
+        predict._files([f"{tmp_path}/*.webp"])
+
+
+def test_a_row_of_a_table_has_the_classes_in_order_and_errors_last() -> None:
+    row = {"image": "a.png", "top2": [{"class": "x", "probability": 0.7}, {"class": "y", "probability": 0.3}]}
+    bad = {"image": "b.png", "error": "is not an image"}
+    columns = sorted({**predict._csv_row(row), **predict._csv_row(bad)}, key=predict._column)
+    assert columns == ["image", "class1", "probability1", "class2", "probability2", "error"]
 
 
 @pytest.mark.slow
