@@ -250,7 +250,7 @@ def test_the_live_line_fits_into_the_terminal(
     columns: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A longer one is broken, and only its last row is written over."""
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda **_: os.terminal_size((columns, 24)))
     report = _report(tmp_path, monkeypatch, tty=True)
     report.first_step_done()
     for step in (25, 50):
