@@ -42,7 +42,7 @@ def test_the_page_shows_what_the_report_prints(
     monkeypatch.setattr("sys.stdout.isatty", lambda: columns is not None)
     monkeypatch.setattr("sys.prefix", "/elsewhere")
     if columns:
-        monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+        monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((columns, 24)))
     units = {"top1": "%", "top5": "%"}
     report = Report(tmp_path, total_steps=120, batch_size=BATCH, progress=("loss", "top1"), units=units, curves=False)
     report.waiting("compiling the training step")
