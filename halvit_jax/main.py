@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
+    how = "override with --config.some.field=value; docs/configuration.md lists the fields."
+    config_flags.DEFINE_config_file("config", None, f"A file of configs/, or the workdir of a run; {how}")
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_string(
