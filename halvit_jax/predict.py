@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -89,6 +89,13 @@ def main(argv: list[str]) -> None:
             data.write_png(picture, np.concatenate(drawn))
     if failed:
         sys.exit(ExitCode.PARTLY)
+
+
+def check_flags(task: str, given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a flag of classification with a detector."""
+    for flag, value in given.items() if task == "detection" else ():
+        if value is not None:
+            raise ValueError(f"--{flag}={value} is for classification, and this run has task.name='detection'")
 
 
 def predict(
@@ -170,6 +177,7 @@ def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dic
     name = trained.config.task.name if trained else "classification"
     if flags.FLAGS.draw is not None:
         drawing.check(name, flags.FLAGS.draw, paths)
+    check_flags(name, {flag: flags.FLAGS[flag].value for flag in ("top", "csv", "image_size")})
     if trained and name == "detection":
         serving = trained.task.serving(trained.model_variables, folded=False)
         return serving, detect(trained, serving, paths)

@@ -106,6 +106,14 @@ def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letter
         assert message in run_command(PREDICT, f"--workdir={finished[0]}", "a.png", str(wrong), code=2).stderr
 
 
+def test_flags_of_classification_are_refused_with_a_detector() -> None:
+    predict.check_flags("detection", {"top": None, "csv": None})
+    predict.check_flags("classification", {"top": 3, "csv": "a.csv"})
+    for flag, value in {"top": 3, "csv": "a.csv", "image_size": 12}.items():
+        with pytest.raises(ValueError, match=rf"--{flag}={value} is for classification, and this run has task.name='d"):
+            predict.check_flags("detection", {flag: value})
+
+
 def test_a_pattern_stands_for_the_files_that_match(tmp_path: pathlib.Path) -> None:
     for name in ("a/x.png", "a/b/y.png", "[1].png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
