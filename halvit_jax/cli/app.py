@@ -46,6 +46,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     own = std_logging.getLogger("halvit_jax")
     own.addHandler(WarningLines())
+    own.setLevel(std_logging.WARNING)  # also where a command silences what other packages log
     own.propagate = False
     if sys.argv[1:] in (["--help"], ["-h"]):
         app.define_help_flags()
