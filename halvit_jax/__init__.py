@@ -147,5 +147,11 @@ def load(
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     from halvit_jax.convert import readers, weights_file
 
-    found = weights_file.load_any(os.fspath(source), readers.read(source), name, overrides)
+    weights = readers.read(source)
+    if weights_file.DETECTOR in weights.metadata and name is None and not overrides:
+        from halvit_jax.experiment.trained import load_trained
+
+        trained = load_trained(os.fspath(source))
+        return trained.task.model, trained.model_variables
+    found = weights_file.load_any(os.fspath(source), weights, name, overrides)
     return create_model(found.name, **found.fields), found.variables

@@ -2,6 +2,7 @@
 
 python -m halvit_jax.bench --models=halvit_tiny,deit_small --batch=8 [--dtype=float32] [--repeats=5] [--json]
 python -m halvit_jax.bench --config=configs/NAME.py --batch=8          the task, model and optimizer of a config
+python -m halvit_jax.bench --what=detect --config=configs/coco_mask_rcnn.py:resnet50 --batch=2 [--against=torch]
 python -m halvit_jax.bench --what=input [--batch=64]
 python -m halvit_jax.bench --what=families [--workdir=runs/families] [--seeds=3] [--steps=600] [--families=ViT,HaLViT]
 python -m halvit_jax.bench --what=halve [--workdir=runs/halve] [--seeds=3] [--plot=FILE.svg]
@@ -32,6 +33,7 @@ from halvit_jax.config import default_config
 from halvit_jax.protocols import Array, ArraySpec
 
 STEPS_PER_EPOCH, EPOCHS = 1000, 300  # of a schedule; no figure depends on them
+OBJECTS = 7  # on an image of COCO, on average
 
 
 def define_flags() -> None:
@@ -44,6 +46,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("repeats", 5, "Rounds.", lower_bound=1)
     flags.DEFINE_bool("json", False, "One JSON object a line instead of a table.")
     flags.DEFINE_string("workdir", None, "Folder for the runs of families, halving or signs; else runs/WHAT.")
+    flags.DEFINE_enum("against", None, ["torch"], "Of detect: also measure torchvision's Mask R-CNN, in turns.")
     flags.DEFINE_string("plot", None, "Of halving: a .svg or .png file for the picture.")
     flags.DEFINE_integer("seeds", 3, "Runs of each family, or of each row of halving or signs.", lower_bound=1)
     flags.DEFINE_integer("steps", 600, "Length of each run of the families.", lower_bound=1)
@@ -51,9 +54,14 @@ def define_flags() -> None:
 
 
 class ModelBenchmark:
-    """The task and model of a config, compiled for inference and for training steps on one random batch."""
+    """The task and model of a config, compiled for inference and for training steps on one random batch.
 
-    def __init__(self, name: str, config: ConfigDict) -> None:
+    `alter` changes the initial variables {"params": ...} that inference has.
+    """
+
+    def __init__(
+        self, name: str, config: ConfigDict, alter: Callable[[Any], Any] = lambda variables: variables
+    ) -> None:
         from halvit_jax.experiment import build, tasks
         from halvit_jax.training.sharding import bytes_of, make_mesh
         from halvit_jax.training.state import init_state
@@ -65,6 +73,7 @@ class ModelBenchmark:
         abstract = build.build_abstract_state(config, task, optimizer, make_mesh(devices=jax.devices()[:1]))
         use_ema, guard = config.loop.ema_decay > 0, build.make_guard(**config.skip_updates)
         self._state = init_state(task, optimizer, abstract, seed=config.seed, use_ema=use_ema, guard=guard)
+        self.task, self.batch = task, self._batch
         self.state_bytes = bytes_of(self._state.params) + bytes_of(self._state.opt_state)
 
         started = time.perf_counter()
@@ -72,7 +81,8 @@ class ModelBenchmark:
         self._step = step.lower(self._state, self._constants, self._batch).compile()
         self.compile_s = time.perf_counter() - started
         self.peak_bytes = _peak_bytes(self._step)
-        variables = {"params": self._state.params, **self._state.model_state}
+        variables = alter({"params": self._state.params, **self._state.model_state})
+        variables = self.variables = jax.tree.map(jnp.copy, variables)  # training donates the state's own
         self._infer = self._inference(task.serving(variables, folded=False))
         has_norms = bool(self._state.model_state) and config.task.name != "detection"  # whose norms are not folded
         self.infer_folded = self._inference(task.serving(variables)) if has_norms else None
@@ -88,7 +98,7 @@ class ModelBenchmark:
 
     def _inference(self, serving: Any) -> Callable[[], None]:
         """A function that runs one batch of inference to the end."""
-        variables = jax.tree.map(jnp.copy, serving.variables)  # training donates the state's own
+        variables = serving.variables
         given = [self._batch[name] for name in serving.inputs]
         compiled = jax.jit(serving.apply).lower(variables, *given).compile()
         return lambda: jax.block_until_ready(compiled(variables, *given))
@@ -97,7 +107,7 @@ class ModelBenchmark:
 def random_batch(spec: Mapping[str, ArraySpec], batch_size: int) -> dict[str, Array]:
     """Random images and numbers, labels of 0 and masks of True, in the shapes of `Task.batch_spec()`.
 
-    Of detection: images that fill their canvas, with boxes of all sizes.
+    Of detection: images that fill their canvas, with 7 boxes of all sizes.
     """
     rng = np.random.default_rng(0)
 
@@ -114,6 +124,7 @@ def random_batch(spec: Mapping[str, ArraySpec], batch_size: int) -> dict[str, Ar
         batch["size"], batch["original"] = (np.tile(sides, (batch_size, 1)) for _ in range(2))
         ends = np.sort(rng.random((*batch["boxes"].shape[:-1], 2, 2)), -2) * sides[::-1]
         batch["boxes"] = ends.reshape(batch["boxes"].shape).astype(np.float32)
+        batch["real"] &= np.arange(batch["real"].shape[1]) < OBJECTS
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
@@ -180,6 +191,8 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     with app.report_user_errors():
         app.reject_positional_args(argv, "name models with --models=a,b")
+        if given.against is not None and given.what != "detect":
+            raise ValueError(f"--against={given.against} is for --what=detect")
         configs = configs_to_measure(given)
     measured, report = BENCHMARKS[given.what]
     rows = measured(given, configs)
@@ -219,6 +232,29 @@ def report_input(rows: list[dict[str, Any]], given: Any) -> None:
     for row in rows:
         share = row["images_per_s_per_core"] / rows[0]["images_per_s_per_core"]
         print(columns.format(row["what"], row["images_per_s"], row["images_per_s_per_core"], f"{share:.2f}"))
+
+
+def measure_detect(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
+    """Rows of the whole detector, of its stages, of the formulations of its operators, and of torchvision's."""
+    from halvit_jax.analysis import detection_benchmark
+
+    name, config = next(iter(configs.items()))
+    with app.report_user_errors():
+        if config.task.name != "detection":
+            raise ValueError(
+                "--what=detect needs a --config of task.name='detection', such as configs/coco_mask_rcnn.py:resnet50"
+            )
+        return detection_benchmark.measure(
+            name, config, subject=ModelBenchmark, against=given.against, repeats=given.repeats
+        )
+
+
+def report_detect(rows: list[dict[str, Any]], given: Any) -> None:
+    """The rows of `measure_detect` as a table for each kind."""
+    from halvit_jax.analysis import detection_benchmark
+
+    print(f"{jax.devices()[0].device_kind}, batch {given.batch}, {given.dtype}, medians of {given.repeats} rounds")
+    print(detection_benchmark.tables(rows))
 
 
 def measure_families(given: Any, configs: Mapping[str, ConfigDict]) -> list[dict[str, Any]]:
@@ -294,6 +330,7 @@ def report_signs(rows: list[dict[str, Any]], given: Any) -> None:
 # --what -> a function of the flags and their configs that measures rows, and one that prints them.
 BENCHMARKS: dict[str, tuple[Callable[..., list[dict[str, Any]]], Callable[..., None]]] = {
     "models": (lambda given, configs: measure(configs, repeats=given.repeats), report_models),
+    "detect": (measure_detect, report_detect),
     "input": (measure_input, report_input),
     "families": (measure_families, report_families),
     "halve": (measure_halve, report_halve),

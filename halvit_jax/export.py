@@ -37,7 +37,7 @@ from absl import flags
 from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders, input_size
 from halvit_jax.experiment.tasks import build_task, model_name
-from halvit_jax.experiment.trained import Trained, load_trained
+from halvit_jax.experiment.trained import Trained, load_trained, save_trained
 from halvit_jax.experiment.workdir import parse_step
 from halvit_jax.models import family_of
 from halvit_jax.protocols import Array, Batch, PyTree, ServingModel
@@ -46,7 +46,7 @@ from halvit_jax.trees import flatten
 
 Predictor = Callable[..., PyTree]  # what `ServingModel.inputs` names -> outputs
 PLATFORMS = ("cpu", "cuda", "tpu")
-RANDOM_IMAGES = 16  # to compare on without an evaluation set
+RANDOM_IMAGES, RANDOM_CANVASES = 16, 2  # to compare on without an evaluation set; of detection
 CALLS = 20  # the latency is their median
 
 
@@ -80,7 +80,7 @@ def export(trained: Trained, kind: str, out: pathlib.Path) -> Predictor:
     """Write the model in the format `kind`, a key of FORMATS, and return the written model, read again.
 
     Raises:
-        ValueError: a package that the format needs is missing.
+        ValueError: a package that the format needs is missing, or an operation that it cannot hold.
     """
     return FORMATS[kind](portable(trained), out)
 
@@ -101,15 +101,22 @@ def description(trained: Trained) -> dict[str, Any]:
     """Preprocessing of images and meaning of the outputs, as plain JSON values."""
     config, info = trained.config, trained.info
     height, width = input_size(trained.task)
+    if config.task.name == "detection":
+        resize = {name: config.instances[name] for name in ("short_side", "long_side")}
+        resize["category_ids"] = info.extra.get("category_ids")
+    else:
+        resize = {
+            "crop": config.data.eval_crop,
+            "resize": config.data.eval_resize,
+            "interpolation": config.data.interpolation,
+            "exif_rotation": config.data.exif_rotation,
+        }
     return {
         "task": config.task.name,
         "model": model_name(config),
         "image_size": height if height == width else [height, width],
         "in_channels": trained.task.batch_spec()["image"].shape[-1],
-        "crop": config.data.eval_crop,
-        "resize": config.data.eval_resize,
-        "interpolation": config.data.interpolation,
-        "exif_rotation": config.data.exif_rotation,
+        **resize,
         "mean": list(config.task.mean),
         "std": list(config.task.std),
         "classes": info.class_names,
@@ -162,9 +169,10 @@ def _size(out: pathlib.Path) -> str:
 
 
 def _random_batch(task: Any) -> dict[str, np.ndarray]:
-    shape = (RANDOM_IMAGES, *task.batch_spec()["image"].shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    return {"image": images, "mask": np.ones(RANDOM_IMAGES, bool)}
+    size = input_size(task)
+    count = RANDOM_IMAGES if "size" not in task.batch_spec() else RANDOM_CANVASES
+    images = np.random.default_rng(0).integers(0, 256, (count, *task.batch_spec()["image"].shape), np.uint8)
+    return {"image": images, "size": np.tile(np.int32(size), (count, 1)), "mask": np.ones(count, bool)}
 
 
 def _leaves(outputs: PyTree) -> dict[str, np.ndarray]:
@@ -176,7 +184,7 @@ def _best(decoded: Any) -> Any:
     if isinstance(decoded, dict):
         return {key: _best(value) for key, value in decoded.items() if not isinstance(value, float)}
     if isinstance(decoded, list | tuple):
-        return [_best(value) for value in decoded[:1]]
+        return [_best(value) for value in decoded[:1] if not isinstance(value, float)]
     return decoded
 
 
@@ -185,8 +193,10 @@ def _safetensors(trained: Trained, out: pathlib.Path) -> Predictor:
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out={out} must end in .safetensors")
-    if trained.config.task.name == "detection":
-        raise ValueError("--format=safetensors names a model that it is of, which detectors do not have; use stablehlo")
+    if trained.config.task.name == "detection":  # whose fields are those of the config
+        save_trained(out, trained)
+        again = load_trained(out)
+        return jax.jit(again.task.serving(again.model_variables, folded=False))
     fields = {field: value for field, value in trained.config.model.items() if value is not None}
     name = fields.pop("name")
     metadata = {"info": json.dumps(description(trained))}
@@ -215,7 +225,13 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         raise ValueError(f"--format=onnx needs more packages ({error}): {pip_install('onnx')}") from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs a warning for each unknown dimension
     serving = trained.task.serving(trained.model_variables)
-    model = jax2onnx.to_onnx(serving, _specs(trained, serving, "b"), return_mode="proto")
+    try:
+        model = jax2onnx.to_onnx(serving, _specs(trained, serving, "b"), return_mode="proto")
+    except Exception as error:  # of any kind, for operations that it cannot write, such as some of detectors
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"--format=onnx: jax2onnx cannot write {model_name(trained.config)} ({reason}); use --format=stablehlo"
+        ) from error
     structure = jax.tree.structure(jax.eval_shape(serving, *_specs(trained, serving, 1)))
     _rename(model.graph, *_tensor_names(trained.config.task.name, serving, structure))
     onnx.helper.set_model_props(model, {"info": json.dumps(description(trained))})

@@ -29,8 +29,7 @@ from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode, ServingModel
 
 if TYPE_CHECKING:
-    from halvit_jax.experiment.predictor import Predictor
-    from halvit_jax.experiment.trained import Trained
+    from halvit_jax.experiment.predictor import DetectionPredictor, Predictor
 
 BATCH = 16  # images that are run at once
 MIN_SIDE = 224  # pixels of a drawn image
@@ -91,9 +90,9 @@ def main(argv: list[str]) -> None:
         sys.exit(ExitCode.PARTLY)
 
 
-def check_flags(task: str, given: Mapping[str, Any]) -> None:
-    """Raise a ValueError for a flag of classification with a detector."""
-    for flag, value in given.items() if task == "detection" else ():
+def refuse_flags(given: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a flag of classification that is given with a detector."""
+    for flag, value in given.items():
         if value is not None:
             raise ValueError(f"--{flag}={value} is for classification, and this run has task.name='detection'")
 
@@ -119,24 +118,15 @@ def predict(
                 yield {"image": path, **next(rows)}, image
 
 
-def detect(
-    trained: "Trained", serving: ServingModel, paths: Iterable[str]
-) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
+def detect(predictor: "DetectionPredictor", paths: Iterable[str]) -> Iterator[tuple[dict[str, Any], np.ndarray | None]]:
     """`predict` for a detector: the detections in the pixels of each file; and the file's image."""
-    from halvit_jax import data
-
-    fields = trained.config.instances
-    apply, canvases = jax.jit(serving.apply), [tuple(canvas) for canvas in fields.canvases]
     for path in paths:
         try:
-            row = data.read_on_canvas(path, canvases, short_side=fields.short_side, long_side=fields.long_side)
+            row = predictor.preprocess(path)
         except ValueError as error:
             yield {"image": path, "error": str(error)}, None
             continue
-        outputs = apply(serving.variables, *(row[name][None] for name in serving.inputs))
-        outputs |= {name: row[name][None] for name in ("size", "original")}
-        (decoded,) = trained.task.decode(outputs, trained.info)
-        yield {"image": path, **decoded}, row["pixels"]
+        yield {"image": path, **predictor.detect(row)}, row["pixels"]
 
 
 def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
@@ -165,27 +155,20 @@ def attention_over(serving: ServingModel, image: np.ndarray) -> np.ndarray:
 def _predictions(arguments: list[str]) -> tuple[ServingModel, Iterator[tuple[dict[str, Any], np.ndarray | None]]]:
     """The model, and the rows of `predict` or `detect`, which are made one after the other."""
     from halvit_jax.cli import drawing
-    from halvit_jax.experiment.predictor import load_predictor, predictor_of
-    from halvit_jax.experiment.trained import load_trained
+    from halvit_jax.experiment.predictor import DetectionPredictor, load_predictor
     from halvit_jax.experiment.workdir import parse_step
 
     workdir, step = os.path.expanduser(flags.FLAGS.workdir), parse_step(flags.FLAGS.step)
     if not os.path.exists(workdir):
         raise ValueError(f"{workdir} is not the workdir of a run, nor a weight file: it does not exist")
     paths = _files(arguments)
-    trained = load_trained(workdir, step=step) if os.path.isdir(workdir) else None
-    name = trained.config.task.name if trained else "classification"
+    predictor = load_predictor(workdir, step=step, image_size=flags.FLAGS.image_size)
+    detects = isinstance(predictor, DetectionPredictor)
     if flags.FLAGS.draw is not None:
-        drawing.check(name, flags.FLAGS.draw, paths)
-    check_flags(name, {flag: flags.FLAGS[flag].value for flag in ("top", "csv", "image_size")})
-    if trained and name == "detection":
-        serving = trained.task.serving(trained.model_variables, folded=False)
-        return serving, detect(trained, serving, paths)
-    size = flags.FLAGS.image_size
-    if trained:
-        predictor = predictor_of(trained, image_size=size)
-    else:
-        predictor = load_predictor(workdir, step=step, image_size=size)
+        drawing.check(detects, flags.FLAGS.draw, paths)
+    if detects:
+        refuse_flags({flag: flags.FLAGS[flag].value for flag in ("top", "csv")})
+        return predictor.serving, detect(predictor, paths)
     decoding = {} if flags.FLAGS.top is None else {"top": flags.FLAGS.top}
     return predictor.serving, predict(predictor, paths, **decoding)
 

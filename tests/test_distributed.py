@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from helpers.processes import ROOT, Started
 from helpers.tiers import tiered
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.util.tensor_util import make_ndarray
 
 from halvit_jax import distributed
+from halvit_jax.data import scenes
 
 FIELDS = {
     "total_steps": 50,
@@ -48,23 +50,25 @@ class Processes:
         count: int,
         devices: int = 1,
         programs: dict[int, str] | None = None,
+        config: str = "halvit_digits",
+        flags: Sequence[str] = (),
         **fields: object,
     ) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         self.workdir = workdir
         self.logs = [workdir / f"log_{rank}.txt" for rank in range(count)]
         port = free_port()
-        values = FIELDS | {"data.data_dir": data_dir} | fields
-        shared = ["--config=configs/halvit_digits.py", f"--workdir={workdir}"]
+        values = (FIELDS | {"data.data_dir": data_dir} if config == "halvit_digits" else {}) | fields
+        shared = [f"--config=configs/{config}.py", f"--workdir={workdir}", *flags]
         shared += [f"--config.{name}={value}" for name, value in values.items()]
-        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        xla_flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
         self.processes = []
         for rank, log in enumerate(self.logs):
             own = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={rank}"]
             arguments = [*shared, *(own if count > 1 else [])]
             program = (programs or {}).get(rank, "")
             log.write_text("")
-            self.processes.append(Started(MAIN, *arguments, stdout=log, program=program, xla_flags=flags))
+            self.processes.append(Started(MAIN, *arguments, stdout=log, program=program, xla_flags=xla_flags))
 
     def until(self, text: str, *, rank: int = 0, seconds: float = 240.0) -> None:
         """Wait until a rank has printed something."""
@@ -202,6 +206,67 @@ def test_when_one_of_four_is_killed_the_others_end_name_it_and_the_run_resumes(
     again = Processes(tmp_path, digits_dir, count=4)
     assert again.codes() == [0] * 4, again.outputs()
     assert result(tmp_path)["params_sha256"] == result(four)["params_sha256"]
+
+
+DETECTION = {
+    "total_steps": 4,
+    "batch_size": 4,
+    "recipe_batch_size": 4,
+    "loop.log_every": 1,
+    "loop.eval_every": 4,
+    "loop.checkpoint_every": 4,
+    "model.width": 32,
+    "model.depth": 1,
+    "model.num_heads": 2,
+    "instances.canvases": "((160, 192), (192, 192))",
+    "detection.width": 16,
+    "detection.hidden": 16,
+    "detection.mask_depth": 1,
+    "detection.train_candidates": 40,
+    "detection.train_proposals": 20,
+    "detection.test_candidates": 40,
+    "detection.test_proposals": 20,
+    "detection.score_threshold": 0.01,
+    "detection.detections": 10,
+    "optim.warmup_steps": 1,
+    "cluster.heartbeat_timeout": 60,
+    "cluster.start_timeout": 120,
+}
+
+
+@pytest.mark.slow
+def test_a_detector_sees_the_same_batches_and_finds_the_same_on_one_two_and_four_processes(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Two canvases, eight images of them: each is evaluated once, whatever the number of processes is."""
+    data = tmp_path / "data"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "SPLITS", {"train": (1, 24), "val": (2, 7)})
+        scenes.prepare(str(data))
+    fields = DETECTION | {"instances.data_dir": data}
+    runs = {}
+    for count in (1, 2, 4):
+        run = runs[count] = Processes(tmp_path / str(count), data, count=count, config="scenes_mask_rcnn", **fields)
+        assert run.codes() == [0] * count, run.outputs()
+        assert losses(run.workdir) == pytest.approx(losses(runs[1].workdir), rel=1e-4)
+    assert sorted(losses(runs[1].workdir)) == [1, 2, 3, 4]
+    found = {}
+    for count in (1, 2, 4):  # the same weights
+        file = tmp_path / f"found_{count}.json"
+        flags = ("--mode=eval", f"--detections={file}")
+        run = Processes(runs[1].workdir, data, count=count, config="scenes_mask_rcnn", flags=flags, **fields)
+        assert run.codes() == [0] * count, run.outputs()
+        rows = json.loads(file.read_text())
+        found[count] = sorted(rows, key=lambda row: (row["image_id"], -row["score"], row["category_id"], row["bbox"]))
+    evaluations = [json.loads(line) for line in (runs[1].workdir / "evals.jsonl").read_text().splitlines()]
+    assert len(evaluations) == 3
+    for count, evaluation in zip((1, 2, 4), evaluations, strict=True):
+        assert evaluation["eval"] == pytest.approx(evaluations[0]["eval"], abs=1e-6)
+        assert len({row["image_id"] for row in found[count]}) == 7
+        assert [row["category_id"] for row in found[count]] == [row["category_id"] for row in found[1]]
+        for name in ("bbox", "score"):
+            values = [np.array([row[name] for row in found[each]]) for each in (count, 1)]
+            np.testing.assert_allclose(*values, atol=1e-3)
 
 
 SLEEPS = """

@@ -13,14 +13,14 @@ COLOURS = ("#ff5a46", "#50c878", "#468cff", "#fac832", "#c864f0", "#3cd2dc")
 MIN_SIDE = 480  # pixels of a drawing
 
 
-def check(task: str, folder: str, images: Sequence[str]) -> None:
-    """Create the folder.
+def check(detects: bool, folder: str, images: Sequence[str]) -> None:
+    """Create the folder for the drawings of a detector.
 
     Raises:
-        ValueError: the task draws nothing, matplotlib is not installed, or two images would have the same file.
+        ValueError: the model detects nothing, matplotlib is not installed, or two images would have the same file.
     """
-    if task != "detection":
-        raise ValueError(f"--draw={folder} is for runs with task.name='detection', not {task!r}")
+    if not detects:
+        raise ValueError(f"--draw={folder} is for runs with task.name='detection', and this one classifies")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

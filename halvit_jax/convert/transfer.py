@@ -54,6 +54,8 @@ def read_for(path: str | os.PathLike[str], name: str, model: Any, *, ema: bool =
         ValueError: an unreadable file, and every entry that is not an array of such a model, by name.
     """
     weights = readers.read(path, ema=ema)
+    if weights_file.DETECTOR in weights.metadata and hasattr(model, "backbone"):
+        return dict(weights.arrays)
     stored = weights_file.from_weights(weights)
     if stored is not None:
         return flatten(stored.variables)

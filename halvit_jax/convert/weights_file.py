@@ -15,6 +15,7 @@ from halvit_jax.trees import flatten, unflatten
 
 EMPTY: Mapping[str, str] = types.MappingProxyType({})
 FORMAT = "halvit_jax"  # marks the files that are ours
+DETECTOR = "detector"  # in the metadata: the name of a detector, whose fields are in the config of its run
 
 
 class StoredModel(NamedTuple):
@@ -46,6 +47,14 @@ def save(
     except TypeError as error:
         raise ValueError(f"the fields {fields} of {name} cannot be written as JSON: {error}") from error
     readers.write(path, arrays, {**metadata, "format": FORMAT, "model": name, "fields": text})
+
+
+def save_detector(
+    path: str | os.PathLike[str], name: str, variables: Mapping[str, Any], *, metadata: Mapping[str, str]
+) -> None:
+    """Write the variables of a detector; `metadata` hold the config of its run, which `load_trained` builds it from."""
+    arrays = flatten(jax.tree.map(np.asarray, dict(variables)))
+    readers.write(path, arrays, {**metadata, "format": FORMAT, DETECTOR: name})
 
 
 def load(path: str | os.PathLike[str]) -> StoredModel:
@@ -82,11 +91,16 @@ def from_weights(weights: readers.Weights) -> StoredModel | None:
     """The variables in the content of a file of `save`; None for any other.
 
     Raises:
-        ValueError: invalid metadata, or arrays that do not fit the model.
+        ValueError: invalid metadata, arrays that do not fit the model, or a detector.
     """
     metadata = weights.metadata
     if metadata.get("format") != FORMAT:
         return None
+    if DETECTOR in metadata:
+        raise ValueError(
+            f"the file is of the detector {metadata[DETECTOR]!r}, and no model of its own; halvit_jax.load, "
+            "load_predictor and init_from of task.name='detection' read it"
+        )
     name, fields = metadata.get("model", ""), _fields(metadata.get("fields", ""))
     if fields is None or _blocks(fields) > len(weights.arrays):  # building a model of a billion blocks would not end
         raise ValueError(f"the fields of the model {name!r} are invalid: {metadata.get('fields')!r:.300}")

@@ -8,11 +8,11 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from halvit_jax.data.errors import undecodable
 from halvit_jax.data.instance_loaders import make_detection_loaders
-from halvit_jax.data.instances import read_on_canvas
+from halvit_jax.data.instances import put_on_canvas, read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.image_folder import image_files
-from halvit_jax.data.transforms import eval_transform, read_image, transform_array, write_png
+from halvit_jax.data.transforms import eval_transform, png, read_image, transform_array, write_png
 
 __all__ = [
     "Host",
@@ -22,6 +22,8 @@ __all__ = [
     "make_detection_loaders",
     "make_loaders",
     "open_source",
+    "png",
+    "put_on_canvas",
     "read_image",
     "read_on_canvas",
     "transform_array",

@@ -159,6 +159,18 @@ def read_on_canvas(path: str, canvases: Sequence[Canvas], *, short_side: int, lo
         pixels = ops.decode(tf.io.read_file(path)).numpy()
     except tf.errors.OpError as error:
         raise ValueError(f"{path} is not an image that can be read: {ops.reason(error)}") from error
+    return put_on_canvas(pixels, canvases, short_side=short_side, long_side=long_side)
+
+
+def put_on_canvas(pixels: np.ndarray, canvases: Sequence[Canvas], *, short_side: int, long_side: int) -> Row:
+    """`read_on_canvas` of an image in memory, uint8 [rows, columns, 3] or grey [rows, columns].
+
+    Raises:
+        ValueError: an array of another shape or type, or an image that fits on no canvas.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[-1] not in (1, 3)):
+        raise ValueError(f"an image must be uint8 [h, w, 3] or [h, w], not {pixels.dtype} {list(pixels.shape)}")
+    pixels = np.broadcast_to(pixels if pixels.ndim == 3 else pixels[..., None], (*pixels.shape[:2], 3))
     original = np.array(pixels.shape[:2], np.int32)
     size = scaled(original[None], short_side, long_side)[0]
     canvas = canvases[int(choose(size[None], canvases)[0])]

@@ -8,10 +8,13 @@ Shapes: `b` batch, `a` anchors, `g` ground-truth rows, `m` proposals, `n` sample
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
 from halvit_jax.detection.anchors import Anchors
 from halvit_jax.detection.assign import NEITHER, Matching, assign
@@ -28,6 +31,8 @@ from halvit_jax.detection.targets import box_targets, mask_targets
 from halvit_jax.layers.arrays import align_last
 
 BOX_BINS, MASK_BINS = 7, 14
+DRAWN = (0.25, 0.5, 1.0)  # shares of the slots of masks, of which the smallest that is enough is drawn
+LEAST_CUT = 32  # slots from which on that is worth a conditional
 POOLED_LEVELS = 4  # boxes are pooled from all levels but the coarsest
 
 
@@ -72,8 +77,7 @@ class MaskRCNN(Detector):
         found = jax.vmap(self._select)(logits, deltas, proposals, size)
         answer = found._asdict()
         if self.masks:
-            drawn = self._draw(maps, found.boxes)  # [b, d, 28, 28, k]
-            own = jax.nn.sigmoid(_own(drawn, found.labels[:, :, None, None]))
+            own = jax.nn.sigmoid(self._draw(maps, found.boxes, found.labels, found.valid))  # [b, d, 28, 28]
             answer["masks"] = own * found.valid[..., None, None].astype(jnp.float32)
         return answer
 
@@ -109,7 +113,7 @@ class MaskRCNN(Detector):
             # Positives come first, so the slots behind the most there can be are never drawn.
             most = int(self.roi_samples * self.roi_positives)
             boxes, truth_of, labels, positive = (a[:, :most] for a in (boxes, truth_of, labels, positive))
-            own = _own(self._draw(maps, boxes), jnp.minimum(labels, self.num_classes - 1)[:, :, None, None])
+            own = self._draw(maps, boxes, jnp.minimum(labels, self.num_classes - 1), positive > 0)
             targets = self._mask_targets(truth, boxes, truth_of, canvas, own.shape[-1])
             loss = sigmoid_cross_entropy(own, targets, positive[..., None, None])
             losses["mask"] = loss / (jnp.maximum(positive.sum(), 1) * own.shape[-1] ** 2)
@@ -229,10 +233,29 @@ class MaskRCNN(Detector):
         logits, deltas = (a.reshape(*boxes.shape[:2], *a.shape[1:]) for a in both)
         return logits, deltas
 
-    def _draw(self, maps: Maps, boxes: jax.Array) -> jax.Array:
-        """Mask logits of boxes [b, n, 4] for every class: [b, n, 28, 28, k]."""
-        logits = self.mask_head(self._pool(maps, boxes, MASK_BINS))
-        return logits.reshape(*boxes.shape[:2], *logits.shape[1:])
+    def _draw(self, maps: Maps, boxes: jax.Array, labels: jax.Array, used: jax.Array) -> jax.Array:
+        """Mask logits of boxes [b, n, 4] for their own class [b, n]: [b, n, 28, 28].
+
+        Rows that are `used` [b, n] come first. A quarter, half or all of the rows are drawn, as the image with the most
+        of them needs, because there are far fewer than n on most images; the others are 0.
+        """
+        n = boxes.shape[1]
+
+        def first(count: int) -> Callable[..., jax.Array]:
+            def draw(detector: MaskRCNN, maps: Maps, boxes: jax.Array, labels: jax.Array) -> jax.Array:
+                logits = detector.mask_head(detector._pool(maps, boxes[:, :count], MASK_BINS))
+                own = _own(logits, labels[:, :count].reshape(-1)[:, None, None])  # [b n, 28, 28]
+                own = own.reshape(-1, count, *own.shape[1:])
+                return jnp.pad(own, ((0, 0), (0, n - count), (0, 0), (0, 0)))
+
+            return draw
+
+        counts = [math.ceil(n * share) for share in DRAWN]
+        if self.is_initializing() or n < LEAST_CUT:
+            return first(n)(self, maps, boxes, labels)
+        needed = used.sum(1).max()
+        branch = sum((needed > count).astype(jnp.int32) for count in counts[:-1])
+        return nn.switch(branch, [first(count) for count in counts], self, maps, boxes, labels)
 
     def _mask_targets(
         self, truth: Truth, boxes: jax.Array, truth_of: jax.Array, canvas: tuple[int, int], size: int

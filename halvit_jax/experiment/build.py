@@ -181,8 +181,15 @@ def total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 def recipe_deviations(config: ConfigDict) -> list[str]:
     """One line for each way in which the config deviates from its recipe, to be logged as a warning."""
+    found = []
+    if config.task.name == "detection" and config.instances.name == "coco" and not config.init_from:
+        frozen = "" if config.detection.train_norms else ", and its BatchNorms, if it has any, never learn statistics"
+        found.append(
+            f"init_from is not set, so {config.model.name} starts from random weights{frozen}; set init_from to its "
+            "ImageNet run or weight file"
+        )
     if config.recipe_batch_size in (0, config.batch_size):
-        return []
+        return found
     ratio = f"{config.batch_size}/{config.optim.base_batch_size}"
     effect = {
         "none": "leaves the learning rate as it is",
@@ -190,6 +197,7 @@ def recipe_deviations(config: ConfigDict) -> list[str]:
         "sqrt": f"multiplies the learning rate by sqrt({ratio})",
     }[config.optim.scaling]
     return [
+        *found,
         f"batch_size={config.batch_size}, but this recipe was made for {config.recipe_batch_size}; "
-        f"optim.scaling={config.optim.scaling!r} {effect}"
+        f"optim.scaling={config.optim.scaling!r} {effect}",
     ]

@@ -83,9 +83,66 @@ class Predictor:
             yield from self._task.decode(kept, self._info, **decoding)
 
 
+class DetectionPredictor:
+    """A trained detector that takes images as they come, of any size that its canvases hold.
+
+    predictor("a.jpg")            {"detections": [{"class", "category_id", "bbox", "score", "segmentation"}, ...]}
+    predictor(["a.jpg", array])   a list of them; images are as for `Predictor`
+
+    Boxes (x, y, width, height) and masks (RLE) are in pixels of the image given.
+
+    Attributes:
+        model: the detector, a Flax module, without preprocessing.
+        variables: of the model, {"params": ..., ...}.
+        labels: the names of the classes.
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        from halvit_jax import data
+
+        data.hide_accelerators()
+        self._task, self._info, fields = trained.task, trained.info, trained.config.instances
+        self.model, self.variables, self.labels = trained.task.model, trained.model_variables, trained.info.class_names
+        self.serving = trained.task.serving(self.variables, folded=False)
+        self._apply = jax.jit(self.serving.apply)  # compiled once a canvas
+        self._canvases = [tuple(canvas) for canvas in fields.canvases]
+        self._sides = {"short_side": fields.short_side, "long_side": fields.long_side}
+
+    def __call__(self, images: Image | Sequence[Image]) -> Any:
+        """The detections in one image, or a list of them for a list.
+
+        Raises:
+            ValueError: an image that cannot be read or that no canvas holds, by name.
+        """
+        if isinstance(images, list | tuple):
+            return [self(image) for image in images]
+        return self.detect(self.preprocess(images))
+
+    def preprocess(self, image: Image) -> dict[str, np.ndarray]:
+        """The image on its canvas: `image` uint8 [h, w, 3], `size`, `original`, and `pixels`, the image given.
+
+        Raises:
+            ValueError: the image cannot be read, or no canvas holds it.
+        """
+        from halvit_jax import data
+
+        if isinstance(image, str | os.PathLike):
+            return data.read_on_canvas(os.path.expanduser(os.fspath(image)), self._canvases, **self._sides)
+        if hasattr(image, "convert"):  # Pillow's
+            image = np.asarray(image.convert("RGB"))
+        return data.put_on_canvas(np.asarray(image), self._canvases, **self._sides)
+
+    def detect(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The detections in a preprocessed image."""
+        outputs = self._apply(self.serving.variables, *(row[name][None] for name in self.serving.inputs))
+        outputs |= {name: row[name][None] for name in ("size", "original")}
+        (decoded,) = self._task.decode(outputs, self._info)
+        return decoded
+
+
 def load_predictor(
     source: str | os.PathLike[str], *, step: int | str | None = None, image_size: int | None = None
-) -> Predictor:
+) -> Predictor | DetectionPredictor:
     """The predictor of a workdir (its newest checkpoint, or that of `step`, which may be "best"), or of a .safetensors
     file of `halvit_jax.export` or `halvit_jax.halve`. It computes in float32.
 
@@ -115,9 +172,11 @@ def load_predictor(
     return Predictor(task, variables, DatasetInfo(described["classes"], 0), how)
 
 
-def predictor_of(trained: Trained, *, image_size: int | None = None) -> Predictor:
+def predictor_of(trained: Trained, *, image_size: int | None = None) -> Predictor | DetectionPredictor:
     """The predictor of a trained model, which preprocesses as its evaluation did, for images of its or another size."""
     trained = at_size(trained, image_size) if image_size else trained
+    if trained.config.task.name == "detection":
+        return DetectionPredictor(trained)
     fields = trained.config.data
     how = {"fraction": fields.eval_crop, "method": fields.interpolation, "resize": fields.eval_resize}
     how["exif_rotation"] = fields.exif_rotation

@@ -3,15 +3,16 @@
 import json
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
-from halvit_jax.convert import readers, weights_file
+from halvit_jax.convert import engine, readers, weights_file
 from halvit_jax.convert.transfer import transfer
-from halvit_jax.experiment.tasks import build_task
+from halvit_jax.experiment.tasks import build_task, model_name
 from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
@@ -78,9 +79,7 @@ def fit(task: Task, variables: PyTree, name: str) -> dict[str, PyTree]:
     Raises:
         ValueError: arrays that cannot be adapted, by path.
     """
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
-    return unflatten(transfer(name, flatten(variables), shapes, task.transfer_rules, exclude=()).arrays)
+    return unflatten(transfer(name, flatten(variables), _shapes(task), task.transfer_rules, exclude=()).arrays)
 
 
 def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
@@ -93,7 +92,10 @@ def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
     name, images = fields.pop("name"), {"mean": list(trained.config.task.mean), "std": list(trained.config.task.std)}
     texts = {CONFIG: config_lib.to_json(trained.config), INFO: json.dumps(images)}
     texts[DATASET] = json.dumps(trained.info._asdict() | {"extra": dict(trained.info.extra)})
-    weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
+    if trained.config.task.name == "detection":
+        weights_file.save_detector(path, model_name(trained.config), trained.model_variables, metadata=texts)
+    else:
+        weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
 
 
 def _load_file(path: pathlib.Path) -> Trained:
@@ -104,13 +106,27 @@ def _load_file(path: pathlib.Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
-    stored = weights_file.from_weights(weights)
-    if stored is None:
-        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
-    params, model_state = stored.variables.pop("params"), stored.variables
-    return Trained(
-        build_task(config), (params, model_state), config, DatasetInfo(**json.loads(weights.metadata[DATASET]))
-    )
+    task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
+    if weights_file.DETECTOR in weights.metadata:
+        variables = _variables_of(task, model_name(config), weights.arrays)
+    else:
+        stored = weights_file.from_weights(weights)
+        if stored is None:
+            raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
+        variables = stored.variables
+    params, model_state = variables.pop("params"), variables
+    return Trained(task, (params, model_state), config, info)
+
+
+def _variables_of(task: Task, name: str, arrays: Mapping[str, Any]) -> dict[str, PyTree]:
+    """The arrays of a file as the variables of a task, in the shapes of which they must be."""
+    engine.check_tree(name, arrays, _shapes(task))
+    return unflatten(arrays)
+
+
+def _shapes(task: Task) -> dict[str, tuple[int, ...]]:
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
 
 
 def restore(task: Task, config: ConfigDict, workdir: pathlib.Path, *, step: int | str | None = None) -> TrainState:

@@ -16,8 +16,10 @@ from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
 CONFIG_FILE = "config.json"  # the config of the run; before it was changed at step N: config.step_N.json
 DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class names
+CATEGORIES_FILE = "categories.json"  # of detection: id and name of each label, in order
 EVALS_FILE = "evals.jsonl"  # a line for each --mode=eval: the step, the data and the metrics
 RESULT_FILE = "result.json"  # metrics of the finished run
+PAGE_FILE = "report.html"  # the finished run on one page
 INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
 TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
 LOCK_FILE = "lock.json"  # the process that trains here
@@ -94,6 +96,10 @@ def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetI
         path.replace(path.with_suffix(f".step_{resumed_at}.json"))
     write_text(path, text)
     write_text(workdir / DATASET_FILE, json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n")
+    if "category_ids" in info.extra:
+        pairs = zip(info.extra["category_ids"], info.class_names, strict=True)
+        listed = [{"id": number, "name": name} for number, name in pairs]
+        write_text(workdir / CATEGORIES_FILE, json.dumps(listed, indent=2) + "\n")
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

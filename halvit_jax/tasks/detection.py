@@ -4,6 +4,7 @@ Shapes: `b` batch, `h w` canvas, `g` rows for objects, `d` detections of an imag
 """
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ from halvit_jax.tasks.drawing import draw
 from halvit_jax.trees import Rules, TransferRules, flatten
 
 CROP = 112  # r
+SIDES = 32  # what divides the sides of canvases: the largest stride of most backbones; SHViT's neck allows for its 64
 INIT_SIDE = 128  # pixels of the images that parameters are made with; their shapes do not depend on it
 PICTURES = 4  # images that are drawn
 OWN = r"(pyramid|norms|rpn|box_head|mask_head|head)/"  # a detector's parameters outside of its backbone
@@ -41,7 +43,7 @@ class Detection:
     Args:
         model: the backbone, without a classifier: `model.features` -> {stride: map}.
         mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
-        canvases: (height, width) of the batches; the first one is that of `batch_spec`.
+        canvases: (height, width) of the batches, multiples of 32; the first one is that of `batch_spec`.
         max_objects: g.
         detector: a key of `detection.DETECTORS`.
         metric_backend: a key of `detection.coco_metric.BACKENDS`, of the evaluation.
@@ -76,6 +78,14 @@ class Detection:
         if model.in_channels != 3:
             raise ValueError(f"model.in_channels={model.in_channels} must be 3 for task.name='detection'")
         self.canvases = [(int(height), int(width)) for height, width in canvases]
+        unit = math.lcm(SIDES, getattr(model, "patch_size", None) or 1)
+        for height, width in self.canvases:
+            if height % unit or width % unit or height < 1 or width < 1:
+                fitting = " x ".join(str(max(-(-side // unit), 1) * unit) for side in (height, width))
+                raise ValueError(
+                    f"instances.canvases={tuple(self.canvases)}: the strides of {type(model).__name__} do not divide "
+                    f"{height} x {width}; make the sides multiples of {unit}, here {fitting}"
+                )
         self.constants: PyTree = {}
         self.partition_rules = (*PARTITION_RULES[:-1], *partition_rules(model))
         self._colours = tuple(np.asarray(colours, np.float32)[None, None, None] for colours in (mean, std))

@@ -22,11 +22,15 @@ SCALINGS: dict[str, Callable[[float], float]] = {"none": lambda _: 1.0, "linear"
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation (`init`, `update`) and the schedule in it, to be reported."""
+    """An optax transformation (`init`, `update`) and the schedule in it, to be reported.
+
+    A parameter whose path matches one of `frozen` needs no gradient.
+    """
 
     init: Callable[[PyTree], PyTree]
     update: Callable[..., tuple[PyTree, PyTree]]
     schedule: Callable[[Array], Array]
+    frozen: Sequence[str] = ()
 
 
 def make_optimizer(
@@ -127,7 +131,7 @@ def make_optimizer(
     if frozen:
         parts_of = functools.partial(_trained_or_frozen, frozen)
         chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, parts_of)
-    return Optimizer(chain.init, chain.update, rate)
+    return Optimizer(chain.init, chain.update, rate, tuple(frozen))
 
 
 def make_schedule(

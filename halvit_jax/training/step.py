@@ -1,7 +1,7 @@
 """The training step and the evaluation step: pure functions of state and batch."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from halvit_jax.protocols import Array, ArraySpec, Batch, PyTree, Task
 from halvit_jax.training.fault_tolerance import grad_spikes, nonfinite
 from halvit_jax.training.fault_tolerance.preemption import REQUEST, requested
-from halvit_jax.training.optim import Optimizer
+from halvit_jax.training.optim import Optimizer, path_mask
 from halvit_jax.training.sharding import BATCH
 from halvit_jax.training.state import TrainState
 
@@ -67,7 +67,7 @@ def make_train_step(
     @_on_its_mesh
     def train_step(state: TrainState, constants: PyTree, batch: Batch) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)
-        run = functools.partial(_backward, task, state.params, constants)
+        run = functools.partial(_backward, task, optimizer.frozen, state.params, constants)
         if accumulate == 1:
             result = run(state.model_state, batch, key)
         else:
@@ -149,11 +149,22 @@ class _Backward(NamedTuple):
 
 
 def _backward(
-    task: Task, params: PyTree, constants: PyTree, model_state: PyTree, batch: Batch, key: jax.Array
+    task: Task,
+    frozen: Sequence[str],
+    params: PyTree,
+    constants: PyTree,
+    model_state: PyTree,
+    batch: Batch,
+    key: jax.Array,
 ) -> _Backward:
-    """The loss of one batch, its gradient, the new model state and the sums."""
+    """The loss of one batch, its gradient, the new model state and the sums.
+
+    The gradient of frozen parameters is 0: what lies below them all is not run backwards.
+    """
+    trained = path_mask(params, frozen)
 
     def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, dict[str, Array]]]:
+        params = jax.tree.map(lambda leaf, trains: leaf if trains else jax.lax.stop_gradient(leaf), params, trained)
         loss = task.loss(params, model_state, constants, batch, key)
         return loss.value, (loss.model_state, loss.sums)
 

@@ -30,12 +30,12 @@ def test_a_drawing_has_the_box_and_the_mask(tmp_path: pathlib.Path) -> None:
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"--draw=.*out is for runs with task\.name='detection', not 'classification'"):
-        drawing.check("classification", out, ["a.png"])
+    with pytest.raises(ValueError, match=r"--draw=.*out is for runs with task\.name='detection', and this one"):
+        drawing.check(False, out, ["a.png"])
     with pytest.raises(ValueError, match=r"two images would be written to .*out/a\.png"):
-        drawing.check("detection", out, ["x/a.png", "y/a.jpg"])
-    drawing.check("detection", out, ["a.png", "b.png"])
+        drawing.check(True, out, ["x/a.png", "y/a.jpg"])
+    drawing.check(True, out, ["a.png", "b.png"])
     assert (tmp_path / "out").is_dir()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="--draw needs matplotlib"):
-        drawing.check("detection", out, ["a.png"])
+        drawing.check(True, out, ["a.png"])

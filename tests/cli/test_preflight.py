@@ -125,6 +125,85 @@ def test_the_data_of_detection_are_described_before_anything_is_compiled(
         assert words in text, text
 
 
+def _first(content: dict[str, Any], **fields: Any) -> None:
+    content["annotations"][0].update(fields)
+
+
+SPOILED: dict[str, tuple[Any, str, str]] = {  # what is done to a good file, the verdict on its data, and words of it
+    "outside": (lambda c: _first(c, bbox=[70, 5, 9, 9]), "ok", "no ground truth: 1 outside its image"),
+    "no area": (lambda c: _first(c, bbox=[5, 5, 0, 9]), "ok", "no ground truth: 1 of no area"),
+    "two points": (
+        lambda c: _first(c, segmentation=[[1, 1, 5, 5]]),
+        "ok",
+        "no ground truth: 1 without a mask; 1 polygons of fewer than 3 points or of an odd number of coordinates",
+    ),
+    "leaving": (lambda c: _first(c, bbox=[30, 5, 90, 9]), "ok", "1 boxes that leave their image, clipped"),
+    "corners": (
+        lambda c: [entry.update(bbox=[10, 10, 32, 32], iscrowd=0) for entry in c["annotations"]],
+        "FAIL",
+        r"boxes leave their images as COCO's \(x, y, width, height\), and all fit as \(x1, y1, x2, y2\)",
+    ),
+    "unknown category": (
+        lambda c: _first(c, category_id=4),
+        "FAIL",
+        "1 annotations have a category_id that categories",
+    ),
+    "twice": (lambda c: _first(c, id=2), "FAIL", "annotation ids that are there more than once: 2"),
+    "image twice": (lambda c: c["images"][1].update(id=100), "FAIL", "image ids that are there more than once: 100"),
+    "NaN": (lambda c: _first(c, bbox=[1, float("nan"), 3, 4]), "FAIL", "a bbox that is not finite: annotation 1"),
+    "NaN in a polygon": (
+        lambda c: _first(c, segmentation=[[1, float("nan"), 3, 4, 5, 6]]),
+        "FAIL",
+        "annotation 1 has a broken segmentation",
+    ),
+    "broken RLE": (
+        lambda c: _first(c, segmentation={"size": [60, 40], "counts": [5]}),
+        "FAIL",
+        "annotation 1 has a broken segmentation: an RLE of 5 pixels on an image of 60 x 40",
+    ),
+    "0 images": (lambda c: c["images"].clear(), "FAIL", "0 images; there is nothing to learn from it"),
+    "missing image": (
+        lambda c: c["images"][1].update(file_name="no.png"),
+        "FAIL",
+        "lacks 1 of the 7 images .*: no.png",
+    ),
+    "too many": (
+        lambda c: c["annotations"].extend([small_coco.box(101, [1, 1, 9, 9]) | {"id": 50 + n} for n in range(9)]),
+        "FAIL",
+        "instances.max_objects=8 is less than the 10 objects on image 101 of .*; raise it to 10",
+    ),
+    "rotated": (
+        lambda c: c["images"][1].update(height=40, width=60),
+        "FAIL",
+        "1.png has 60 rows and 40 columns, but .* says 40 and 60; its sides are swapped: an EXIF orientation",
+    ),
+    "other categories": (
+        lambda c: c["categories"].append({"id": 4, "name": "cow"}),
+        "FAIL",
+        "must have the same categories; only one of them has 4 cow",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_bad_input_of_detection_is_counted_in_one_line_before_anything_is_compiled(
+    case: str, tmp_path: pathlib.Path, capsys: Capsys
+) -> None:
+    spoil, verdict, words = SPOILED[case]
+    good, content = small_coco.content(), small_coco.content()
+    config = default_config()
+    config.task.name, config.batch_size = "detection", 1
+    fields = small_coco.write(tmp_path, content, good)  # images as the good file lists them
+    spoil(content)
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    config.instances.update({"canvases": ((64, 64),), "short_side": 0, "max_objects": 8, **fields})
+    task, items = types.SimpleNamespace(check_dataset=lambda info: None), preflight.Checklist()
+    loaders = items.run("data", preflight._data, config=config, size=(64, 64))
+    items.run("dataset", preflight._dataset, config=config, model=task, data=loaders)
+    (found,) = [line for line in capsys.readouterr().out.splitlines() if re.search(words, line)]
+    assert found.split()[0] == verdict
+
+
 def test_two_wrong_things_are_both_named(digits_dir: pathlib.Path, capsys: Capsys) -> None:
     lines = tried(small(digits_dir, **{"batch_size": -32, "optim.schedule": "linear"}), None, capsys)
     assert "batch_size=-32 must be at least 1" in line_of(lines, "FAIL", "config")

@@ -55,4 +55,9 @@ def test_bench_measures_what_folding_brings(monkeypatch: pytest.MonkeyPatch) -> 
 def test_bench_refuses_unknown_models() -> None:
     assert "did you mean 'deit_small'" in run_command("halvit_jax.bench", "--models=deit_smal", code=2).stderr
     assert "name models with --models=a,b" in run_command("halvit_jax.bench", "deit_small", code=2).stderr
+    assert "--against=torch is for --what=detect" in run_command("halvit_jax.bench", "--against=torch", code=2).stderr
+    assert (
+        "--what=detect needs a --config of"
+        in run_command("halvit_jax.bench", "--what=detect", "--models=deit_tiny", code=2).stderr
+    )
     assert "--batch" in run_command("halvit_jax.bench", "--batch=0", code=2).stderr

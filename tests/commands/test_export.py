@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from types import SimpleNamespace
 
 import jax
@@ -145,6 +146,21 @@ def test_a_file_of_another_kind_and_a_missing_package_are_refused(
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(ValueError, match=r"needs more packages .*: pip install 'jax2onnx>=.*' onnxruntime$"):
         export.export(trained, "onnx", tmp_path / "model.onnx")
+
+
+def test_a_model_that_onnx_cannot_hold_is_one_line(
+    finished: Finished, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: object, **how: object) -> None:
+        raise NotImplementedError("no plugin for primitive 'while'\nmore")
+
+    for name in ("jax2onnx", "onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_onnx=refuse))
+    message = (
+        r"--format=onnx: jax2onnx cannot write halvit_tiny \(no plugin for primitive 'while'\); use --format=stable"
+    )
+    with pytest.raises(ValueError, match=message):
+        export.export(load_trained(finished[0]), "onnx", tmp_path / "model.onnx")
 
 
 def test_an_export_without_the_data_is_compared_on_random_images(

@@ -107,11 +107,10 @@ def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letter
 
 
 def test_flags_of_classification_are_refused_with_a_detector() -> None:
-    predict.check_flags("detection", {"top": None, "csv": None})
-    predict.check_flags("classification", {"top": 3, "csv": "a.csv"})
-    for flag, value in {"top": 3, "csv": "a.csv", "image_size": 12}.items():
+    predict.refuse_flags({"top": None, "csv": None})
+    for flag, value in {"top": 3, "csv": "a.csv"}.items():
         with pytest.raises(ValueError, match=rf"--{flag}={value} is for classification, and this run has task.name='d"):
-            predict.check_flags("detection", {flag: value})
+            predict.refuse_flags({flag: value})
 
 
 def test_a_pattern_stands_for_the_files_that_match(tmp_path: pathlib.Path) -> None:

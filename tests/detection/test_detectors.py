@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from halvit_jax.detection import MaskRCNN, RetinaNet
+from halvit_jax.detection import MaskRCNN, RetinaNet, mask_rcnn
 from halvit_jax.layers.conv import ConvNorm
 from halvit_jax.trees import flatten
 
@@ -245,3 +245,34 @@ def test_faster_rcnn_has_no_masks() -> None:
 def test_unknown_choices_are_refused_by_field(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"detection\.{field}={value!r}"):
         _model(RetinaNet, **{field: value})
+
+
+@pytest.mark.slow
+def test_no_more_masks_are_drawn_than_the_image_with_the_most_of_them_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variables, n = _model(MaskRCNN), _variables(MaskRCNN), 36
+    rng = np.random.default_rng(0)
+    maps = {s: jnp.asarray(rng.standard_normal((2, 64 // s, 64 // s, 16)), jnp.float32) for s in (4, 8, 16, 32)}
+    corner = rng.uniform(0, 30, (2, n, 2))
+    boxes = jnp.asarray(np.concatenate([corner, corner + 20], -1), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, CLASSES, (2, n)))
+
+    def draw(variables: Any, used: jax.Array) -> tuple[jax.Array, Any]:
+        def total(variables: Any) -> tuple[jax.Array, jax.Array]:
+            drawn = model.apply(variables, maps, boxes, labels, used, method="_draw")
+            return jnp.sum(jnp.where(used[..., None, None], drawn, 0) ** 2), drawn
+
+        gradient, drawn = jax.grad(total, has_aux=True)(variables)
+        return drawn, gradient
+
+    cut = jax.jit(draw)
+    assert "cond" in str(jax.make_jaxpr(draw)(variables, jnp.ones((2, n), bool)))
+    monkeypatch.setattr(mask_rcnn, "LEAST_CUT", n + 1)
+    whole = jax.jit(lambda *given: draw(*given))
+    assert "cond" not in str(jax.make_jaxpr(lambda *given: draw(*given))(variables, jnp.ones((2, n), bool)))
+    for needed, drawn in ((0, 9), (9, 9), (10, 18), (18, 18), (19, 36), (36, 36)):
+        used = jnp.arange(n)[None] < jnp.asarray([[needed // 2], [needed]])
+        (found, gradient), (expected, expected_gradient) = cut(variables, used), whole(variables, used)
+        np.testing.assert_allclose(found[:, :drawn], expected[:, :drawn], atol=1e-5)
+        assert not found[:, drawn:].any()
+        for path, leaf in flatten(expected_gradient).items():
+            np.testing.assert_allclose(flatten(gradient)[path], leaf, rtol=1e-4, atol=1e-4 * float(jnp.abs(leaf).max()))

@@ -7,7 +7,7 @@ import pytest
 from helpers.runs import tiny
 
 from halvit_jax.experiment import build
-from halvit_jax.recipes import digits
+from halvit_jax.recipes import detection, digits
 from halvit_jax.training.sharding import make_mesh
 from halvit_jax.trees import flatten
 
@@ -58,6 +58,22 @@ def test_a_batch_size_that_is_not_the_recipes_is_a_deviation(scaling: str, effec
     assert effect in line
     config.batch_size = 256
     assert build.recipe_deviations(config) == []
+
+
+def test_a_detector_on_coco_without_the_weights_of_its_backbone_is_a_deviation() -> None:
+    config = detection.coco("mask_rcnn", "resnet50")
+    (line,) = build.recipe_deviations(config)
+    assert line == (
+        "init_from is not set, so resnet50 starts from random weights, and its BatchNorms, if it has any, never learn "
+        "statistics; set init_from to its ImageNet run or weight file"
+    )
+    config.detection.train_norms = True
+    assert build.recipe_deviations(config)[0].startswith(
+        "init_from is not set, so resnet50 starts from random weights;"
+    )
+    config.init_from = "resnet50.safetensors"
+    assert build.recipe_deviations(config) == []
+    assert build.recipe_deviations(detection.scenes("mask_rcnn", "halvit_tiny")) == []
 
 
 def test_a_number_of_classes_of_0_is_that_of_the_data(digits_dir: pathlib.Path) -> None:

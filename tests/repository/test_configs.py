@@ -56,7 +56,7 @@ def test_every_recipe_has_its_golden_config(recorded: Recorded) -> None:
 def treatments(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """Per family and rules: each parameter, indices as *, with whether it is decayed and the axes that partition it."""
     configs = [load(entry) for name in names for entry in entries(name)]
-    configs = [config for config in configs if config.task.name != "detection"]  # see tests/tasks/test_detection.py
+    configs = [config for config in configs if config.task.name != "detection"]  # see detector_treatments
     for config in configs:
         config.model.drop_path = None
         if config.num_epochs == 30:  # fine-tuning, of the same parameters
@@ -71,6 +71,34 @@ def treatments(names: Iterable[str]) -> dict[str, dict[str, str]]:
             text = f"{'decayed' if decayed else 'spared'} [{', '.join(axes)}]"
             rules.setdefault(re.sub(r"\d+", "*", path), set()).add(text)
     return {name: {path: " or ".join(sorted(texts)) for path, texts in rules.items()} for name, rules in found.items()}
+
+
+def detector_treatments() -> dict[str, dict[str, str]]:
+    """`treatments` of the detectors' recipes: all parameters outside of the backbones, and of these the exceptions.
+
+    An exception is spared from the decay or frozen; all others of a backbone are decayed.
+    """
+    found: dict[str, dict[str, set[str]]] = {}
+    for name in CONFIGS:
+        for config in map(load, entries(name)):
+            if config.task.name != "detection":
+                continue
+            task, optim = build_task(config), config.optim
+            params, _ = jax.eval_shape(task.init, jax.random.key(0))
+            decayed, trained = (flatten(path_mask(params, rules)) for rules in (optim.no_decay, optim.frozen))
+            rules = f"{config.detection.detector}, no_decay={' '.join(optim.no_decay)}, frozen={' '.join(optim.frozen)}"
+            kinds = found.setdefault(rules, {})
+            for path in decayed:
+                kind = "frozen" if not trained[path] else "decayed" if decayed[path] else "spared"
+                if not path.startswith("backbone/"):
+                    axes = first_match(path, task.partition_rules)
+                    kind += (
+                        f" [{', '.join('-' if a is None else a if isinstance(a, str) else '+'.join(a) for a in axes)}]"
+                    )
+                elif kind == "decayed":
+                    continue
+                kinds.setdefault(re.sub(r"\d+", "*", path), set()).add(kind)
+    return {name: {path: " or ".join(sorted(texts)) for path, texts in kinds.items()} for name, kinds in found.items()}
 
 
 def axes_of(path: str, model: nn.Module) -> tuple[str | tuple[str, ...] | None, ...]:
@@ -88,6 +116,12 @@ def test_digits_decay_and_partition_as_recorded(recorded: Recorded) -> None:
 def test_every_recipe_decays_and_partitions_as_recorded(recorded: Recorded) -> None:
     found = treatments(CONFIGS)
     assert recorded("parameters.json", found) == found
+
+
+@pytest.mark.slow  # forty detectors
+def test_every_recipe_of_detection_decays_freezes_and_partitions_as_recorded(recorded: Recorded) -> None:
+    found = detector_treatments()
+    assert recorded("detector_parameters.json", found) == found
 
 
 @pytest.mark.parametrize(

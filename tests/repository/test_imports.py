@@ -43,11 +43,13 @@ PACKAGES: dict[str, set[str] | None] = {
         "halvit_jax.text",
     },
     "halving": NUMERIC | {"scipy", "optax", "halvit_jax.layers", "halvit_jax.models"},
-    "experiment": {"jax", "numpy", "flax.linen", "ml_collections"}
+    "experiment": {"jax", "numpy", "flax.linen", "ml_collections", "tensorboard"}
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
     | {f"{OURS}.{name}" for name in ("convert", "distributed", "halving")},
-    "analysis": {"jax", "flax.linen", "numpy", "ml_collections", "matplotlib"}
+    # torch and torchvision, which the user installs, to be measured beside us.
+    "analysis": {"jax", "flax.linen", "numpy", "ml_collections", "matplotlib", "torch", "torchvision"}
     | {f"{OURS}.{name}" for name in ("models", "experiment", "config", "recipes", "layers", "training", "convert")}
+    | {f"{OURS}.detection"}
     | {f"{OURS}.{name}" for name in ("trees", "text", "protocols")},
     "cli": ANYTHING,
     **dict.fromkeys(("__init__", "main", "predict", "export", "halve", "bench", "summary", "check", "plan"), ANYTHING),

@@ -66,7 +66,7 @@ MESSAGES: dict[str, tuple[Callable[[pathlib.Path], object], tuple[str, ...]]] = 
     "faster metric": (lambda folder: coco_metric.check_backend("faster_coco_eval"), ("faster-coco-eval",)),
     "weights of the Hub": (lambda folder: readers.read("hf://me/small"), ("huggingface-hub",)),
     "weights of PyTorch": (lambda folder: readers.read(folder), ("torch",)),
-    "drawing": (lambda folder: drawing.check("detection", "out", []), ("matplotlib",)),
+    "drawing": (lambda folder: drawing.check(True, "out", []), ("matplotlib",)),
     "plot of families": (lambda folder: family_benchmark.plot([], folder), ("matplotlib",)),
     "plot of halving": (lambda folder: halve_benchmark.plot([], folder), ("matplotlib",)),
     "TPU compiler": (lambda folder: tpu_topology.tpu_devices(tpu_topology.Topology("v5e", (2, 4))), ("jax", "libtpu")),

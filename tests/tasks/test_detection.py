@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from halvit_jax.config import default_config
+from halvit_jax.experiment import build
 from halvit_jax.experiment.tasks import build_task, model_name
 from halvit_jax.protocols import DatasetInfo
 from halvit_jax.tasks.detection import Detection
+from halvit_jax.training.sharding import make_mesh, to_devices
+from halvit_jax.training.state import init_state
 from halvit_jax.trees import first_match, flatten
 
 SIDE, CLASSES, G = 64, 3, 4
@@ -123,6 +126,79 @@ def test_scores_are_detections_on_the_canvas_and_served_alike(kind: str) -> None
     assert best["score"] == pytest.approx(float(found["scores"][0, 0]), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_bfloat16_is_close_and_losses_and_parameters_stay_float32() -> None:
+    _, params, run, _ = _trainable("mask_rcnn")
+    task = build_task(_config(compute_dtype="bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))} == {jnp.float32}
+    gradient, exact = run(params, _batch(task), jax.random.key(0))
+
+    def loss(params: Any) -> Any:
+        made = task.loss(params, {}, {}, _batch(task), jax.random.key(0))
+        return made.value, made
+
+    rough_gradient, rough = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert rough.value.dtype == jnp.float32
+    for name in ("rpn_class_loss", "class_loss", "mask_loss"):
+        assert float(rough.sums[name]) == pytest.approx(float(exact.sums[name]), rel=0.05), name
+    assert rough.value != exact.value
+    for path, leaf in flatten(rough_gradient).items():
+        assert leaf.dtype == jnp.float32, path
+        assert np.isfinite(leaf).all(), path
+    norms = [
+        np.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(each))) for each in (gradient, rough_gradient)
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=0.2)
+    boxes = jax.jit(task.score)(params, {}, _batch(task))["boxes"]
+    assert boxes.dtype == jnp.float32
+
+
+@pytest.mark.slow
+def test_remat_changes_nothing_but_memory() -> None:
+    _, params, run, _ = _trainable("mask_rcnn")
+    task = build_task(_config(**{"model.remat": True}))
+    gradient, plain = run(params, _batch(task), jax.random.key(0))
+    text = str(jax.make_jaxpr(lambda params: task.loss(params, {}, {}, _batch(task), jax.random.key(0)).value)(params))
+    assert "checkpoint" in text or "remat" in text
+    again = jax.jit(jax.value_and_grad(lambda params: task.loss(params, {}, {}, _batch(task), jax.random.key(0)).value))
+    value, found = again(params)
+    np.testing.assert_allclose(value, plain.value, rtol=1e-6)
+    for path, leaf in flatten(gradient).items():
+        np.testing.assert_allclose(flatten(found)[path], leaf, rtol=1e-3, atol=1e-5 * float(jnp.abs(leaf).max()))
+
+
+@pytest.mark.slow
+def test_an_accumulated_step_averages_its_parts_and_the_averages_follow() -> None:
+    """Each part divides by its own samples, so the step is the mean of its parts, not the step of the whole batch."""
+    config = _config(**{"loop.ema_decay": 0.75, "loop.accumulate": 2, "batch_size": 4, "optim.weight_decay": 0.0})
+    config.update_from_flattened_dict(
+        {"optim.name": "sgd", "optim.momentum": 0.0, "optim.learning_rate": 0.5, "optim.schedule": "constant"}
+        | {"optim.warmup_epochs": 0.0, "optim.scaling": "none", "optim.clip_norm": 0.0}
+    )
+    _, params, run, _ = _trainable("mask_rcnn")
+    task, mesh = build_task(config), make_mesh(devices=jax.devices()[:1])
+    optimizer = build.build_optimizer(config, steps_per_epoch=1)
+    task.init = lambda key: (jax.tree.map(jnp.copy, params), {})
+    abstract = build.build_abstract_state(config, task, optimizer, mesh)
+    state = init_state(task, optimizer, abstract, seed=0, use_ema=True, guard=build.make_guard(**config.skip_updates))
+    before = jax.device_get(params)
+    batch = to_devices(jax.device_get(_batch(task, 4)), mesh)
+    new, outcome = build.build_train_step(config, task, optimizer)(state, {}, batch)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), 0)
+    parts = [
+        run(params, {name: rows[number::2] for name, rows in _batch(task, 4).items()}, jax.random.fold_in(key, number))
+        for number in range(2)
+    ]
+    assert float(outcome.sums["examples"]) == 4
+    assert float(outcome.sums["loss"]) == pytest.approx(2 * sum(float(made.value) for _, made in parts), rel=1e-5)
+    for path, leaf in flatten(before).items():
+        mean = (flatten(parts[0][0])[path] + flatten(parts[1][0])[path]) / 2
+        scale = 1e-4 * float(jnp.abs(mean).max()) + 1e-7
+        np.testing.assert_allclose(flatten(new.params)[path], leaf - 0.5 * mean, atol=scale, err_msg=path)
+        averaged = 0.75 * leaf + 0.25 * flatten(new.params)[path]
+        np.testing.assert_allclose(flatten(new.ema["params"])[path], averaged, atol=1e-6, err_msg=path)
+
+
 def test_a_batch_has_crops_only_where_masks_are_learned() -> None:
     spec = build_task(_config()).batch_spec()
     assert spec["crops"].shape == (G, 112, 112)
@@ -177,6 +253,15 @@ def test_names_of_detectors_begin_with_their_kind() -> None:
     [
         ({"model.num_classes": 5}, r"model\.num_classes=5 must be 0 for task\.name='detection'"),
         ({"model.in_channels": 1}, r"model\.in_channels=1 must be 3 for task\.name='detection'"),
+        (
+            {"instances.canvases": ((64, 64), (70, 96))},
+            r"instances\.canvases=\(\(64, 64\), \(70, 96\)\): the strides of VisionTransformer do not divide 70 x 96; "
+            r"make the sides multiples of 32, here 96 x 96",
+        ),
+        (
+            {"instances.canvases": ((96, 64),), "model.patch_size": 12, "model.image_size": 96},
+            "do not divide 96 x 64; make the sides multiples of 96, here 96 x 96",
+        ),
         ({"instances.masks": False}, r"instances\.masks=False leaves nothing .* detection\.masks=False"),
         ({"teacher.init_from": "x"}, r"teacher\.init_from=x needs task\.name='distillation', not 'detection'"),
     ],

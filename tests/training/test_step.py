@@ -228,3 +228,32 @@ def test_a_step_sharded_over_eight_devices_learns_what_one_does(
     losses, found = _losses(make_mesh(**sizes))
     assert found == share
     np.testing.assert_allclose(losses, on_one_device, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [(), ("^below$",)])
+def test_what_lies_below_frozen_parameters_is_not_run_backwards(frozen: tuple[str, ...]) -> None:
+    backwards = []
+
+    @jax.custom_vjp
+    def layer(weight: jax.Array) -> jax.Array:
+        return 3 * weight
+
+    def run_back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        backwards.append(gradient.shape)
+        return (3 * gradient,)
+
+    layer.defvjp(lambda weight: (layer(weight), None), run_back)
+
+    class TwoLayers(Draws):
+        def init(self, key: jax.Array) -> tuple[Any, Any]:
+            return {"below": jnp.array([1.0]), **super().init(key)[0]}, {}
+
+        def loss(self, params: Any, model_state: Any, constants: Any, batch: Batch, key: jax.Array) -> Loss:
+            return Loss(jnp.sum(layer(params["below"]) * params["w"]), {}, {"examples": batch["mask"].sum()})
+
+    task = TwoLayers()
+    state, optimizer = _begin(task, make_mesh(), **SGD, frozen=frozen)
+    state, _ = make_train_step(task, optimizer, seed=0, ema_decay=0.0)(state, task.constants, MASK)
+    assert len(backwards) == (0 if frozen else 1)
+    assert float(state.params["below"][0]) == pytest.approx(1.0 if frozen else 0.4)  # 1 - 0.1 * 3 * 2
+    assert float(state.params["w"][0]) == pytest.approx(1.7)  # 2 - 0.1 * 3
