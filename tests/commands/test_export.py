@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
 from types import SimpleNamespace
 
 import jax
@@ -155,7 +154,7 @@ def test_a_model_that_onnx_cannot_hold_is_one_line(
         raise NotImplementedError("no plugin for primitive 'while'\nmore")
 
     for name in ("jax2onnx", "onnx", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_onnx=refuse))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(to_onnx=refuse))
     message = (
         r"--format=onnx: jax2onnx cannot write halvit_tiny \(no plugin for primitive 'while'\); use --format=stable"
     )

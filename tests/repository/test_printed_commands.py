@@ -13,12 +13,13 @@ import tensorflow as tf
 from helpers.processes import ROOT
 from packaging.requirements import Requirement
 
-from halvit_jax.analysis import family_benchmark, halve_benchmark, tpu_topology
+from halvit_jax.analysis import family_benchmark, halve_benchmark, torchvision_benchmark, tpu_topology
 from halvit_jax.cli import doctor, drawing
 from halvit_jax.convert import readers
 from halvit_jax.data import file_formats, rle
 from halvit_jax.data.sources import open_source
 from halvit_jax.detection import coco_metric
+from halvit_jax.recipes import detection
 from halvit_jax.text import EXTRAS
 
 VERSION = "999.0"  # of every package of the index below
@@ -73,6 +74,10 @@ MESSAGES: dict[str, tuple[Callable[[pathlib.Path], object], tuple[str, ...]]] = 
     "export": (lambda folder: _exported(), ("jax2onnx", "onnxruntime")),
     "WebP image": (lambda folder: _webp(), ("pillow",)),
     "WebP in a folder": (_tfds_folder, ("pillow",)),
+    "torchvision": (
+        lambda folder: torchvision_benchmark.TorchvisionMaskRCNN.check(detection.coco("mask_rcnn", "resnet50")),
+        ("torch", "torchvision"),
+    ),
     "doctor": (lambda folder: _lacking(), ("jax2onnx", "onnxruntime")),
 }
 
@@ -82,7 +87,7 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]
     """Type a command into a shell whose pip knows only packages made here; returns what it has installed."""
     index = tmp_path_factory.mktemp("index")
     needed = {Requirement(text) for packages in EXTRAS.values() for text in packages}
-    for name in {requirement.name for requirement in needed} | MODULES.keys() | {"libtpu"}:
+    for name in {requirement.name for requirement in needed} | MODULES.keys() | {"libtpu", "torchvision"}:
         _wheel(index, name, "libtpu" if name == "jax" else "")
 
     def typed(command: str) -> list[str]:
@@ -171,6 +176,7 @@ def test_every_message_that_names_pip_is_among_these() -> None:
     assert files == [
         "analysis/family_benchmark.py",
         "analysis/halve_benchmark.py",
+        "analysis/torchvision_benchmark.py",
         "analysis/tpu_topology.py",
         "cli/doctor.py",
         "cli/drawing.py",
