@@ -106,14 +106,11 @@ def _load_file(path: pathlib.Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
+    stored = None if weights_file.DETECTOR in weights.metadata else weights_file.from_weights(weights)
+    if stored is None and weights_file.DETECTOR not in weights.metadata:
+        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
     task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
-    if weights_file.DETECTOR in weights.metadata:
-        variables = _variables_of(task, model_name(config), weights.arrays)
-    else:
-        stored = weights_file.from_weights(weights)
-        if stored is None:
-            raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
-        variables = stored.variables
+    variables = stored.variables if stored else _variables_of(task, model_name(config), weights.arrays)
     params, model_state = variables.pop("params"), variables
     return Trained(task, (params, model_state), config, info)
 
