@@ -49,18 +49,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'halvit_jax' has no attribute {name!r}")
 
 
-def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> "Predictor":
+def load_predictor(
+    source: str | os.PathLike[str], *, step: int | str | None = None, image_size: int | None = None
+) -> "Predictor":
     """A trained model with its preprocessing and classes, which takes paths, arrays and images of Pillow.
 
     `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best") or a .safetensors
-    file of `halvit_jax.export`.
+    file of `halvit_jax.export`. `image_size` is for images of another height and width than those of the training;
+    learned positions are resampled.
 
     Raises:
         ValueError: no run or no checkpoint in a workdir, or a file that does not describe its images.
     """
     from halvit_jax.experiment import predictor
 
-    return predictor.load_predictor(source, step=step)
+    return predictor.load_predictor(source, step=step, image_size=image_size)
 
 
 def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
+    how = "override with --config.some.field=value; docs/configuration.md lists the fields."
+    config_flags.DEFINE_config_file("config", None, f"A file of configs/, or the workdir of a run; {how}")
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_string(
@@ -258,6 +259,7 @@ def _train(
     from halvit_jax.experiment import build, init_from, teacher
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+    from halvit_jax.training.optim import frozen_line
     from halvit_jax.training.profiling import Profiler
 
     with app.report_user_errors():
@@ -288,6 +290,10 @@ def _train(
     for line in [*(changes if resumed_at else []), *build.recipe_deviations(config)]:
         report.log(f"WARNING: {line}")
     files.write_run_metadata(workdir, config, run.loaders.info, resumed_at=resumed_at)
+    if changes and resumed_at < run.total_steps:
+        files.set_aside_result(workdir, resumed_at=resumed_at)
+    if config.optim.frozen:
+        report.log(frozen_line(start.state.params, config.optim.frozen))
     report.hyperparameters(config.to_dict())
     profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
     with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:

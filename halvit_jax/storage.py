@@ -137,6 +137,15 @@ def remove_folder(folder: Path, *, ignore_errors: bool = False) -> None:
     folder.remove_below()
 
 
+def move_file(path: Path, target: Path) -> None:
+    """Give a file another name, in the place of what has it now."""
+    if isinstance(path, BucketPath):
+        target.write_bytes(path.read_bytes())
+        path.unlink()
+    else:
+        path.replace(target)
+
+
 def move_folder(folder: Path, target: Path) -> None:
     """Move a folder to a place in the same store where nothing is."""
     if isinstance(folder, BucketPath) and isinstance(target, BucketPath):

@@ -87,6 +87,14 @@ def test_a_digest_and_a_local_copy_are_of_the_content(folder: storage.Path) -> N
         assert (copy.name, copy.read_bytes()) == ("array", b"abc")
 
 
+def test_a_file_gets_another_name(folder: storage.Path) -> None:
+    for name in ("old", "new"):
+        (folder / name).write_bytes(name.encode())
+    storage.move_file(folder / "old", folder / "new")
+    assert storage.files_below(folder) == {"new": 3}
+    assert (folder / "new").read_bytes() == b"old"
+
+
 def test_a_folder_is_moved_and_removed(folder: storage.Path) -> None:
     (folder / "4/default").mkdir(parents=True)
     for name in ("4/default/array", f"4/{storage.COMMITTED}"):

@@ -20,6 +20,7 @@ import numpy as np
 
 from halvit_jax import storage
 from halvit_jax.convert import hub
+from halvit_jax.text import pip_install
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -230,7 +231,8 @@ def _read_pytorch(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors"
+            f"{path} can be read with PyTorch only; save the state as safetensors, or install it: "
+            f"{pip_install('torch')}"
         ) from None
     try:
         # Files of the old format are not archives and cannot be memory-mapped.

@@ -28,7 +28,7 @@ THREADS = min(os.cpu_count() or 1, 16)
 AHEAD = 2  # batches that are being made while one is in use
 TFDS_COCO = (
     "the coco/2017 of TFDS has no segmentation, no category ids and integer areas, so it can neither train nor score "
-    "masks; get the official files ready with `bash launch/prepare_coco.sh` and set instances.name='coco'"
+    "masks; get the official files ready with `bash launch/prepare_coco.sh SOURCE DATA` and set instances.name='coco'"
 )
 
 

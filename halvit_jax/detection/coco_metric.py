@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from halvit_jax import storage
-from halvit_jax.text import first_few
+from halvit_jax.text import first_few, pip_install
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our name of a metric -> pycocotools's
 STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8}  # of `summarize`
@@ -114,8 +114,8 @@ def _faster_coco_eval() -> Library:
 
 
 BACKENDS: dict[str, tuple[Callable[[], Library], str]] = {
-    "pycocotools": (_pycocotools, 'pip install "halvit-jax[detection]"'),
-    "faster_coco_eval": (_faster_coco_eval, "pip install faster-coco-eval"),
+    "pycocotools": (_pycocotools, pip_install("detection")),
+    "faster_coco_eval": (_faster_coco_eval, pip_install("faster-coco-eval")),
 }
 """Name -> (its classes, the command that installs it). The second is faster than the first, which is the reference."""
 

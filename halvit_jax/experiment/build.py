@@ -144,7 +144,8 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool =
     given = {"batch_size": config.batch_size, "seed": config.seed, "host": host, "training": training}
     if config.task.name == "detection":
         return data.make_detection_loaders(**config.instances, **given)
-    return data.make_loaders(**config.data, size=size, mean=config.task.mean, **given)
+    channels = config.model.in_channels or 3
+    return data.make_loaders(**config.data, size=size, channels=channels, mean=config.task.mean, **given)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax import storage
 from halvit_jax.convert import engine, readers, weights_file
+from halvit_jax.convert.transfer import transfer
 from halvit_jax.experiment.tasks import build_task, model_name
 from halvit_jax.experiment.workdir import read_config, read_dataset_info
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
@@ -59,6 +60,30 @@ def load_trained(workdir: str | os.PathLike[str], *, step: int | str | None = No
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 
+def at_size(trained: Trained, image_size: int) -> Trained:
+    """The same model for images of another height and width; learned positions are resampled as in timm.
+
+    Raises:
+        ValueError: a task that has sizes of its own, or a size that the model cannot have.
+    """
+    if trained.config.task.name == "detection":
+        raise ValueError(f"image_size={image_size}: a detector takes images of any size, on instances.canvases")
+    config = trained.config.copy_and_resolve_references()
+    config.model.image_size = image_size
+    task = build_task(config)
+    variables = fit(task, trained.model_variables, config.model.name)
+    return trained._replace(task=task, config=config, variables=(variables.pop("params"), variables))
+
+
+def fit(task: Task, variables: PyTree, name: str) -> dict[str, PyTree]:
+    """The variables of the model `name`, adapted to the size of the images of a task.
+
+    Raises:
+        ValueError: arrays that cannot be adapted, by path.
+    """
+    return unflatten(transfer(name, flatten(variables), _shapes(task), task.transfer_rules, exclude=()).arrays)
+
+
 def save_trained(path: str | os.PathLike[str], trained: Trained) -> None:
     """Write a weight file that knows its config and data set, so that it serves as a run does.
 
@@ -83,24 +108,24 @@ def _load_file(path: Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
+    stored = None if weights_file.DETECTOR in weights.metadata else weights_file.from_weights(weights)
+    if stored is None and weights_file.DETECTOR not in weights.metadata:
+        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
     task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
-    if weights_file.DETECTOR in weights.metadata:
-        variables = _variables_of(task, model_name(config), weights.arrays)
-    else:
-        stored = weights_file.from_weights(weights)
-        if stored is None:
-            raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
-        variables = stored.variables
+    variables = stored.variables if stored else _variables_of(task, model_name(config), weights.arrays)
     params, model_state = variables.pop("params"), variables
     return Trained(task, (params, model_state), config, info)
 
 
 def _variables_of(task: Task, name: str, arrays: Mapping[str, Any]) -> dict[str, PyTree]:
     """The arrays of a file as the variables of a task, in the shapes of which they must be."""
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
-    engine.check_tree(name, arrays, shapes)
+    engine.check_tree(name, arrays, _shapes(task))
     return unflatten(arrays)
+
+
+def _shapes(task: Task) -> dict[str, tuple[int, ...]]:
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
 
 
 def restore(task: Task, config: ConfigDict, workdir: Path, *, step: int | str | None = None) -> TrainState:

@@ -134,6 +134,13 @@ def write_result(workdir: Path, result: dict[str, Any]) -> None:
     storage.write_text(path, json.dumps(result, indent=2) + "\n")
 
 
+def set_aside_result(workdir: Path, *, resumed_at: int) -> None:
+    """Keep the result of a finished run that is trained on under another name: it is not that of the longer run."""
+    path = workdir / RESULT_FILE
+    if jax.process_index() == 0 and path.is_file():
+        storage.move_file(path, path.with_suffix(f".step_{resumed_at}.json"))
+
+
 def append_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
     """Add an evaluation of a checkpoint to those that were made before."""
     if jax.process_index() == 0:

@@ -1,5 +1,7 @@
 """What all commands share: checks of overrides, and one-line errors with their exit codes."""
 
+import logging
+
 import pytest
 from helpers.processes import run_command
 
@@ -93,3 +95,16 @@ def test_an_unset_field_is_none_in_the_config() -> None:
     flags = ("--config=configs/halvit_digits.py", "--config.model.image_size=None", "--config.model.patch_size=None")
     done = run_command("halvit_jax.check", *flags, "--no_compile", "--config.data.name=mnist", code=2)
     assert "images of 224x224" in done.stdout
+
+
+def test_warnings_of_the_package_are_lines_that_come_once(capsys: Capsys) -> None:
+    logger = logging.Logger("halvit_jax.data")
+    logger.addHandler(app.WarningLines())
+    for files in (3, 3, 4):
+        logger.warning("%d files passed over", files)
+    assert capsys.readouterr().out == "WARNING: 3 files passed over\nWARNING: 4 files passed over\n"
+
+
+def test_help_ends_with_0_and_says_where_the_fields_are() -> None:
+    printed = run_command("halvit_jax.main", "--help").stdout
+    assert "--config.some.field=value; docs/configuration.md lists the fields" in " ".join(printed.split())

@@ -66,3 +66,26 @@ def test_a_config_that_was_another_one_is_kept_in_a_bucket_too(server: Server) -
     assert files.directory_size(workdir) == sum(len(each.data) for each in server.bucket.objects.values())
     assert files.split_source("gs://bucket/run@best") == ("gs://bucket/run", "best")
     assert files.split_source("hf://me/model@main") == ("hf://me/model@main", None)
+
+
+def test_the_result_of_a_run_that_is_trained_on_is_set_aside(tmp_path: pathlib.Path) -> None:
+    files.set_aside_result(tmp_path, resumed_at=8)  # there is none
+    (tmp_path / "result.json").write_text("{}")
+    files.set_aside_result(tmp_path, resumed_at=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.step_8.json"]
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path: pathlib.Path) -> None:
+    for name, read in (("config.json", files.read_config), ("dataset.json", files.read_dataset_info)):
+        (tmp_path / name).write_text("{")
+        with pytest.raises(ValueError, match=rf"{tmp_path}/{name} cannot be read: "):
+            read(tmp_path)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "config.json"
+    storage.write_text(path, "old")
+    monkeypatch.setattr(pathlib.Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        storage.write_text(path, "new")
+    assert path.read_text() == "old"

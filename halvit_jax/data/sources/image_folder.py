@@ -17,7 +17,7 @@ from halvit_jax.data.file_formats import PILLOW_SUFFIXES, SUFFIXES, has_pillow
 from halvit_jax.data.ops import no_autograph
 from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
 from halvit_jax.protocols import DatasetInfo
-from halvit_jax.text import first_few
+from halvit_jax.text import first_few, pip_install
 
 LOG = logging.getLogger("halvit_jax.data")
 NAME = "folder"
@@ -126,7 +126,7 @@ def _read_folders(root: str, split: str) -> Labelled:
     passed_over = [path for name in classes for path in files[name] if not path.lower().endswith(suffixes)]
     if passed_over:
         wanting = any(path.lower().endswith(PILLOW_SUFFIXES) for path in passed_over)
-        hint = "; WebP and TIFF need Pillow: pip install pillow" if wanting else ""
+        hint = f"; WebP and TIFF need Pillow: {pip_install('pillow')}" if wanting else ""
         LOG.warning("%s: %d files passed over, %s%s", folder, len(passed_over), _kinds(passed_over), hint)
     labelled = Labelled([(path, name) for name in classes for path in images[name]], classes)
     return _held_out(labelled, split) if automatic else labelled

@@ -1,13 +1,16 @@
 """Data sets prepared by TFDS: TFRecord, ArrayRecord, and small ones kept in memory."""
 
 import bisect
+import contextlib
+import io
 import itertools
 import json
+import logging
 import os
 import resource
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
@@ -170,7 +173,9 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     try:
         if name in EMBEDDED and storage.is_bucket(data_dir):
             _prepare_in_bucket(name, data_dir)
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+        with _quiet():
+            builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+            prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
@@ -178,13 +183,15 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     except (tf.errors.OpError, RuntimeError) as error:  # a bucket without access
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"data.data_dir={data_dir} cannot be read ({reason}); name another one") from error
-    if not builder.is_prepared():
+    if not prepared:
         if builder.name not in EMBEDDED:
             raise ValueError(
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
                 f"{_command(builder)}"
             )
-        builder.download_and_prepare(file_format="tfrecord")
+        tfds.disable_progress_bar()
+        with _quiet():
+            builder.download_and_prepare(file_format="tfrecord")
     _validate(builder, split)
     return FORMATS[builder.info.file_format.value](builder, split)
 
@@ -210,6 +217,19 @@ def raise_open_file_limit(count: int) -> None:
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TFDS prints and warns of itself: the messages of this file say what matters of it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tfrecord(builder: tfds.core.DatasetBuilder, split: str) -> Source:
