@@ -124,7 +124,7 @@ def _server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
 @pytest.fixture
 def server(_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Server]":
     """A server of the storage API with an empty bucket, which this process and its children use."""
-    from halvit_jax import buckets
+    from halvit_jax.storage import buckets
 
     _server.bucket.__init__()  # everything as at first
     for name, value in _server.environment.items():

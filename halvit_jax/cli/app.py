@@ -11,12 +11,12 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from halvit_jax.buckets import StorageError
 from halvit_jax.cli.config_files import explain, resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.cli.startup import ignore_signals
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError, ExitCode
+from halvit_jax.storage.buckets import StorageError
 
 SYNONYMS = {  # names of other libraries
     **dict.fromkeys(("lr", "base_lr", "peak_lr"), "optim.learning_rate"),

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 from halvit_jax import config as config_lib
 from halvit_jax import distributed, storage
 from halvit_jax.analysis.hlo import memory_of
-from halvit_jax.buckets import BucketPath
 from halvit_jax.experiment import build, init_from, lock, resume, tasks, teacher
 from halvit_jax.experiment import workdir as files
 from halvit_jax.protocols import ExitCode, PyTree
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.sharding import bytes_of

@@ -19,8 +19,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from halvit_jax.buckets import BucketPath, ChangedError, StorageError, Versioned
 from halvit_jax.protocols import ExitCode
+from halvit_jax.storage.buckets import BucketPath, ChangedError, StorageError, Versioned
 
 BEAT_S = 10.0  # between two signs of life
 EXPIRY_S = 60.0  # without a sign of life, after which a lock is taken over

@@ -8,10 +8,10 @@ import os
 import socket
 from collections.abc import Iterator
 
-from halvit_jax.buckets import BucketPath
 from halvit_jax.experiment import bucket_lock
 from halvit_jax.experiment.workdir import LOCK_FILE
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath
 
 
 @contextlib.contextmanager

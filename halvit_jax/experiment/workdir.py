@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
 from halvit_jax import storage
-from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import DatasetInfo
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath
 from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
 CONFIG_FILE = "config.json"  # the config of the run; before it was changed at step N: config.step_N.json

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 
 from halvit_jax import storage
-from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import PyTree
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath
 
 
 class ProfileRange(NamedTuple):

@@ -5,10 +5,10 @@ import logging
 import pytest
 from helpers.processes import run_command
 
-from halvit_jax.buckets import StorageError
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError
+from halvit_jax.storage.buckets import StorageError
 from halvit_jax.training.checkpoint.checkpointer import SaveError
 from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError
 

@@ -24,6 +24,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "convert/__init__.py": ("convert/test_engine.py", "convert/test_foreign_files.py"),
     "data/__init__.py": ("data/test_pipeline.py",),
     "data/sources/__init__.py": ("data/sources/test_open_sources.py",),
+    "storage/__init__.py": ("storage/test_storage.py",),
     "models/__init__.py": ("models/test_contract.py", "models/test_own_family.py"),
     # One test for the classes that implement it.
     "models/family.py": ("models/test_contract.py", "models/test_own_family.py"),

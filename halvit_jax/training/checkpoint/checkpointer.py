@@ -20,9 +20,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from halvit_jax import storage
-from halvit_jax.buckets import StorageError
 from halvit_jax.protocols import PyTree
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import StorageError
 from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests

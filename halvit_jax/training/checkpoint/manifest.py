@@ -10,8 +10,8 @@ import os
 from typing import Any
 
 from halvit_jax import storage
-from halvit_jax.buckets import BucketPath, StorageError
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath, StorageError
 
 FOLDER, CORRUPT_FOLDER = "checkpoints", "corrupt"  # of a workdir
 NAME = "manifest.json"  # of a step

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import ExitCode
 from halvit_jax.storage import Path
+from halvit_jax.storage.buckets import BucketPath
 
 COMPILING, TRAINING = "compiling", "training"
 

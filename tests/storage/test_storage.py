@@ -7,7 +7,7 @@ import pytest
 from helpers.gcs_server import Server
 
 from halvit_jax import storage
-from halvit_jax.buckets import StorageError
+from halvit_jax.storage.buckets import StorageError
 
 
 @pytest.fixture(params=["disk", "bucket"])

@@ -18,8 +18,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from halvit_jax import buckets
-from halvit_jax.buckets import SCHEME, BucketPath, ChangedError, StorageError
+from halvit_jax.storage import buckets
+from halvit_jax.storage.buckets import SCHEME, BucketPath, ChangedError, StorageError
 
 NEEDS = "a bucket needs google-cloud-storage: pip install 'halvit_jax[gcs]'"
 COMMITTED = "commit_success.txt"  # Orbax's

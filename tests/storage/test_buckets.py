@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from helpers.gcs_server import Server
 
-from halvit_jax import buckets
-from halvit_jax.buckets import BucketPath, ChangedError, StorageError
+from halvit_jax.storage import buckets
+from halvit_jax.storage.buckets import BucketPath, ChangedError, StorageError
 
 
 @pytest.fixture
