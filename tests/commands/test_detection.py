@@ -124,9 +124,7 @@ def test_predict_prints_and_draws_detections_in_pixels_of_the_file(
 
 
 @pytest.mark.slow
-def test_an_exported_detector_finds_the_same_without_this_package(
-    workdir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
+def test_an_exported_detector_finds_the_same(workdir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     out = tmp_path / "detector.zip"
     trained = load_trained(workdir)
     logged = "\n".join(export.verify_export(trained, export.export(trained, "stablehlo", out), out))
