@@ -81,16 +81,17 @@ def _load_file(path: pathlib.Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
-    task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
     if weights_file.DETECTOR in weights.metadata:
-        variables = _variables_of(task, model_name(config), weights.arrays)
+        variables = _variables_of(build_task(config), model_name(config), weights.arrays)
     else:
         stored = weights_file.from_weights(weights)
         if stored is None:
             raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
         variables = stored.variables
     params, model_state = variables.pop("params"), variables
-    return Trained(task, (params, model_state), config, info)
+    return Trained(
+        build_task(config), (params, model_state), config, DatasetInfo(**json.loads(weights.metadata[DATASET]))
+    )
 
 
 def _variables_of(task: Task, name: str, arrays: Mapping[str, Any]) -> dict[str, PyTree]:
