@@ -33,6 +33,7 @@ def default_config() -> ConfigDict:
             "init_ema": True,  # of a source with raw weights and their averages, the averages; False: the raw weights
             "init_positions": "timm",  # resampling of positions to another grid: timm (a=-0.5) or torch (a=-0.75)
             "init_exclude": (),  # paths (regular expressions) that init_from does not fill, e.g. ("^head/",)
+            "report_images": 1000,  # of the evaluation set, whose mistakes report.html shows; 0: none
             "compilation_cache": "",  # folder that keeps compiled programs, for a faster start of a resumed run
             "compute_dtype": "auto",  # float32 or bfloat16; auto: bfloat16 on accelerators, float32 on CPU
             "matmul_precision": "highest",  # of products if compute_dtype is float32: default (fast), high or highest
@@ -344,7 +345,7 @@ def validate(config: ConfigDict) -> None:
     for name, value in (_named("cluster", config.cluster) | _named("watchdog", config.watchdog)).items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be a positive number of seconds")
-    for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size"):
+    for name in ("total_steps", "num_epochs", "seed", "recipe_batch_size", "report_images"):
         if config[name] < 0:
             raise ValueError(f"{name}={config[name]} must not be negative")
     if config.loop.early_stopping < 0:

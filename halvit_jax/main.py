@@ -32,6 +32,7 @@ from halvit_jax import distributed
 from halvit_jax.cli import app
 from halvit_jax.experiment import lock, resume
 from halvit_jax.experiment import workdir as files
+from halvit_jax.text import one_line
 
 if TYPE_CHECKING:
     from halvit_jax.experiment.build import Run
@@ -313,8 +314,22 @@ def _train(
         app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command resumes from there")
     files.write_result(workdir, result)
     report.result(result, workdir)
-    report.close()
+    report.close()  # the page reads the curves
+    if distributed.is_first():
+        report.log(_write_page(config, workdir, run, result))
     return result
+
+
+def _write_page(config: ConfigDict, workdir: pathlib.Path, run: "Run", result: dict[str, Any]) -> str:
+    """Write report.html and return a line for people; a run without it is as good."""
+    from halvit_jax.experiment import page
+
+    info, loader = run.loaders.info, run.loaders.evals["eval"]
+    try:
+        path = page.write_page(workdir, config=config, info=info, loader=loader, result=result)
+    except (OSError, ValueError, KeyError) as error:
+        return f"WARNING: {files.PAGE_FILE} is not written: {one_line(error)}"
+    return f"  {'on one page':<18}{path}"
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from halvit_jax.data.instances import put_on_canvas, read_on_canvas
 from halvit_jax.data.pipeline import Host, make_loaders
 from halvit_jax.data.sources import open_source
 from halvit_jax.data.sources.image_folder import image_files
-from halvit_jax.data.transforms import eval_transform, read_image, transform_array, write_png
+from halvit_jax.data.transforms import eval_transform, png, read_image, transform_array, write_png
 
 __all__ = [
     "Host",
@@ -16,6 +16,7 @@ __all__ = [
     "make_detection_loaders",
     "make_loaders",
     "open_source",
+    "png",
     "put_on_canvas",
     "read_image",
     "read_on_canvas",

@@ -155,9 +155,14 @@ def write_png(path: str, image: np.ndarray) -> None:
         ValueError: the file cannot be written.
     """
     try:
-        tf.io.write_file(path, tf.io.encode_png(image))
+        tf.io.write_file(path, png(image))
     except tf.errors.OpError as error:
         raise ValueError(f"{path} cannot be written: {ops.reason(error)}") from error
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image, uint8 [h, w, c], as the content of a PNG file."""
+    return tf.io.encode_png(image).numpy()
 
 
 def _decoder(

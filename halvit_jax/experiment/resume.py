@@ -10,7 +10,7 @@ from halvit_jax.experiment.workdir import CONFIG_FILE, read_config, saved_steps
 
 UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed run, or only where its data lie
     *("loop.log_every", "loop.eval_every", "loop.checkpoint_every", "loop.early_stopping"),
-    *("save.", "mesh.", "cluster.", "watchdog.", "compilation_cache"),
+    *("save.", "mesh.", "cluster.", "watchdog.", "compilation_cache", "report_images"),
     *("data.data_dir", "data.root", "data.eval", "data.on_bad_image", "data.bad_image_budget"),
     *("init_", "teacher.init_from", "recipe_batch_size", "published_top1"),
 )

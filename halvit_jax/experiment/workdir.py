@@ -19,6 +19,7 @@ DATASET_FILE = "dataset.json"  # the training set's DatasetInfo, such as class n
 CATEGORIES_FILE = "categories.json"  # of detection: id and name of each label, in order
 EVALS_FILE = "evals.jsonl"  # a line for each --mode=eval: the step, the data and the metrics
 RESULT_FILE = "result.json"  # metrics of the finished run
+PAGE_FILE = "report.html"  # the finished run on one page
 INIT_FROM_FILE = "init_from.json"  # with init_from: every path, and whether it was loaded
 TEACHER_FILE = "teacher.json"  # with a teacher: the digest of its weights
 LOCK_FILE = "lock.json"  # the process that trains here

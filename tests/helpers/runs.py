@@ -29,6 +29,7 @@ def tiny(digits_dir: pathlib.Path, **changes: Any) -> ConfigDict:
             "model.num_heads": 2,
             "model.drop_path": 0.2,
             "data.data_dir": str(digits_dir),
+            "report_images": 0,
             "classification.label_smoothing": 0.1,
             "classification.mixup": 0.8,
             "classification.cutmix": 1.0,

@@ -43,7 +43,7 @@ PACKAGES: dict[str, set[str] | None] = {
         "halvit_jax.text",
     },
     "halving": NUMERIC | {"scipy", "optax", "halvit_jax.layers", "halvit_jax.models"},
-    "experiment": {"jax", "numpy", "flax.linen", "ml_collections"}
+    "experiment": {"jax", "numpy", "flax.linen", "ml_collections", "tensorboard"}
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
     | {f"{OURS}.{name}" for name in ("convert", "distributed", "halving")},
     # torch and torchvision, which the user installs, to be measured beside us.
