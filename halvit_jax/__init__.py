@@ -49,18 +49,21 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'halvit_jax' has no attribute {name!r}")
 
 
-def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> "Predictor":
+def load_predictor(
+    source: str | os.PathLike[str], *, step: int | str | None = None, image_size: int | None = None
+) -> "Predictor":
     """A trained model with its preprocessing and classes, which takes paths, arrays and images of Pillow.
 
     `source` is the workdir of a run (its newest checkpoint, or that of `step`, which may be "best") or a .safetensors
-    file of `halvit_jax.export`.
+    file of `halvit_jax.export`. `image_size` is for images of another height and width than those of the training;
+    learned positions are resampled.
 
     Raises:
         ValueError: no run or no checkpoint in a workdir, or a file that does not describe its images.
     """
     from halvit_jax.experiment import predictor
 
-    return predictor.load_predictor(source, step=step)
+    return predictor.load_predictor(source, step=step, image_size=image_size)
 
 
 def create_model(name: str, *, pretrained: bool | str = False, **fields: Any) -> Any:
@@ -133,7 +136,10 @@ def load(
     Raises:
         ValueError: no run or no checkpoint in a workdir, or an unreadable file.
     """
-    if os.path.isdir(source):
+    from halvit_jax import storage
+    from halvit_jax.convert import hub, readers, weights_file
+
+    if not hub.is_source(source) and storage.parse(source).is_dir():
         if name is not None or overrides:
             raise ValueError(f"{source} is the workdir of a run, whose config names the model; give no other argument")
         from halvit_jax.experiment.trained import load_trained  # slow: imports the trainer
@@ -142,8 +148,6 @@ def load(
         return trained.task.model, trained.model_variables
     if step is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
-    from halvit_jax.convert import readers, weights_file
-
     weights = readers.read(source)
     if weights_file.DETECTOR in weights.metadata and name is None and not overrides:
         from halvit_jax.experiment.trained import load_trained

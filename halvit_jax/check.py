@@ -10,7 +10,6 @@ file that tests whether it can be written to.
 Exit codes: 0 all is well; 1 something in the workdir is corrupt; 2 bad input, or a check of the dry run failed.
 """
 
-import pathlib
 import sys
 from typing import Any
 
@@ -19,13 +18,14 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from halvit_jax import config as config_lib
-from halvit_jax import distributed
+from halvit_jax import distributed, storage
 from halvit_jax.cli import app
 from halvit_jax.cli.preflight import preflight
 from halvit_jax.experiment import lock, tasks
 from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import abstract_checkpoint_state
 from halvit_jax.protocols import ExitCode, PyTree
+from halvit_jax.storage import Path
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
         wrong = "no_compile" if values.config is None else "files_only"
         if values[wrong].value:
             raise ValueError(f"--{wrong} goes {'with' if values.config is None else 'without'} --config")
-        workdir = None if values.workdir is None else files.workdir_path(values.workdir)
+        workdir = None if values.workdir is None else storage.parse(values.workdir, "--workdir=")
         if values.config is None:
             jax.config.update("jax_platforms", "cpu")  # an accelerator stays free for a run that may use it
             sys.exit(verify(workdir, files_only=values.files_only))
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
         sys.exit(preflight(config, workdir, **how))
 
 
-def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
+def verify(workdir: Path, *, files_only: bool = False) -> int:
     """Print a line for the lock, each checkpoint of a workdir in order, and leftovers; return the exit code.
 
     Files are compared with their manifest; unless `files_only`, arrays are restored, one step after the other, and
@@ -99,7 +99,7 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
             (good if is_good else corrupt).append(f"step {step}")
         print(f"step {step}  {line}", flush=True)
     checkpointer.close()
-    for path in sorted(folder.glob(f"*{UNFINISHED}*")):
+    for path in sorted([*folder.glob(f"*{UNFINISHED}*"), *_uncommitted(folder)]):
         fate = "perhaps in progress" if owner else "the next run removes it"
         print(
             f"leftover  {path.relative_to(workdir)}, {files.directory_size(path):,} bytes: an unfinished save; {fate}"
@@ -107,7 +107,7 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     for path in sorted((workdir / files.CORRUPT_CHECKPOINT_FOLDER).glob("*")):
         size = f"{files.directory_size(path):,} bytes"
         print(f"leftover  {path.relative_to(workdir)}, {size}: a quarantined corrupt checkpoint; safe to delete")
-    unseen = sum(path.name.isdigit() for path in folder.glob("*")) - len(steps)
+    unseen = len(files.saved_steps(workdir)) - len(steps)
     counted = f"{len(steps)} checkpoints, {len(good)} good" + (f", {unseen} older not verified" if unseen > 0 else "")
     print(f"{counted}; corrupt: {', '.join(corrupt)}" if corrupt else counted)
     if steps and not good:
@@ -117,9 +117,12 @@ def verify(workdir: pathlib.Path, *, files_only: bool = False) -> int:
     return ExitCode.PARTLY if corrupt else ExitCode.DONE
 
 
-def _verify_step(
-    checkpointer: Any, folder: pathlib.Path, abstract: PyTree | None, *, is_live: bool
-) -> tuple[bool | None, str]:
+def _uncommitted(folder: Path) -> list[Path]:
+    """The folders of steps in a bucket that a killed run has left, where Orbax writes into the folder of the step."""
+    return [path for path in folder.glob("*") if path.name.isdigit() and not storage.is_committed(path)]
+
+
+def _verify_step(checkpointer: Any, folder: Path, abstract: PyTree | None, *, is_live: bool) -> tuple[bool | None, str]:
     """(verdict, line): True for a good checkpoint, None for one that the run is deleting."""
     step = int(folder.name)
     sealed, label, reason = manifest.is_sealed(folder), "corrupt", ""

@@ -64,6 +64,7 @@ def _model() -> dict[str, Any]:
         "name": "halvit_tiny",  # see `python -m halvit_jax.summary`
         "num_classes": 1000,  # size of the classifier; 0: as many as the data set has
         "image_size": optional(int),  # height and width of the images, for the model and the data
+        "in_channels": optional(int),  # channels of the images: 3, or 1 for grey ones; task.mean and std have as many
         "drop_path": optional(float),  # stochastic depth of the last block
         "residual_float32": optional(bool),  # ViT, Swin, PVT: residual sums in float32, whatever compute_dtype is
         "remat": False,  # recompute blocks in the backward pass to save memory

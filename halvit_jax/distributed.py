@@ -7,7 +7,6 @@ coordinator.
 import contextlib
 import json
 import os
-import pathlib
 import socket
 import sys
 import threading
@@ -20,7 +19,9 @@ from typing import Any, NoReturn
 import jax
 from absl import flags
 
+from halvit_jax import storage
 from halvit_jax.protocols import ExitCode
+from halvit_jax.storage import Path
 from halvit_jax.text import one_line
 
 FLAGS = ("cluster", "coordinator", "num_processes", "process_id")
@@ -47,7 +48,7 @@ def process_group(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    folder: pathlib.Path | None = None,
+    folder: Path | None = None,
     start_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> Iterator[None]:
@@ -165,7 +166,7 @@ def _store() -> Any:
     return distributed.global_state.client
 
 
-def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, heartbeat_timeout: int) -> None:
+def _connect(given: dict, folder: Path | None, *, start_timeout: int, heartbeat_timeout: int) -> None:
     """Connect to the other processes.
 
     JAX's runtime times out without naming the missing processes. So each registers by a file in the workdir, and this
@@ -202,7 +203,7 @@ def _connect(given: dict, folder: pathlib.Path | None, *, start_timeout: int, he
             registered.unlink(missing_ok=True)
 
 
-def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
+def _register(folder: Path | None, given: dict) -> Path | None:
     """Write a file for this rank to the workdir; warn if another process has the same rank."""
     rank = given["process_id"]
     if folder is None or rank is None:
@@ -220,14 +221,14 @@ def _register(folder: pathlib.Path | None, given: dict) -> pathlib.Path | None:
     return file
 
 
-def _missing(folder: pathlib.Path | None, given: dict, start_timeout: int) -> str:
+def _missing(folder: Path | None, given: dict, start_timeout: int) -> str:
     """Error message that names the ranks known not to have started."""
     if given["coordinator"] is None:
         return f"the processes did not connect within cluster.start_timeout={start_timeout} s"
     rank, count = given["process_id"], given["num_processes"]
     since = time.time() - start_timeout - INIT_MARGIN_S
     files = {} if folder is None else {n: folder / f"starting_{n}" for n in range(count)}
-    there = [n for n, file in files.items() if file.is_file() and file.stat().st_mtime > since]
+    there = [n for n, file in files.items() if file.is_file() and storage.written_at(file) > since]
     absent = ", ".join(str(n) for n in range(count) if n not in there)
     who = f"only {', '.join(map(str, there))} of the ranks 0 to {count - 1} have started, not {absent}"
     who = who if absent else "all ranks have started, but cannot reach it, or their ranks are not unique"

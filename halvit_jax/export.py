@@ -9,7 +9,8 @@ central crop keeps (`crop`), how it is resized (`resize`, short_side or squash),
 A detector's file takes the images on their canvas and their `size` there, and returns boxes in pixels of the canvas.
 
 - stablehlo: a zip of model.bin (for `jax.export.deserialize`) and info.json; runs on CPU, GPU and TPU
-- onnx: for onnxruntime and others; needs `pip install -e '.[onnx]'`; the description is in the model's metadata
+- onnx: for onnxruntime and others, of the input `images` and the output `logits`; needs the extra `onnx`; the
+  description is in the model's metadata
 - safetensors: the parameters, each once, for `halvit_jax.load` and `--config.init_from`; the description is in its
   header
 
@@ -26,13 +27,14 @@ import pathlib
 import statistics
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
+from halvit_jax import storage
 from halvit_jax.cli import app
 from halvit_jax.experiment.build import build_loaders, input_size
 from halvit_jax.experiment.tasks import build_task, model_name
@@ -40,6 +42,7 @@ from halvit_jax.experiment.trained import Trained, load_trained, save_trained
 from halvit_jax.experiment.workdir import parse_step
 from halvit_jax.models import family_of
 from halvit_jax.protocols import Array, Batch, PyTree, ServingModel
+from halvit_jax.text import pip_install
 from halvit_jax.trees import flatten
 
 Predictor = Callable[..., PyTree]  # what `ServingModel.inputs` names -> outputs
@@ -63,12 +66,14 @@ def main(argv: list[str]) -> None:
         app.reject_positional_args(argv, "name the run with --workdir=DIR")
         if None in (given.workdir, given.format, given.out):
             raise ValueError("give --workdir=DIR, --format=NAME and --out=FILE")
+        if "://" in given.out:
+            raise ValueError(f"--out={given.out} must be a local path; copy the file to where it belongs afterwards")
         out = pathlib.Path(given.out)
         if out.exists():
             raise ValueError(f"--out={out} exists; name another one, or remove it")
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out={out} is in a folder that does not exist; create {out.absolute().parent}")
-        trained = load_trained(given.workdir, step=parse_step(given.step))
+        trained = load_trained(storage.parse(given.workdir, "--workdir="), step=parse_step(given.step))
         written = export(trained, given.format, out)
     for line in verify_export(trained, written, out):
         print(line)
@@ -113,6 +118,7 @@ def description(trained: Trained) -> dict[str, Any]:
         "task": config.task.name,
         "model": model_name(config),
         "image_size": height if height == width else [height, width],
+        "in_channels": trained.task.batch_spec()["image"].shape[-1],
         **resize,
         "mean": list(config.task.mean),
         "std": list(config.task.std),
@@ -219,9 +225,7 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise ValueError(
-            f"--format=onnx needs more packages ({error}): in the repository, pip install -e '.[onnx]'"
-        ) from error
+        raise ValueError(f"--format=onnx needs more packages ({error}): {pip_install('onnx')}") from error
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs a warning for each unknown dimension
     serving = trained.task.serving(trained.model_variables)
     try:
@@ -231,17 +235,41 @@ def _onnx(trained: Trained, out: pathlib.Path) -> Predictor:
         raise ValueError(
             f"--format=onnx: jax2onnx cannot write {model_name(trained.config)} ({reason}); use --format=stablehlo"
         ) from error
+    structure = jax.tree.structure(jax.eval_shape(serving, *_specs(trained, serving, 1)))
+    _rename(model.graph, *_tensor_names(trained.config.task.name, serving, structure))
     onnx.helper.set_model_props(model, {"info": json.dumps(description(trained))})
     onnx.save(model, out)
     session = onnxruntime.InferenceSession(os.fspath(out), providers=["CPUExecutionProvider"])
     names = [given.name for given in session.get_inputs()]
-    structure = jax.tree.structure(jax.eval_shape(serving, *_specs(trained, serving, 1)))
 
     def run(*inputs: Array) -> PyTree:
         given = {name: np.asarray(array) for name, array in zip(names, inputs, strict=True)}
         return jax.tree.unflatten(structure, session.run(None, given))
 
     return run
+
+
+def _tensor_names(task: str, serving: ServingModel, structure: Any) -> tuple[list[str], list[str]]:
+    """The names of the inputs and outputs in ONNX: images and logits, or those of several outputs."""
+    outputs = flatten(jax.tree.unflatten(structure, range(structure.num_leaves)))
+    only = "logits" if task in ("classification", "distillation") else "output"
+    return [{"image": "images"}.get(name, name) for name in serving.inputs], [name or only for name in outputs]
+
+
+def _rename(graph: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Give the inputs and outputs of an ONNX graph these names, wherever they are used."""
+    new = dict(zip((each.name for each in (*graph.input, *graph.output)), (*inputs, *outputs), strict=True))
+    for each in (*graph.input, *graph.output):
+        each.name = new[each.name]
+    _rename_uses(graph, new)
+
+
+def _rename_uses(graph: Any, new: Mapping[str, str]) -> None:
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [new.get(name, name) for name in names]
+        for attribute in node.attribute:  # the graph of a branch or a loop, of others empty
+            _rename_uses(attribute.g, new)
 
 
 FORMATS: dict[str, Callable[[Trained, pathlib.Path], Predictor]] = {

@@ -18,7 +18,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,10 +27,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from halvit_jax import config as config_lib
-from halvit_jax import distributed
+from halvit_jax import distributed, storage
 from halvit_jax.cli import app
 from halvit_jax.experiment import lock, resume
 from halvit_jax.experiment import workdir as files
+from halvit_jax.storage import Path
 from halvit_jax.text import one_line
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 def define_flags() -> None:
     """Define the command-line flags."""
-    config_flags.DEFINE_config_file("config", None, "File of configs/; override with --config.some.field=value.")
+    how = "override with --config.some.field=value; docs/configuration.md lists the fields."
+    config_flags.DEFINE_config_file("config", None, f"A file of configs/, or the workdir of a run; {how}")
     flags.DEFINE_string("workdir", None, "Folder for checkpoints, curves and results of the run.")
     flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train to the end, or evaluate a checkpoint.")
     flags.DEFINE_string(
@@ -94,10 +95,10 @@ def main(argv: list[str]) -> None:
         evaluate_weights(config, processes=processes)
         return
     with app.report_user_errors():
-        workdir = files.workdir_path(values.workdir)
+        workdir = storage.parse(values.workdir, "--workdir=")
         if values.smoke:
             workdir = workdir / files.SMOKE_FOLDER
-            shutil.rmtree(workdir, ignore_errors=True)
+            storage.remove_folder(workdir, ignore_errors=True)
     run_experiment(
         config,
         workdir,
@@ -114,7 +115,7 @@ def main(argv: list[str]) -> None:
 
 def run_experiment(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     *,
     mode: str = "train",
     step: int | str | None = None,
@@ -200,7 +201,7 @@ def _log_evaluation(config: ConfigDict, report: Any, result: dict[str, Any], lin
 
 def _evaluate(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     run: "Run",
     step: int | str | None,
     predictions: str | None,
@@ -248,7 +249,7 @@ def _evaluate(
 
 def _train(
     config: ConfigDict,
-    workdir: pathlib.Path,
+    workdir: Path,
     run: "Run",
     changes: list[str],
     *,
@@ -258,6 +259,7 @@ def _train(
     from halvit_jax.experiment import build, init_from, teacher
     from halvit_jax.training import loop
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
+    from halvit_jax.training.optim import frozen_line
     from halvit_jax.training.profiling import Profiler
 
     with app.report_user_errors():
@@ -288,6 +290,10 @@ def _train(
     for line in [*(changes if resumed_at else []), *build.recipe_deviations(config)]:
         report.log(f"WARNING: {line}")
     files.write_run_metadata(workdir, config, run.loaders.info, resumed_at=resumed_at)
+    if changes and resumed_at < run.total_steps:
+        files.set_aside_result(workdir, resumed_at=resumed_at)
+    if config.optim.frozen:
+        report.log(frozen_line(start.state.params, config.optim.frozen))
     report.hyperparameters(config.to_dict())
     profiler = Profiler(workdir / files.PROFILE_FOLDER, profile)
     with app.report_data_errors(), app.report_fatal_run(), _fault_handlers(config, workdir) as handlers:
@@ -312,7 +318,8 @@ def _train(
     if "stopped" in result:
         report.close()
         app.stopped(f"{result['stopped']}: saved at step {result['step']}; the same command resumes from there")
-    files.write_result(workdir, result)
+    with app.report_fatal_run():
+        files.write_result(workdir, result)
     report.result(result, workdir)
     report.close()  # the page reads the curves
     if distributed.is_first():
@@ -320,7 +327,7 @@ def _train(
     return result
 
 
-def _write_page(config: ConfigDict, workdir: pathlib.Path, run: "Run", result: dict[str, Any]) -> str:
+def _write_page(config: ConfigDict, workdir: Path, run: "Run", result: dict[str, Any]) -> str:
     """Write report.html and return a line for people; a run without it is as good."""
     from halvit_jax.experiment import page
 
@@ -333,7 +340,7 @@ def _write_page(config: ConfigDict, workdir: pathlib.Path, run: "Run", result: d
 
 
 @contextlib.contextmanager
-def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
+def _name_changes(workdir: Path, config: ConfigDict) -> Iterator[None]:
     """Answer a checkpoint of another model with the fields that differ, in place of its arrays."""
     from halvit_jax.training.checkpoint.metadata import MismatchError
 
@@ -349,7 +356,7 @@ def _name_changes(workdir: pathlib.Path, config: ConfigDict) -> Iterator[None]:
         ) from error
 
 
-def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curves: bool = True) -> Any:
+def _make_report(config: ConfigDict, workdir: Path, run: "Run", *, curves: bool = True) -> Any:
     from halvit_jax.training.report import Report
 
     return Report(
@@ -363,7 +370,7 @@ def _make_report(config: ConfigDict, workdir: pathlib.Path, run: "Run", *, curve
 
 
 @contextlib.contextmanager
-def _fault_handlers(config: ConfigDict, workdir: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _fault_handlers(config: ConfigDict, workdir: Path) -> Iterator[dict[str, Any]]:
     """The preemption handler and the watchdog, both active, as keyword arguments of `loop.train`."""
     from halvit_jax.training.fault_tolerance.preemption import PreemptionHandler
     from halvit_jax.training.fault_tolerance.watchdog import Watchdog

@@ -121,7 +121,7 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)  # hashable and weakly referable, as jax.jit requires
 class ServingModel:
-    """A trained model for inference: uint8 images [b, h, w, 3] -> outputs, with normalisation inside."""
+    """A trained model for inference: uint8 images [b, h, w, c] -> outputs, with normalisation inside."""
 
     apply: Callable[..., PyTree]  # (variables, images) -> outputs; after the images what else `inputs` names
     variables: PyTree
@@ -129,6 +129,7 @@ class ServingModel:
     capture: Callable[[PyTree, Array], Mapping[str, Mapping[str, Array]]] | None = None
     """(variables, images) -> {kind: {layer: array}} of the intermediates, where the model sows them."""
     inputs: tuple[str, ...] = ("image",)  # what it reads of a batch, in this order
+    channels: int = 3  # of the images
 
     def __call__(self, *inputs: Array) -> PyTree:
         """The outputs."""

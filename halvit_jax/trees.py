@@ -85,6 +85,6 @@ def sha256(tree: PyTree) -> str:
 
 
 def variable_shapes(model: Any) -> PyTree:
-    """The variables of a Flax model, for images of its `image_size`, as shapes; nothing is computed."""
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    """The variables of a Flax model, for images of its size and channels, as shapes; nothing is computed."""
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.in_channels), "float32")
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)

@@ -3,7 +3,7 @@
 #   launch/tpu_vm.sh NAME ZONE -- --config=configs/halvit_tiny.py --workdir=/mnt/shared/halvit_tiny
 # Copies the files of this checkout to ~/halvit_jax on every worker, makes .venv there with requirements.txt and
 # jax[tpu] (once), and starts halvit_jax.main --cluster on all of them. --workdir must be a folder that all workers see
-# (Filestore, or a bucket mounted with gcsfuse), data.data_dir one that each has or sees.
+# (Filestore) or one in a bucket, gs://BUCKET/FOLDER; data.data_dir one that each worker has or sees, or in a bucket.
 # Started again while the exit code is 75 (stopped by a signal), at most RESTARTS (20) times. Ctrl-C or SIGTERM here
 # stops all workers, which save a checkpoint; then it ends with 75. PYTHON_VERSION (3.11) is the workers' interpreter;
 # where their image lacks it, it is installed with apt.
@@ -26,7 +26,7 @@ git ls-files -z --cached --others --exclude-standard | tar --null --files-from=-
 gcloud compute tpus tpu-vm scp "$archive" "$name:halvit_jax.tar.gz" --zone="$zone" --worker=all
 on_workers "mkdir -p halvit_jax && tar -xzf halvit_jax.tar.gz -C halvit_jax && cd halvit_jax &&
   { python$version -c 'import ensurepip' 2>/dev/null || { sudo apt-get update && sudo apt-get install -y python$version-venv; } } &&
-  source launch/environment.sh && PYTHON_VERSION=$version environment -r requirements.txt 'jax[tpu]'"
+  source launch/environment.sh && PYTHON_VERSION=$version environment -r requirements.txt 'jax[tpu]' google-cloud-storage"
 
 stopped="" passed=""
 stop() { # the [h] keeps pkill from finding itself

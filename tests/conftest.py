@@ -10,9 +10,12 @@ import shutil
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from helpers.gcs_server import Server
 
 # What one test has compiled the next one loads, in processes of its own too.
 CACHE = tempfile.TemporaryDirectory()
@@ -105,6 +108,32 @@ def done(finished: tuple[pathlib.Path, dict[str, Any]]) -> pathlib.Path:
 def workdir(done: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A copy of it to be damaged."""
     return shutil.copytree(done, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def _server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Server]":
+    pytest.importorskip("google.cloud.storage", reason="a bucket needs the extra gcs")
+    if not shutil.which("openssl"):
+        pytest.skip("TensorFlow speaks to a bucket by TLS alone, and openssl makes the server's certificate")
+    from helpers.gcs_server import serving
+
+    with serving(tmp_path_factory.mktemp("gcs")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(_server: "Server", monkeypatch: pytest.MonkeyPatch) -> "Iterator[Server]":
+    """A server of the storage API with an empty bucket, which this process and its children use."""
+    from halvit_jax import buckets
+
+    _server.bucket.__init__()  # everything as at first
+    for name, value in _server.environment.items():
+        monkeypatch.setenv(name, value)
+    buckets.client.cache_clear()
+    yield _server
+    if buckets.client.cache_info().currsize:
+        buckets.client()._http.close()  # else its connection is closed in another test, with a warning
+    buckets.client.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
-import pytest
+import tomllib
 
-from halvit_jax.text import MAX_CHARACTERS, first_few, one_line
+import pytest
+from helpers.processes import ROOT
+
+from halvit_jax.text import EXTRAS, MAX_CHARACTERS, first_few, one_line, pip_install
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,9 @@ def test_one_line_joins_lines_and_is_cut_off() -> None:
     assert MAX_CHARACTERS - 1 <= len(long) <= MAX_CHARACTERS
     assert long.startswith("head word")
     assert long.endswith("No space left on device")
+
+
+def test_the_command_that_installs_an_extra_names_its_packages_as_pyproject_does() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: tuple(extras[name]) for name in EXTRAS} == EXTRAS
+    assert pip_install("onnx", "pillow") == "pip install 'jax2onnx>=0.17' onnxruntime pillow"

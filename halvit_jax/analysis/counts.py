@@ -71,7 +71,7 @@ def counts_of(model: nn.Module) -> Counts:
     """Parameter and MAC counts of a model as it is built; nothing is computed."""
     variables = variable_shapes(model)
     heads = [tree for name, tree in variables["params"].items() if name.startswith("head")]
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), "float32")
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, model.in_channels), "float32")
     with conv.xla_convolutions():
         macs = count_macs(lambda v, x: model.apply(v, x, train=False), variables, images)
     return Counts(count(variables["params"]), count(heads), macs)

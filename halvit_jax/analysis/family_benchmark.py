@@ -20,6 +20,7 @@ from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.trained import abstract_checkpoint_state, load_trained
 from halvit_jax.models import fold
 from halvit_jax.recipes import digits
+from halvit_jax.text import pip_install
 from halvit_jax.training.sharding import bytes_of
 
 Train = Callable[[ConfigDict, pathlib.Path], Any]  # trains a config in a workdir to the end, as `main` does
@@ -108,7 +109,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     try:
         from matplotlib import figure
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
+        raise ValueError(f"the plot needs matplotlib: {pip_install('plot')}") from error
     chart = figure.Figure(figsize=(8, 5), layout="constrained")  # without pyplot's windows and state
     axes = chart.subplots()
     for number, row in enumerate(sorted(rows, key=lambda row: row["params"])):
@@ -145,7 +146,7 @@ def _measure_size(folder: pathlib.Path) -> tuple[dict[str, Any], Callable[[], No
     fields = {**trained.config.model, "folded": True} if model is not trained.task.model else trained.config.model
     name, weights = fields["name"], folder / WEIGHTS_FILE
     weights_file.save(weights, name, variables, **{field: value for field, value in fields.items() if field != "name"})
-    image = jnp.zeros((1, model.image_size, model.image_size, 3))
+    image = jnp.zeros((1, model.image_size, model.image_size, model.in_channels))
     infer = jax.jit(lambda v, x: model.apply(v, x, train=False)).lower(variables, image).compile()
     variables = jax.device_put(variables)
     counts = counts_of(model)

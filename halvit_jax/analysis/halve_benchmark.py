@@ -16,6 +16,7 @@ from halvit_jax.analysis.counts import counts_of
 from halvit_jax.experiment import workdir as files
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.recipes import digits
+from halvit_jax.text import pip_install
 
 Train = Callable[[ConfigDict, pathlib.Path], Any]  # trains a config in a workdir to the end, as `main` does
 Halve = Callable[[ConfigDict, pathlib.Path], dict[str, Any]]  # writes a weight file, as `experiment.halve.run`
@@ -109,7 +110,7 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     try:
         from matplotlib import figure
     except ImportError as error:
-        raise ValueError("the plot needs matplotlib: pip install matplotlib") from error
+        raise ValueError(f"the plot needs matplotlib: {pip_install('plot')}") from error
     chart = figure.Figure(figsize=(8, 5), layout="constrained")  # without pyplot's windows and state
     axes = chart.subplots()
     untrained = {"halved, labels": rows[2], "halved, distilled": rows[2]}  # both start from it

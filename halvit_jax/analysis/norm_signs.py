@@ -48,7 +48,7 @@ def recipe(row: str, *, steps: int, seed: int, start: pathlib.Path) -> ConfigDic
 def write_start(row: str, config: ConfigDict) -> None:
     """Write the weight file that a run starts from."""
     model, signs = build_task(config).model, ROWS[row][1]
-    images = jnp.zeros((1, model.image_size, model.image_size, 3))
+    images = jnp.zeros((1, model.image_size, model.image_size, model.in_channels))
     variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(config.seed))
 
     def signed(path: str, leaf: jax.Array) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from halvit_jax.protocols import Array
+from halvit_jax.text import pip_install
 
 BACKBONES = ("resnet18", "resnet50", "resnet101")
 TRAINABLE = 3  # stages that train: stem and stage 1 are frozen, as in our recipes
@@ -82,9 +83,8 @@ class TorchvisionMaskRCNN:
             import torch  # noqa: F401
             import torchvision  # noqa: F401
         except ImportError as error:
-            raise ValueError(
-                f"--against=torch needs torch and torchvision ({error}): pip install torch torchvision"
-            ) from error
+            command = pip_install("torch", "torchvision")
+            raise ValueError(f"--against=torch needs torch and torchvision ({error}): {command}") from error
 
     @property
     def parameters(self) -> int:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from halvit_jax.text import pip_install
+
 GIB = 2**30
 
 
@@ -81,7 +83,7 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
         ValueError: the compiler is not installed, or refuses this topology.
     """
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError('the TPU compiler is not installed; get it with: pip install "jax[tpu]"')
+        raise ValueError(f"the TPU compiler is not installed; get it with: {pip_install('tpu')}")
     from jax.experimental.topologies import get_topology_desc
 
     # Without these libtpu waits for the metadata server of a TPU VM, and locks the TPU for one process at a time.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from halvit_jax.buckets import StorageError
 from halvit_jax.cli.config_files import explain, resolve_flags
 from halvit_jax.cli.malloc import keep_freed_memory
 from halvit_jax.cli.startup import ignore_signals
@@ -44,10 +45,32 @@ def run(main: Callable[[list[str]], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     # If a checkpoint cannot be written, asyncio logs each array; the Checkpointer logs it once.
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    own = std_logging.getLogger("halvit_jax")
+    own.addHandler(WarningLines())
+    own.setLevel(std_logging.WARNING)  # also where a command silences what other packages log
+    own.propagate = False
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        app.define_help_flags()
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=ExitCode.DONE)
     try:
         app.run(main, flags_parser=_parse)
     finally:  # the exit code stands, whatever comes while Python shuts down
         ignore_signals()
+
+
+class WarningLines(std_logging.Handler):
+    """Prints the warnings of this package as lines like those of a run, over its live line, and each only once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
+
+    def emit(self, record: std_logging.LogRecord) -> None:
+        """Print a record, unless its text was printed before."""
+        text = f"{record.levelname}: {record.getMessage()}"
+        if text not in self._printed:
+            self._printed.add(text)
+            print(("\r\033[K" if sys.stdout.isatty() else "") + text, flush=True)
 
 
 @contextlib.contextmanager
@@ -70,12 +93,12 @@ def report_data_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def report_fatal_run() -> Iterator[None]:
-    """Turn an error that ends a run (not finite, not saved) into a one-line message and exit code 3."""
+    """Turn an error that ends a run (not finite, not saved, a lost bucket) into one line and exit code 3."""
     from halvit_jax.training.checkpoint.checkpointer import SaveError
 
     try:
         yield
-    except (ArithmeticError, SaveError) as error:
+    except (ArithmeticError, SaveError, StorageError) as error:
         fail(str(error), code=ExitCode.FATAL_RUN)
 
 

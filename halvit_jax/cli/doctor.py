@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from halvit_jax.cli import app
 from halvit_jax.protocols import ExitCode
+from halvit_jax.text import pip_install
 
 DISTRIBUTION = "halvit_jax"
 
@@ -46,13 +47,13 @@ def package_lines() -> Iterator[tuple[bool, str]]:
     for requirement in required:
         problem = lacking(requirement)
         if problem:
-            yield True, f"  missing   {problem}: pip install '{requirement}'"
+            yield True, f"  missing   {problem}: {pip_install(str(requirement))}"
         else:
             yield False, f"  installed {requirement.name} {importlib.metadata.version(requirement.name)}"
     for extra, needed in sorted(extras.items()):
         problems = [problem for requirement in needed if (problem := lacking(requirement))]
         if problems:
-            yield False, f"  extra     {extra}: {', '.join(problems)}: pip install '{DISTRIBUTION}[{extra}]'"
+            yield False, f"  extra     {extra}: {', '.join(problems)}: {pip_install(*map(str, needed))}"
         else:
             yield False, f"  extra     {extra}: complete"
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from halvit_jax.text import pip_install
+
 COLOURS = ("#ff5a46", "#50c878", "#468cff", "#fac832", "#c864f0", "#3cd2dc")
 MIN_SIDE = 480  # pixels of a drawing
 
@@ -22,7 +24,7 @@ def check(detects: bool, folder: str, images: Sequence[str]) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError("--draw needs matplotlib: pip install matplotlib") from error
+        raise ValueError(f"--draw needs matplotlib: {pip_install('plot')}") from error
     files = [file_of(folder, image) for image in images]
     twice = sorted({str(file) for file in files if files.count(file) > 1})
     if twice:

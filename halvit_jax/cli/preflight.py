@@ -6,7 +6,6 @@ The second half of the command `check`. One line per check; a failed check does 
 import contextlib
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,11 +14,13 @@ import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
-from halvit_jax import distributed
+from halvit_jax import distributed, storage
 from halvit_jax.analysis.hlo import memory_of
+from halvit_jax.buckets import BucketPath
 from halvit_jax.experiment import build, init_from, lock, resume, tasks, teacher
 from halvit_jax.experiment import workdir as files
 from halvit_jax.protocols import ExitCode, PyTree
+from halvit_jax.storage import Path
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.sharding import bytes_of
@@ -35,7 +36,7 @@ USUAL_SIZE = 224  # of an image
 
 def preflight(
     config: ConfigDict,
-    workdir: pathlib.Path | None,
+    workdir: Path | None,
     *,
     compile_step: bool = True,
     all_images: bool = False,
@@ -241,36 +242,41 @@ def _teacher(config: ConfigDict, model: Any, devices: Any) -> CheckResult:
     return CheckResult("; ".join(line.partition(": ")[2] for line in setup.lines()), setup.task)
 
 
-def _workdir(workdir: pathlib.Path) -> CheckResult:
+def _workdir(workdir: Path) -> CheckResult:
     if workdir.exists():
         files.create_workdir(workdir)  # it exists, so this only tests it
         return CheckResult(f"{workdir} can be written to")
-    above = _existing(workdir)
+    if isinstance(workdir, BucketPath):
+        files.create_workdir(workdir)  # which leaves nothing in a bucket
+        return CheckResult(f"{workdir} does not exist; the run will create it")
+    above = storage.existing(workdir)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         why = "cannot be written to" if above.is_dir() else "is not a folder"
         raise ValueError(f"--workdir={workdir} cannot be created, because {above} {why}; name another one")
     return CheckResult(f"{workdir} does not exist; the run will create it")
 
 
-def _space(config: ConfigDict, workdir: pathlib.Path, state: PyTree) -> CheckResult:
+def _space(config: ConfigDict, workdir: Path, state: PyTree) -> CheckResult:
     # The newest, the best, and the one being written before an old one is deleted.
     count_kept = config.save.keep + 2
     needed = count_kept * bytes_of(state)
-    free, taken = shutil.disk_usage(_existing(workdir)).free, files.directory_size(workdir / files.CHECKPOINT_FOLDER)
+    free, taken = storage.free_bytes(workdir), files.directory_size(workdir / files.CHECKPOINT_FOLDER)
+    if free is None:
+        return CheckResult(f"{count_kept} checkpoints need {needed:,} bytes; {taken:,} are used by them now")
     line = f"{count_kept} checkpoints need {needed:,} bytes; {free:,} are free, {taken:,} are used by them now"
     if needed > free + taken:
         raise ValueError(f"--workdir={workdir}: {line}; free some, name another one, or lower save.keep")
     return CheckResult(line)
 
 
-def _lock(workdir: pathlib.Path) -> CheckResult:
+def _lock(workdir: Path) -> CheckResult:
     owner = lock.owner(workdir)
     if owner:
         raise ValueError(f"--workdir={workdir} is in use by {owner}; wait for it, or name another one")
     return CheckResult("free")
 
 
-def _checkpoint(config: ConfigDict, workdir: pathlib.Path, state: PyTree, total: int) -> CheckResult:
+def _checkpoint(config: ConfigDict, workdir: Path, state: PyTree, total: int) -> CheckResult:
     from halvit_jax.training.checkpoint.checkpointer import Checkpointer
     from halvit_jax.training.checkpoint.metadata import diff, mismatch_message
 
@@ -335,8 +341,3 @@ def _available_memory() -> tuple[int | None, str]:
         free = int(lines["MemAvailable"].split()[0]) * 1024
         return free // jax.local_device_count(), "its share of this machine's free memory"
     return (device.memory_stats() or {}).get("bytes_limit"), "available"
-
-
-def _existing(path: pathlib.Path) -> pathlib.Path:
-    """The path, or its nearest parent that exists."""
-    return next(each for each in (path.absolute(), *path.absolute().parents) if each.exists())

@@ -30,6 +30,7 @@ from halvit_jax.trees import flatten, unflatten, variable_shapes
 
 __all__ = ["LAYOUTS", "TABLES", "Rule", "from_torch", "rules_of", "shapes_of", "to_torch", "torch_shapes"]
 
+WRAPPER = "module."  # before every name of a state that was saved from inside of PyTorch's DataParallel
 TABLES: dict[type, Callable[[Any], tuple[Rule, ...]]] = {
     VisionTransformer: vit.rules,
     ResNet: resnet.rules,
@@ -59,7 +60,7 @@ def from_torch(name: str, state: Mapping[str, Any], **overrides: Any) -> dict[st
     Raises:
         ValueError: all ambiguous, missing and unexpected entries and shape mismatches by name, or invalid overrides.
     """
-    model = create_model(name, **overrides)
+    model, state = create_model(name, **overrides), _unwrapped(state)
     if isinstance(model, SwinTransformer):
         swin.check_windows(name, model, state)
     return unflatten(_copied(arrays_from_torch(name, model, state, shapes_of(model))))
@@ -73,7 +74,8 @@ def arrays_from_torch(
     Raises:
         ValueError: all ambiguous, missing and unexpected entries and shape mismatches by name.
     """
-    return engine.from_torch_arrays(name, rules_of(name, model), timm.official_names(model, state), wanted, free=free)
+    names = timm.official_names(model, _unwrapped(state))
+    return engine.from_torch_arrays(name, rules_of(name, model), names, wanted, free=free)
 
 
 def to_torch(
@@ -122,6 +124,13 @@ def rules_of(name: str, model: Any) -> tuple[Rule, ...]:
     if type(model) not in TABLES:
         raise ValueError(f"{name} has no table of PyTorch names yet")
     return TABLES[type(model)](model)
+
+
+def _unwrapped(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The names without that of PyTorch's DataParallel, which a state has that was saved with the wrapper."""
+    if state and all(name.startswith(WRAPPER) for name in state):
+        return {name.removeprefix(WRAPPER): array for name, array in state.items()}
+    return state
 
 
 def _copied(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

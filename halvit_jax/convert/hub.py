@@ -15,14 +15,14 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from halvit_jax.text import one_line
+from halvit_jax.text import one_line, pip_install
 
 PREFIX = "hf://"
 FILE = "model.safetensors"
 SOURCE = re.compile(
     r"(?P<repository>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+?))?(?:/(?P<file>[\w./-]+\.safetensors))?"
 )
-NEEDS = "downloading from the Hub needs huggingface_hub: pip install 'halvit_jax[hub]'"
+NEEDS = f"downloading from the Hub needs huggingface_hub: {pip_install('hub')}"
 
 # Repository -> (model, fields): where published weights are, as safetensors.
 PUBLISHED: Mapping[str, tuple[str, Mapping[str, Any]]] = {

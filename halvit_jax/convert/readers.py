@@ -18,7 +18,9 @@ from typing import Any, BinaryIO, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from halvit_jax import storage
 from halvit_jax.convert import hub
+from halvit_jax.text import pip_install
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
@@ -55,9 +57,12 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> Weights:
     Raises:
         ValueError: not a file, an unsupported kind, corrupt, or PyTorch is needed and missing.
     """
-    path = hub.download(str(path)) if hub.is_source(path) else pathlib.Path(path)
+    path = hub.download(str(path)) if hub.is_source(path) else storage.parse(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file")
+    if isinstance(path, storage.BucketPath):
+        with storage.local_copy(path) as copy:
+            return read(copy, ema=ema)
     match path.suffix:
         case ".safetensors":
             return _read_safetensors(path)
@@ -73,8 +78,10 @@ def write(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray], metada
     """Write a safetensors file atomically.
 
     Raises:
-        ValueError: another suffix, or an array that is empty or of an unsupported type.
+        ValueError: another suffix, an address of a bucket, or an array that is empty or of an unsupported type.
     """
+    if "://" in os.fspath(path):
+        raise ValueError(f"{path} must be a local path; copy the file to where it belongs afterwards")
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors, the only format that is written")
@@ -224,7 +231,8 @@ def _read_pytorch(path: pathlib.Path, *, ema: bool) -> dict[str, np.ndarray]:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            f"{path} can be read with PyTorch only: pip install torch, or save the state as safetensors"
+            f"{path} can be read with PyTorch only; save the state as safetensors, or install it: "
+            f"{pip_install('torch')}"
         ) from None
     try:
         # Files of the old format are not archives and cannot be memory-mapped.

@@ -78,7 +78,7 @@ def load_any(path: str, weights: readers.Weights, name: str | None, fields: Mapp
             name, published = hub.model_of(path)
             given = published | given
         if name is None:
-            raise ValueError(f"{path} does not name its model; give it (--model=NAME)")
+            raise ValueError(f"{path} does not name its model; give its name (--model=NAME)")
         return StoredModel(name, given, from_torch(name, weights.arrays, **given))
     if name not in (None, stored.name):
         raise ValueError(f"{path} is of {stored.name}, not of {name}")

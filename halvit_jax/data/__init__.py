@@ -1,5 +1,11 @@
 """Data: from sources to batches. The one package that imports TensorFlow."""
 
+import os
+
+# TensorFlow's C++ code prints lines when it is imported, in Python too, where no command has set these.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
 from halvit_jax.data.errors import undecodable
 from halvit_jax.data.instance_loaders import make_detection_loaders
 from halvit_jax.data.instances import put_on_canvas, read_on_canvas

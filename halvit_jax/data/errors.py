@@ -46,6 +46,7 @@ class ErrorTracker:
         self._steps_per_epoch = steps_per_epoch
         self._allowed = max(1, int(budget * source.info.num_examples))
         self._replaced: set[str] = set()  # in this epoch; a repeated image counts once
+        self._logged: set[str] = set()  # in any epoch
 
     def batches(
         self, batches: Iterator[dict[str, np.ndarray]], first_step: int, *, names: bool = False
@@ -80,9 +81,10 @@ class ErrorTracker:
 
     def _count(self, names: set[str]) -> None:
         self._replaced |= names
-        LOG.warning(
-            "replaced images that cannot be decoded, %d in this epoch so far: %s", len(self._replaced), sorted(names)
-        )
+        new = sorted(names - self._logged)
+        self._logged |= names
+        if new:
+            LOG.warning("replaced images that cannot be decoded, %d so far: %s", len(self._logged), first_few(new))
         if len(self._replaced) > self._allowed:
             raise DataError(
                 f"{len(self._replaced)} images of this epoch cannot be decoded, but only {self._allowed} may be: "

@@ -11,6 +11,8 @@ import struct
 import numpy as np
 import tensorflow as tf
 
+from halvit_jax.text import pip_install
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # of a GIF the first frame
 PILLOW_SUFFIXES = (".webp", ".tif", ".tiff")
 HEAD = 30  # bytes in which a format can be told
@@ -91,7 +93,9 @@ def _bytes(data: bytes | np.ndarray) -> bytes:
 def _as_png(data: bytes, *, rotate: bool) -> bytes:
     kind = {b"RI": "WebP", b"BM": "a BMP with a palette"}.get(data[:2], "TIFF")
     if not has_pillow():
-        raise _unreadable(f"it is {kind} by its first bytes, which needs Pillow (pip install pillow); or convert it")
+        raise _unreadable(
+            f"it is {kind} by its first bytes, which needs Pillow; convert it, or install that: {pip_install('pillow')}"
+        )
     from PIL import Image, ImageOps
 
     try:

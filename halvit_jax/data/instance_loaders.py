@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from halvit_jax import storage
 from halvit_jax.data import coco, scenes
 from halvit_jax.data.canvases import Canvas, EvalPlan, Slot, TrainPlan, choose, scaled
 from halvit_jax.data.coco import CocoIndex
@@ -27,7 +28,7 @@ THREADS = min(os.cpu_count() or 1, 16)
 AHEAD = 2  # batches that are being made while one is in use
 TFDS_COCO = (
     "the coco/2017 of TFDS has no segmentation, no category ids and integer areas, so it can neither train nor score "
-    "masks; get the official files ready with `bash launch/prepare_coco.sh` and set instances.name='coco'"
+    "masks; get the official files ready with `bash launch/prepare_coco.sh SOURCE DATA` and set instances.name='coco'"
 )
 
 
@@ -60,6 +61,8 @@ def make_detection_loaders(
     Raises:
         ValueError: a value that is not allowed, files that are not there, or content that cannot be meant.
     """
+    storage.check_scheme(root, "instances.root=")
+    storage.check_scheme(data_dir, "instances.data_dir=")
     if name == "coco/2017" or name.startswith("coco/"):
         raise ValueError(f"instances.name={name!r}: {TFDS_COCO}")
     if name not in NAMES:

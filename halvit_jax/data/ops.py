@@ -164,6 +164,12 @@ def resize(image: tf.Tensor, shape: tuple, *, method: str, antialias: bool) -> t
     return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
 
 
+def to_grey(image: tf.Tensor) -> tf.Tensor:
+    """The brightness of an image uint8 [h, w, 3], as Pillow's "L" (ITU-R 601): uint8 [h, w, 1]."""
+    weighted = tf.cast(image, tf.int32) * tf.constant([19595, 38470, 7471])
+    return tf.cast((tf.reduce_sum(weighted, -1, keepdims=True) + 0x8000) // 2**16, tf.uint8)
+
+
 def random_flip(image: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
     """Mirror left and right with probability 1/2."""
     return tf.image.stateless_random_flip_left_right(image, seed)

@@ -75,13 +75,15 @@ def make_loaders(
     batch_size: int,
     size: tuple[int, int],
     seed: int,
+    channels: int = 3,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     host: Host = ONLY_HOST,
     training: bool = True,
 ) -> Loaders:
     """The loaders of `config.data`, whose fields explain the keywords; `size` is (height, width) of the images.
 
-    `mean` is that of the colours, for augmentation. Without `training` no training data are needed.
+    With one channel they are grey: the brightness of the colours, after all augmentation. `mean` is that of the
+    channels, for augmentation. Without `training` no training data are needed.
 
     Raises:
         ValueError: a value that is not allowed, or a missing data set, with the command that prepares it.
@@ -99,6 +101,7 @@ def make_loaders(
         method=interpolation,
         antialias=antialias,
         exif_rotation=exif_rotation,
+        channels=channels,
         mean=mean,
         on_bad_image=on_bad_image,
     )
@@ -108,6 +111,7 @@ def make_loaders(
         method=interpolation,
         resize=eval_resize,
         exif_rotation=exif_rotation,
+        channels=channels,
         on_bad_image=on_bad_image,
     )
     if not 0.0 <= bad_image_budget <= 1.0:

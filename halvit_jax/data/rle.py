@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-INSTALL = 'pip install "halvit-jax[detection]"'
+from halvit_jax.text import pip_install
 
 
 @functools.cache
@@ -22,7 +22,9 @@ def coco_masks() -> Any:
     try:
         from pycocotools import mask
     except ImportError as error:
-        raise ValueError(f"masks of COCO files need pycocotools; install it with: {INSTALL}") from error
+        raise ValueError(
+            f"masks of COCO files need pycocotools; install it with: {pip_install('detection')}"
+        ) from error
     return mask
 
 

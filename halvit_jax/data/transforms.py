@@ -18,6 +18,7 @@ Augmentation = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]  # (image, seed [2]) 
 ON_BAD_IMAGE = ("error", "replace")
 EVAL_RESIZES: dict[str, Callable[..., tf.Tensor]] = {"short_side": ops.central_crop, "squash": ops.squash}
 GREY = 128
+COLOURS: dict[int, Callable[[tf.Tensor], tf.Tensor]] = {1: ops.to_grey, 3: lambda image: image}
 
 
 class DecodedImage(TypedDict):
@@ -39,6 +40,7 @@ def train_transform(
     method: str,
     antialias: bool,
     exif_rotation: bool = False,
+    channels: int = 3,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     on_bad_image: str = "error",
 ) -> Transform:
@@ -76,18 +78,18 @@ def train_transform(
     if shift:
         augmentations.append((2, lambda image, seed: ops.random_shift(image, seed, pixels=shift)))
     if policy:
-        fill = tuple(min(255, round(255 * value)) for value in mean)
+        fill = tuple(min(255, round(255 * value)) for value in (mean if len(mean) == 3 else (*mean, *mean, *mean)))
         augmentations.append((3, augment.parse_policy(policy, interpolation=method, fill=fill)))
     if color_jitter:
         strengths = dict.fromkeys(("brightness", "contrast", "saturation"), color_jitter)
         augmentations.append((4, lambda image, seed: augment.color_jitter(image, seed, **strengths)))
-    decode = _decoder(crops[crop], size, on_bad_image, exif_rotation)
+    decode, colours = _decoder(crops[crop], size, on_bad_image, exif_rotation), _colours(channels)
 
     def transform(record: Record, seed: tf.Tensor) -> Example:
         example = {**record, **decode(record["image"], ops.fold_in(seed, 0))}
         for number, augmentation in augmentations:
             example["image"] = augmentation(example["image"], ops.fold_in(seed, number))
-        return example
+        return example | {"image": colours(example["image"])}
 
     return transform
 
@@ -99,6 +101,7 @@ def eval_transform(
     method: str,
     resize: str = "short_side",
     exif_rotation: bool = False,
+    channels: int = 3,
     on_bad_image: str = "error",
 ) -> Transform:
     """Resize to cover `size` (height, width) / fraction, cut out the middle; the seed is not used.
@@ -119,12 +122,17 @@ def eval_transform(
         return EVAL_RESIZES[resize](decode_whole(encoded), size=size, fraction=fraction, method=method)
 
     decode_whole = ops.decode_rotated if exif_rotation else ops.decode
-    decode = _decoder(middle, size, on_bad_image, exif_rotation)
-    return lambda record, seed: {**record, **decode(record["image"], seed)}
+    decode, colours = _decoder(middle, size, on_bad_image, exif_rotation), _colours(channels)
+
+    def transform(record: Record, seed: tf.Tensor) -> Example:
+        decoded = decode(record["image"], seed)
+        return {**record, **decoded, "image": colours(decoded["image"])}
+
+    return transform
 
 
 def read_image(path: str, transform: Transform) -> np.ndarray:
-    """The image of a file, transformed: uint8 [height, width, 3].
+    """The image of a file, transformed: uint8 [height, width, c].
 
     Raises:
         ValueError: the file cannot be read, or is not such an image.
@@ -184,6 +192,16 @@ def _decoder(
         return {"image": image, "decoded": decoded}
 
     return raise_on_error if on_bad_image == "error" else replace_on_error
+
+
+def _colours(channels: int) -> Callable[[tf.Tensor], tf.Tensor]:
+    """An image of three colours as one of so many channels."""
+    if channels not in COLOURS:
+        raise ValueError(
+            f"model.in_channels={channels}: image files are read with 3 channels, or 1 (grey); images of others come "
+            "from a loader of your own"
+        )
+    return COLOURS[channels]
 
 
 def _check_method(method: str) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from halvit_jax.text import first_few
+from halvit_jax import storage
+from halvit_jax.text import first_few, pip_install
 
 KINDS = {"box": "bbox", "mask": "segm"}  # our name of a metric -> pycocotools's
 STATS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5, "ar100": 8}  # of `summarize`
@@ -69,8 +70,7 @@ def read_truth(path: str) -> dict[str, Any]:
     `data.coco.read_index` has checked the file. Annotations are numbered anew from 1, because pycocotools takes a match
     with number 0 for none.
     """
-    with open(path) as file:
-        content = json.load(file)
+    content = json.loads(storage.parse(path).read_text())
     annotations = []
     for number, entry in enumerate(content["annotations"], 1):
         _, _, width, height = entry["bbox"]
@@ -114,8 +114,8 @@ def _faster_coco_eval() -> Library:
 
 
 BACKENDS: dict[str, tuple[Callable[[], Library], str]] = {
-    "pycocotools": (_pycocotools, 'pip install "halvit-jax[detection]"'),
-    "faster_coco_eval": (_faster_coco_eval, "pip install faster-coco-eval"),
+    "pycocotools": (_pycocotools, pip_install("detection")),
+    "faster_coco_eval": (_faster_coco_eval, pip_install("faster-coco-eval")),
 }
 """Name -> (its classes, the command that installs it). The second is faster than the first, which is the reference."""
 

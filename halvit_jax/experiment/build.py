@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from halvit_jax import storage
 from halvit_jax.experiment import teacher
 from halvit_jax.experiment.tasks import build_task
 from halvit_jax.experiment.teacher import DistillationSetup
@@ -62,7 +63,8 @@ def build(config: ConfigDict, *, training: bool = True) -> Run:
         ValueError: a value that is not allowed; the message names the field, the value and what is allowed.
     """
     if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", os.path.abspath(os.path.expanduser(config.compilation_cache)))
+        cache = storage.parse(config.compilation_cache, "compilation_cache=").absolute()
+        jax.config.update("jax_compilation_cache_dir", os.fspath(cache))
     task = build_task(config)
     mesh = build_mesh(config)
     guard = make_guard(**config.skip_updates)
@@ -142,7 +144,8 @@ def build_loaders(config: ConfigDict, *, size: tuple[int, int], training: bool =
     given = {"batch_size": config.batch_size, "seed": config.seed, "host": host, "training": training}
     if config.task.name == "detection":
         return data.make_detection_loaders(**config.instances, **given)
-    return data.make_loaders(**config.data, size=size, mean=config.task.mean, **given)
+    channels = config.model.in_channels or 3
+    return data.make_loaders(**config.data, size=size, channels=channels, mean=config.task.mean, **given)
 
 
 def build_optimizer(config: ConfigDict, *, steps_per_epoch: int) -> Optimizer:

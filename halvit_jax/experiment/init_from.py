@@ -1,8 +1,6 @@
 """Initial weights from a workdir or a weight file (`config.init_from`)."""
 
 import json
-import os
-import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +8,13 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from halvit_jax import storage
 from halvit_jax.convert import hub, readers
 from halvit_jax.convert.transfer import Transfer, below_backbone, read_for, transfer
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.experiment.workdir import INIT_FROM_FILE, read_dataset_info, split_source, workdir_path, write_text
+from halvit_jax.experiment.workdir import INIT_FROM_FILE, read_dataset_info, split_source
 from halvit_jax.protocols import DatasetInfo, Task
+from halvit_jax.storage import Path
 from halvit_jax.text import first_few
 from halvit_jax.training.state import TrainState, with_arrays
 from halvit_jax.trees import TransferRules, flatten
@@ -30,7 +30,7 @@ def fresh_state(
     init: Init,
     config: ConfigDict,
     info: DatasetInfo,
-    workdir: pathlib.Path,
+    workdir: Path,
     log: Log,
 ) -> TrainState:
     """The initial train state, in the shardings of `abstract`; logs which weights were loaded.
@@ -44,7 +44,7 @@ def fresh_state(
     if jax.process_index() == 0:
         rest = {"adapted": found.adapted, "initialized": found.initialized, "unused": found.unused}
         content = {"source": config.init_from, "loaded": sorted(found.arrays), **rest}
-        write_text(workdir / INIT_FROM_FILE, json.dumps(content, indent=2) + "\n")
+        storage.write_text(workdir / INIT_FROM_FILE, json.dumps(content, indent=2) + "\n")
     for line in [*found.lines(), *other_classes(config, task, found, info)]:
         log(f"init_from={config.init_from}: {line}")
     return with_arrays(init(abstract), found.arrays)
@@ -98,10 +98,11 @@ def read(
     """
     path, step = split_source(source)
     try:
-        if pathlib.Path(path).is_dir():
+        local = None if hub.is_source(path) else storage.parse(path)
+        if local and local.is_dir():
             arrays = flatten(load_trained(path, step=step, ema=ema).model_variables)
-        elif not hub.is_source(path) and not workdir_path(path).exists():
-            raise ValueError(f"{os.path.abspath(path)} does not exist; train it first, or name another one")
+        elif local and not local.exists():
+            raise ValueError(f"{local.absolute()} does not exist; train it first, or name another one")
         elif model is None:
             raise ValueError("this task loads weights from a workdir only")
         else:
@@ -115,8 +116,8 @@ def read(
 
 def _class_names(path: str) -> list[str]:
     """The names of the classes that a workdir or an exported file was trained on, if it has them."""
-    if os.path.isdir(path):
-        return read_dataset_info(pathlib.Path(path)).class_names
+    if not hub.is_source(path) and storage.parse(path).is_dir():
+        return read_dataset_info(storage.parse(path)).class_names
     if not path.endswith(".safetensors"):
         return []
     return json.loads(readers.read(path).metadata.get("info", "{}")).get("classes", [])

@@ -7,7 +7,6 @@ more pass over some images of the evaluation set, for a classification with one 
 import base64
 import html
 import json
-import pathlib
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,9 +16,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
+from halvit_jax import storage
 from halvit_jax.experiment.trained import load_trained
-from halvit_jax.experiment.workdir import PAGE_FILE, write_text
+from halvit_jax.experiment.workdir import PAGE_FILE
 from halvit_jax.protocols import DatasetInfo, PyTree
+from halvit_jax.storage import Path
 from halvit_jax.tasks.classification import Classification
 
 Curve = list[tuple[int, float]]  # steps and values
@@ -58,9 +59,7 @@ class Mistakes(NamedTuple):
     images: int
 
 
-def write_page(
-    workdir: pathlib.Path, *, config: ConfigDict, info: DatasetInfo, loader: Any, result: Mapping[str, Any]
-) -> pathlib.Path:
+def write_page(workdir: Path, *, config: ConfigDict, info: DatasetInfo, loader: Any, result: Mapping[str, Any]) -> Path:
     """Write the page of a run that has finished with this result, and return its path.
 
     `loader` is that of the evaluation set. Mistakes are left out of the run of several processes, of a task that is no
@@ -76,7 +75,7 @@ def write_page(
             mistakes = find_mistakes(trained.task, trained.model_variables, batches, names, config.report_images)
     path = workdir / PAGE_FILE
     curves = read_curves(workdir)
-    write_text(path, page(workdir, config=config, info=info, result=result, curves=curves, mistakes=mistakes))
+    storage.write_text(path, page(workdir, config=config, info=info, result=result, curves=curves, mistakes=mistakes))
     return path
 
 
@@ -104,7 +103,7 @@ def find_mistakes(
     return Mistakes(confusion, found, int(confusion.sum()))
 
 
-def read_curves(workdir: pathlib.Path) -> dict[str, Curve]:
+def read_curves(workdir: Path) -> dict[str, Curve]:
     """{tag: curve} of the event files in a workdir, such as "train/loss"; of a step that ran twice the later value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
@@ -120,7 +119,7 @@ def read_curves(workdir: pathlib.Path) -> dict[str, Curve]:
 
 
 def page(
-    workdir: pathlib.Path,
+    workdir: Path,
     *,
     config: ConfigDict,
     info: DatasetInfo,

@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from halvit_jax.convert import readers, weights_file
-from halvit_jax.experiment.trained import CONFIG, Trained, load_trained
+from halvit_jax import storage
+from halvit_jax.convert import hub, readers, weights_file
+from halvit_jax.experiment.trained import CONFIG, Trained, at_size, fit, load_trained
 from halvit_jax.models import create_model
 from halvit_jax.protocols import DatasetInfo, PyTree
 from halvit_jax.tasks.classification import Classification
@@ -25,7 +26,7 @@ class Predictor:
 
     predictor("a.jpg")                     one decoded output, such as {"top5": [{"class": ..., "probability": ...}]}
     predictor(["a.jpg", array, image])     a list of them; arrays are uint8 [h, w, 3], images are Pillow's
-    predictor.preprocess(image)            uint8 [height, width, 3], resized and cropped as in evaluation
+    predictor.preprocess(image)            uint8 [height, width, c], resized and cropped as in evaluation
     predictor.outputs(images)              the outputs, such as logits, for a batch of preprocessed images
 
     Attributes:
@@ -42,7 +43,7 @@ class Predictor:
         self._task, self._info = task, info
         self.serving = task.serving(variables, folded=False)
         self._apply = jax.jit(self.serving.apply)
-        self._transform = data.eval_transform(self.serving.input_size, **preprocessing)
+        self._transform = data.eval_transform(self.serving.input_size, channels=self.serving.channels, **preprocessing)
 
     def __call__(self, images: Image | Sequence[Image], *, batch_size: int = 32, **decoding: Any) -> Any:
         """The decoded output of one image, or a list of them for a list; `top` is how many classes are listed.
@@ -56,7 +57,7 @@ class Predictor:
         return found if several else found[0]
 
     def preprocess(self, image: Image) -> np.ndarray:
-        """The image as the model takes it: uint8 [height, width, 3]. The model normalises it itself.
+        """The image as the model takes it: uint8 [height, width, c]. The model normalises it itself.
 
         Raises:
             ValueError: the image cannot be read.
@@ -70,7 +71,7 @@ class Predictor:
         return data.transform_array(np.asarray(image), self._transform)
 
     def outputs(self, images: np.ndarray) -> PyTree:
-        """The outputs of the model for preprocessed images [b, height, width, 3]."""
+        """The outputs of the model for preprocessed images [b, height, width, c]."""
         return self._apply(self.serving.variables, images)
 
     def decoded(self, images: Iterable[np.ndarray], *, batch_size: int = 32, **decoding: Any) -> Iterator[dict]:
@@ -140,19 +141,24 @@ class DetectionPredictor:
         return decoded
 
 
-def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = None) -> Predictor | DetectionPredictor:
+def load_predictor(
+    source: str | os.PathLike[str], *, step: int | str | None = None, image_size: int | None = None
+) -> Predictor | DetectionPredictor:
     """The predictor of a workdir (its newest checkpoint, or that of `step`, which may be "best"), or of a .safetensors
     file of `halvit_jax.export` or `halvit_jax.halve`. It computes in float32.
+
+    With `image_size` it takes images of another height and width; learned positions are resampled.
 
     Raises:
         ValueError: no run or no checkpoint in a workdir, or a file without a description of its images.
     """
     source = os.path.expanduser(os.fspath(source))
-    weights = None if os.path.isdir(source) else readers.read(source)
+    is_workdir = not hub.is_source(source) and storage.parse(source).is_dir()
+    weights = None if is_workdir else readers.read(source)
     if step is not None and weights is not None:
         raise ValueError(f"step={step!r} chooses a checkpoint of a workdir, and {source} is none")
     if weights is None or CONFIG in weights.metadata:
-        return predictor_of(load_trained(source, step=step))
+        return predictor_of(load_trained(source, step=step), image_size=image_size)
     found = weights_file.from_weights(weights)
     described = json.loads(weights.metadata.get("info", "{}"))
     if found is None or "classes" not in described:
@@ -160,13 +166,17 @@ def load_predictor(source: str | os.PathLike[str], *, step: int | str | None = N
             f"{source} does not describe its images and classes; give a workdir, or a .safetensors file of "
             "halvit_jax.export"
         )
-    task = Classification(create_model(found.name, **found.fields), mean=described["mean"], std=described["std"])
+    fields, variables = found.fields | ({"image_size": image_size} if image_size else {}), found.variables
+    task = Classification(create_model(found.name, **fields), mean=described["mean"], std=described["std"])
+    if image_size:
+        variables = fit(task, variables, found.name)
     how = {keyword: described[name] for name, keyword in PREPROCESSING.items() if name in described}
-    return Predictor(task, found.variables, DatasetInfo(described["classes"], 0), how)
+    return Predictor(task, variables, DatasetInfo(described["classes"], 0), how)
 
 
-def predictor_of(trained: Trained) -> Predictor | DetectionPredictor:
-    """The predictor of a trained model, which preprocesses as its evaluation did."""
+def predictor_of(trained: Trained, *, image_size: int | None = None) -> Predictor | DetectionPredictor:
+    """The predictor of a trained model, which preprocesses as its evaluation did, for images of its or another size."""
+    trained = at_size(trained, image_size) if image_size else trained
     if trained.config.task.name == "detection":
         return DetectionPredictor(trained)
     fields = trained.config.data

@@ -1,12 +1,12 @@
 """Differences between the config of a run and that of its resumption."""
 
 import json
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from halvit_jax.experiment.workdir import CONFIG_FILE, read_config, saved_steps
+from halvit_jax.storage import Path
 
 UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed run, or only where its data lie
     *("loop.log_every", "loop.eval_every", "loop.checkpoint_every", "loop.early_stopping"),
@@ -16,7 +16,7 @@ UNCHANGED_BY = (  # fields and sub-trees that change no parameter of a resumed r
 )
 
 
-def changed_fields(workdir: pathlib.Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
+def changed_fields(workdir: Path, config: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """{field: (value in the workdir, value of `config`)} of the fields that differ; {} where nothing was trained.
 
     Raises:
@@ -29,7 +29,7 @@ def changed_fields(workdir: pathlib.Path, config: ConfigDict) -> dict[str, tuple
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_changes(workdir: pathlib.Path, config: ConfigDict, *, allowed: bool) -> list[str]:
+def check_changes(workdir: Path, config: ConfigDict, *, allowed: bool) -> list[str]:
     """One line for each field that differs from the config which the workdir was trained with.
 
     Raises:

@@ -6,8 +6,6 @@ dtype of the run on images of the student's size, and is sharded over the device
 """
 
 import json
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +13,13 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from halvit_jax import storage
 from halvit_jax.convert import hub, readers, shapes_of, weights_file
 from halvit_jax.convert.transfer import Transfer
 from halvit_jax.experiment import init_from, tasks
-from halvit_jax.experiment.workdir import TEACHER_FILE, read_config, read_json, split_source, write_text
+from halvit_jax.experiment.workdir import TEACHER_FILE, read_config, read_json, split_source
 from halvit_jax.models import create_model, partition_rules, transfer_rules
+from halvit_jax.storage import Path
 from halvit_jax.tasks.classification import Classification
 from halvit_jax.tasks.distillation import Distillation, Teacher
 from halvit_jax.training.sharding import partition
@@ -96,7 +96,7 @@ def load_teacher(config: ConfigDict, student: Classification) -> tuple[Teacher, 
     return teacher._replace(variables=unflatten(found.arrays)), name
 
 
-def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool) -> None:
+def pin_teacher(record: dict[str, Any], workdir: Path, *, resumed: bool) -> None:
     """Record the teacher's digest; a resumed run must use the same teacher.
 
     Raises:
@@ -112,7 +112,7 @@ def pin_teacher(record: dict[str, Any], workdir: pathlib.Path, *, resumed: bool)
                 f"{before['sha256'][:16]}); give that one, or another --workdir"
             )
     elif jax.process_index() == 0:
-        write_text(path, json.dumps(record, indent=2) + "\n")
+        storage.write_text(path, json.dumps(record, indent=2) + "\n")
 
 
 def _named_task(config: ConfigDict, mesh: Mesh) -> tuple[Distillation, str]:
@@ -156,7 +156,8 @@ def _describe(
     images = {field: value for field, value in (("mean", mean), ("std", std)) if value is not None}
     path, _ = split_source(init_from)
     on_hub = hub.is_source(path)
-    known = _known(path) if os.path.exists(path) else None
+    exists = not on_hub and storage.parse(path, "teacher.init_from=").exists()
+    known = _known(path) if exists else None
     if on_hub and not name:
         name = hub.model_of(path)[0] or ""
     if known:
@@ -165,12 +166,12 @@ def _describe(
         name, fields, images = known.name, known.fields, images | known.images
     elif name:
         fields = {"num_classes": student.model.num_classes}
-    elif on_hub or os.path.exists(path):
+    elif on_hub or exists:
         raise ValueError(f"teacher.init_from={init_from} does not name its model; set teacher.name")
     else:
         raise ValueError(
-            f"teacher.init_from={init_from} does not exist ({os.path.abspath(path)}); train the teacher first, or set "
-            "teacher.name to plan a run without it"
+            f"teacher.init_from={init_from} does not exist ({storage.parse(path).absolute()}); train the teacher "
+            "first, or set teacher.name to plan a run without it"
         )
     try:
         model = create_model(name, **fields | {"image_size": student.model.image_size, "dtype": student.model.dtype})
@@ -182,8 +183,8 @@ def _describe(
 
 def _known(source: str) -> _StoredModel | None:
     """The stored model of a source, if it has any."""
-    if os.path.isdir(source):
-        config = read_config(pathlib.Path(source))
+    if storage.parse(source).is_dir():
+        config = read_config(storage.parse(source))
         fields = {field: value for field, value in config.model.items() if value is not None}
         return _StoredModel(fields.pop("name"), fields, {"mean": config.task.mean, "std": config.task.std})
     if not source.endswith(".safetensors"):

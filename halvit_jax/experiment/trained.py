@@ -1,7 +1,7 @@
 """From a workdir, or a weight file that knows its run, back to a trained model."""
 
 import json
-import pathlib
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,10 +10,13 @@ import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
+from halvit_jax import storage
 from halvit_jax.convert import engine, readers, weights_file
+from halvit_jax.convert.transfer import transfer
 from halvit_jax.experiment.tasks import build_task, model_name
-from halvit_jax.experiment.workdir import read_config, read_dataset_info, workdir_path
+from halvit_jax.experiment.workdir import read_config, read_dataset_info
 from halvit_jax.protocols import DatasetInfo, PyTree, Task
+from halvit_jax.storage import Path
 from halvit_jax.training.fault_tolerance.grad_spikes import make_guard
 from halvit_jax.training.optim import make_optimizer
 from halvit_jax.training.sharding import make_mesh
@@ -38,7 +41,7 @@ class Trained(NamedTuple):
         return {"params": params, **model_state}
 
 
-def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, ema: bool = True) -> Trained:
+def load_trained(workdir: str | os.PathLike[str], *, step: int | str | None = None, ema: bool = True) -> Trained:
     """The newest checkpoint of a run, or that of a step, which may be "best"; or the model of a file of `save_trained`.
 
     It computes in float32. Without `ema` it has the raw weights of a run, even if that has averages.
@@ -46,7 +49,7 @@ def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, 
     Raises:
         ValueError: no run or no checkpoint here, one that does not fit its own config, or a file without a config.
     """
-    workdir = workdir_path(workdir)
+    workdir = storage.parse(workdir)
     if workdir.is_file():
         return _load_file(workdir)
     config = read_config(workdir)
@@ -57,7 +60,31 @@ def load_trained(workdir: str | pathlib.Path, *, step: int | str | None = None, 
     return Trained(task, (variables["params"], variables["model_state"]), config, read_dataset_info(workdir))
 
 
-def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
+def at_size(trained: Trained, image_size: int) -> Trained:
+    """The same model for images of another height and width; learned positions are resampled as in timm.
+
+    Raises:
+        ValueError: a task that has sizes of its own, or a size that the model cannot have.
+    """
+    if trained.config.task.name == "detection":
+        raise ValueError(f"image_size={image_size}: a detector takes images of any size, on instances.canvases")
+    config = trained.config.copy_and_resolve_references()
+    config.model.image_size = image_size
+    task = build_task(config)
+    variables = fit(task, trained.model_variables, config.model.name)
+    return trained._replace(task=task, config=config, variables=(variables.pop("params"), variables))
+
+
+def fit(task: Task, variables: PyTree, name: str) -> dict[str, PyTree]:
+    """The variables of the model `name`, adapted to the size of the images of a task.
+
+    Raises:
+        ValueError: arrays that cannot be adapted, by path.
+    """
+    return unflatten(transfer(name, flatten(variables), _shapes(task), task.transfer_rules, exclude=()).arrays)
+
+
+def save_trained(path: str | os.PathLike[str], trained: Trained) -> None:
     """Write a weight file that knows its config and data set, so that it serves as a run does.
 
     Raises:
@@ -73,7 +100,7 @@ def save_trained(path: str | pathlib.Path, trained: Trained) -> None:
         weights_file.save(path, name, trained.model_variables, metadata=texts, **fields)
 
 
-def _load_file(path: pathlib.Path) -> Trained:
+def _load_file(path: Path) -> Trained:
     weights = readers.read(path)
     if CONFIG not in weights.metadata:
         raise ValueError(
@@ -81,28 +108,27 @@ def _load_file(path: pathlib.Path) -> Trained:
         )
     config = config_lib.from_json(weights.metadata[CONFIG])
     config.compute_dtype = "float32"
-    if weights_file.DETECTOR in weights.metadata:
-        variables = _variables_of(build_task(config), model_name(config), weights.arrays)
-    else:
-        stored = weights_file.from_weights(weights)
-        if stored is None:
-            raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
-        variables = stored.variables
+    stored = None if weights_file.DETECTOR in weights.metadata else weights_file.from_weights(weights)
+    if stored is None and weights_file.DETECTOR not in weights.metadata:
+        raise ValueError(f"{path} is no file of halvit_jax, although it has a config inside")
+    task, info = build_task(config), DatasetInfo(**json.loads(weights.metadata[DATASET]))
+    variables = stored.variables if stored else _variables_of(task, model_name(config), weights.arrays)
     params, model_state = variables.pop("params"), variables
-    return Trained(
-        build_task(config), (params, model_state), config, DatasetInfo(**json.loads(weights.metadata[DATASET]))
-    )
+    return Trained(task, (params, model_state), config, info)
 
 
 def _variables_of(task: Task, name: str, arrays: Mapping[str, Any]) -> dict[str, PyTree]:
     """The arrays of a file as the variables of a task, in the shapes of which they must be."""
-    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
-    shapes = {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
-    engine.check_tree(name, arrays, shapes)
+    engine.check_tree(name, arrays, _shapes(task))
     return unflatten(arrays)
 
 
-def restore(task: Task, config: ConfigDict, workdir: pathlib.Path, *, step: int | str | None = None) -> TrainState:
+def _shapes(task: Task) -> dict[str, tuple[int, ...]]:
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0))
+    return {path: leaf.shape for path, leaf in flatten({"params": params, **model_state}).items()}
+
+
+def restore(task: Task, config: ConfigDict, workdir: Path, *, step: int | str | None = None) -> TrainState:
     """The state of the newest checkpoint in `workdir` that verifies, or of a step; whole on this host's first device.
 
     Raises:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -11,7 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
+from halvit_jax import storage
+from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import DatasetInfo
+from halvit_jax.storage import Path
 from halvit_jax.training.checkpoint.manifest import CORRUPT_FOLDER, FOLDER
 
 CONFIG_FILE = "config.json"  # the config of the run; before it was changed at step N: config.step_N.json
@@ -32,17 +34,6 @@ PROFILE_FOLDER = "profile"  # traces of --profile
 # Beside them: TensorBoard's event files.
 
 
-def workdir_path(text: str | os.PathLike[str]) -> pathlib.Path:
-    """The folder that a flag or field names; a leading ~ is the home folder.
-
-    Raises:
-        ValueError: a URL, such as that of a bucket.
-    """
-    if "://" in os.fspath(text):
-        raise ValueError(f"{text} is a URL; give a folder, which may be a bucket that is mounted, e.g. with gcsfuse")
-    return pathlib.Path(text).expanduser()
-
-
 def parse_step(text: str | None) -> int | str | None:
     """The step that a flag names: a number, "best", or None for the newest.
 
@@ -59,17 +50,19 @@ def parse_step(text: str | None) -> int | str | None:
 def split_source(source: str) -> tuple[str, int | str | None]:
     """The workdir or file that a field such as `init_from` names, and its step: "runs/a@best", "runs/a@1200"."""
     found = re.fullmatch(rf"(.+)@({BEST}|\d+)", source)
-    if found is None or "://" in source or os.path.exists(source):
+    elsewhere = "://" in source and not storage.is_bucket(source)  # on the Hub, where @ is a revision
+    if found is None or elsewhere or os.path.exists(source):
         return os.path.expanduser(source), None
     return os.path.expanduser(found[1]), parse_step(found[2])
 
 
-def saved_steps(workdir: pathlib.Path) -> list[int]:
+def saved_steps(workdir: Path) -> list[int]:
     """The steps that have a checkpoint, good or corrupt, in order."""
-    return sorted(int(path.name) for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit())
+    found = [path for path in (workdir / CHECKPOINT_FOLDER).glob("*") if path.name.isdigit()]
+    return sorted(int(path.name) for path in found if storage.is_committed(path))
 
 
-def create_workdir(workdir: pathlib.Path) -> None:
+def create_workdir(workdir: Path) -> None:
     """Create the workdir if it is missing, and test that it can be written to.
 
     Raises:
@@ -81,10 +74,12 @@ def create_workdir(workdir: pathlib.Path) -> None:
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--workdir={workdir} cannot be written to ({error.strerror}); name another one") from error
+        raise ValueError(
+            f"--workdir={workdir} cannot be written to ({error.strerror or error}); name another one"
+        ) from error
 
 
-def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetInfo, *, resumed_at: int = 0) -> None:
+def write_run_metadata(workdir: Path, config: ConfigDict, info: DatasetInfo, *, resumed_at: int = 0) -> None:
     """Write what `load_trained` needs beside the checkpoint: the config and the data set's facts.
 
     A config that was another one until the step `resumed_at` is kept.
@@ -92,24 +87,20 @@ def write_run_metadata(workdir: pathlib.Path, config: ConfigDict, info: DatasetI
     if jax.process_index():
         return
     path, text = workdir / CONFIG_FILE, config_lib.to_json(config) + "\n"
-    if resumed_at and path.is_file() and path.read_text() != text:
-        path.replace(path.with_suffix(f".step_{resumed_at}.json"))
-    write_text(path, text)
-    write_text(workdir / DATASET_FILE, json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n")
+    before = path.read_text() if resumed_at and path.is_file() else text
+    if before != text:
+        storage.write_text(path.with_suffix(f".step_{resumed_at}.json"), before)
+    storage.write_text(path, text)
+    storage.write_text(
+        workdir / DATASET_FILE, json.dumps(info._asdict() | {"extra": dict(info.extra)}, indent=2) + "\n"
+    )
     if "category_ids" in info.extra:
         pairs = zip(info.extra["category_ids"], info.class_names, strict=True)
         listed = [{"id": number, "name": name} for number, name in pairs]
-        write_text(workdir / CATEGORIES_FILE, json.dumps(listed, indent=2) + "\n")
+        storage.write_text(workdir / CATEGORIES_FILE, json.dumps(listed, indent=2) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Write a file whole or not at all, whenever the process is killed."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
-def read_config(workdir: pathlib.Path) -> ConfigDict:
+def read_config(workdir: Path) -> ConfigDict:
     """The config that a workdir was trained with.
 
     Raises:
@@ -124,7 +115,7 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def read_dataset_info(workdir: pathlib.Path) -> DatasetInfo:
+def read_dataset_info(workdir: Path) -> DatasetInfo:
     """The facts of the data set that a workdir was trained on.
 
     Raises:
@@ -133,25 +124,33 @@ def read_dataset_info(workdir: pathlib.Path) -> DatasetInfo:
     return DatasetInfo(**read_json(workdir / DATASET_FILE))
 
 
-def write_result(workdir: pathlib.Path, result: dict[str, Any]) -> None:
+def write_result(workdir: Path, result: dict[str, Any]) -> None:
     """Write the result of a finished run; a run that is only evaluated again keeps its speed."""
     if jax.process_index():
         return
     path = workdir / RESULT_FILE
     if result["images_per_s"] is None and path.is_file():
         result = {**result, "images_per_s": read_json(path).get("images_per_s")}
-    write_text(path, json.dumps(result, indent=2) + "\n")
+    storage.write_text(path, json.dumps(result, indent=2) + "\n")
 
 
-def append_evaluation(workdir: pathlib.Path, evaluation: dict[str, Any]) -> None:
+def set_aside_result(workdir: Path, *, resumed_at: int) -> None:
+    """Keep the result of a finished run that is trained on under another name: it is not that of the longer run."""
+    path = workdir / RESULT_FILE
+    if jax.process_index() == 0 and path.is_file():
+        storage.move_file(path, path.with_suffix(f".step_{resumed_at}.json"))
+
+
+def append_evaluation(workdir: Path, evaluation: dict[str, Any]) -> None:
     """Add an evaluation of a checkpoint to those that were made before."""
     if jax.process_index() == 0:
-        with (workdir / EVALS_FILE).open("a") as file:
-            file.write(json.dumps(evaluation) + "\n")
+        storage.append_line(workdir / EVALS_FILE, json.dumps(evaluation))
 
 
-def directory_size(folder: pathlib.Path) -> int:
+def directory_size(folder: Path) -> int:
     """Bytes of all files in a folder, some of which may vanish while they are counted."""
+    if isinstance(folder, BucketPath):
+        return sum(storage.files_below(folder).values())
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -160,7 +159,7 @@ def directory_size(folder: pathlib.Path) -> int:
     return total
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file.
 
     Raises:

@@ -10,7 +10,7 @@ from halvit_jax.models.vit import VisionTransformer
 
 # Fields that teacher and student have in common.
 SHAPE = ("num_classes", "image_size", "patch_size", "width", "depth", "num_heads", "ffn_ratio", "pool", "distilled")
-SHAPE += ("position",)
+SHAPE += ("position", "in_channels")
 REASONS: dict[type, str] = {
     MiniDeit: "its relative positions, which all heads share, read the queries, so no basis of a head is free",
     ResNet: "its ReLUs leave no basis free, and a HaLViT-ResNet has one kernel for all bottlenecks of a stage",

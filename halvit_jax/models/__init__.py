@@ -1,9 +1,12 @@
 """All models by name: `FAMILIES` lists the families, `create_model` builds a model."""
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
+import fnmatch
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any, get_origin
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -26,9 +29,19 @@ FAMILIES: list[Family] = [
 ]
 
 
-def list_models() -> list[str]:
-    """The names for `create_model`, in alphabetical order."""
-    return sorted(name for family in FAMILIES for name in family.sizes)
+# Type of a field -> what is taken for it, in Python and in words.
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    int: ((numbers.Integral,), "a whole number"),
+    float: ((numbers.Real,), "a number"),
+    str: ((str,), "a text"),
+    Sequence: ((list, tuple), "a list of numbers"),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names for `create_model` that match a pattern, such as "pvt*", in alphabetical order."""
+    return sorted(fnmatch.filter((name for family in FAMILIES for name in family.sizes), pattern))
 
 
 def create_model(name: str, **overrides: Any) -> nn.Module:
@@ -45,7 +58,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     for field, value in given.items():
         if field not in allowed:
             raise ValueError(f"model.{field}={value!r}: {name} has no such field; it has {', '.join(allowed)}")
-        _check_number(field, value, allowed[field])
+        _check_value(field, value, allowed[field])
     if "dtype" in given:
         _check_dtype(given["dtype"])
     return family.model(**(family.sizes[name] | given))
@@ -95,12 +108,15 @@ def _check_dtype(dtype: Any) -> None:
         floating = False
     if not floating:
         raise ValueError(f"dtype={dtype!r} is not a floating-point type; give float32 or bfloat16")
+    if jnp.dtype(dtype).itemsize > 4 and not jax.config.jax_enable_x64:
+        raise ValueError(f"dtype={dtype!r} is float32 to JAX unless jax_enable_x64 is set; give float32 or bfloat16")
 
 
-def _check_number(field: str, value: Any, wanted: Any) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return
-    if value < 0:
+def _check_value(field: str, value: Any, wanted: Any) -> None:
+    kind = next((kind for kind in KINDS if wanted is kind or get_origin(wanted) is kind), None)
+    if kind is not None:
+        types, words = KINDS[kind]
+        if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"model.{field}={value!r} must be {words}")
+    if isinstance(value, numbers.Real) and value < 0:
         raise ValueError(f"model.{field}={value} must not be negative")
-    if wanted is int and not isinstance(value, int):
-        raise ValueError(f"model.{field}={value} must be a whole number")

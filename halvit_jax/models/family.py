@@ -25,8 +25,8 @@ class Family:
     """A model family, registered by its line in `models.FAMILIES`.
 
     Args:
-        model: the class. It takes `train` as a keyword, and has the fields `num_classes`, `image_size`, `dtype` and
-            `remat` and the method `features`.
+        model: the class. It takes `train` as a keyword, and has the fields `num_classes`, `image_size`, `in_channels`,
+            `dtype` and `remat` and the method `features`.
         sizes: {model name: fields that differ from the class's defaults}.
         partition_rules: a rule for every parameter path.
         transfer_rules: arrays that may be adapted when weights of another model initialise this one.

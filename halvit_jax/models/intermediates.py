@@ -27,13 +27,14 @@ CAPTURES = {"attention": r"(.*)/attention/weights", "blocks": r"(.*(?:block|repe
 
 
 def capture(
-    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, names: Sequence[str] = ("attention",)
+    model: nn.Module, variables: Mapping[str, Any], images: jax.Array, names: Sequence[str] | str = ("attention",)
 ) -> dict[str, dict[str, jax.Array]]:
     """{name: {block: array}} for each of `names`, keys of CAPTURES; normalised images [b, h, w, 3].
 
     Raises:
         ValueError: an unknown name, or one without intermediates in this model.
     """
+    names = (names,) if isinstance(names, str) else names
     for name in names:
         if name not in CAPTURES:
             raise ValueError(f"capture={name!r} is not one of {', '.join(CAPTURES)}")

@@ -32,7 +32,7 @@ from halvit_jax.layers.next_block import ATTENDING, ConvBlock, TransformerBlock,
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
 
 
@@ -45,6 +45,7 @@ class NextViT(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out.
         image_size: of the recipe's images; other sizes need maps with enough tokens to pool.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         depths: blocks of each stage. All stages but the first halve the map in their first block.
         widths: channels of each stage's convolution blocks and of its attention. A transformer block adds a third.
         periods: one block in this many is a transformer block, counted back from the last of a stage; 0: none.
@@ -62,6 +63,7 @@ class NextViT(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     depths: Sequence[int] = (3, 4, 10, 3)
     widths: Sequence[int] = (96, 192, 384, 768)
     periods: Sequence[int] = (0, 4, 5, 3)
@@ -115,6 +117,7 @@ class NextViT(nn.Module):
         """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
         stride, maps = math.prod(self.stem_strides), {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = self.stem(images, train=train)
             for i in range(len(self.depths)):
                 x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

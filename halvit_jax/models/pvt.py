@@ -31,7 +31,7 @@ from halvit_jax.layers.remat import run_block
 from halvit_jax.layers.spatial_reduction import SpatialReductionAttention
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, SPLIT, VECTORS
-from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_compact, check_divides, check_rate
 from halvit_jax.models.vit import HC
 
 EPSILON = 1e-6  # of the LayerNorms in blocks and at the end of stages
@@ -47,6 +47,7 @@ class Pyramid(nn.Module):
     Args:
         num_classes: size of the head; 0 leaves it out.
         image_size: height and width of the images.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         strides: of each stage's map against the one before.
         widths: of each stage's tokens.
         depths: blocks in each stage.
@@ -65,6 +66,7 @@ class Pyramid(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     strides: Sequence[int] = (4, 2, 2, 2)
     widths: Sequence[int] = (64, 128, 320, 512)
     depths: Sequence[int] = (2, 2, 2, 2)
@@ -111,6 +113,7 @@ class Pyramid(nn.Module):
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
         """The outputs of the stages, for detectors: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, d], ...}."""
+        check_channels(images, self.in_channels)
         maps, x = {}, images
         with norms_in_evaluation(frozen_norms):
             for i, stage in enumerate(self.stages):
@@ -174,6 +177,7 @@ class PVT(Pyramid):
         return Stage(self.widths[i], self.strides[i], side, last, blocks, self.dtype, name=f"stage{i + 1}")
 
     def _pooled(self, images: jax.Array, train: bool) -> jax.Array:
+        check_channels(images, self.in_channels)
         *first, last = self.stages
         for stage in first:
             images = stage(images, train=train)

@@ -25,7 +25,7 @@ from halvit_jax.layers.initializers import Dtype, Initializer
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_rate
+from halvit_jax.models.validation import check_channels, check_rate
 
 STEM = 32  # channels
 SQUEEZE = 0.25  # hidden channels of squeeze-excite / input channels of its block
@@ -48,6 +48,7 @@ class RegNet(nn.Module):
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # of the recipe's images; the network runs at any size
+    in_channels: int = 3  # of the images: 1 of grey ones
     dtype: Dtype = None  # the type to compute in; parameters and statistics are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     folded: bool = False  # for inference only, with the variables of `layers.batch_norm.fold`
@@ -82,6 +83,7 @@ class RegNet(nn.Module):
         """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = nn.relu(self.stem(images, train=train))
             for i in range(len(self.depths)):
                 x = maps[4 * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

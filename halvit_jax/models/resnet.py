@@ -29,7 +29,7 @@ from halvit_jax.layers.residual import BasicBlock, Bottleneck, TiedBottleneck
 from halvit_jax.layers.tied import TiedDense
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_choice, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_rate
 
 STRIDES = (4, 8, 16, 32)  # of the four stages' maps against the image
 
@@ -55,6 +55,7 @@ class ResNet(nn.Module):
     num_classes: int = 1000
     drop_path: float = 0.0  # stochastic depth of the last block; the others' rates rise to it linearly from 0
     image_size: int = 224  # of the recipe's images; the network runs at any size
+    in_channels: int = 3  # of the images: 1 of grey ones
     dtype: Dtype = None  # the type to compute in; parameters and statistics are float32
     remat: bool = False  # recompute each block in the backward pass instead of keeping its activations
     folded: bool = False  # for inference only, with the variables of `layers.batch_norm.fold`
@@ -111,6 +112,7 @@ class ResNet(nn.Module):
         """The outputs of the stages: {4: [b, h/4, w/4, c], 8: ..., 16: ..., 32: [b, h/32, w/32, c]}."""
         maps = {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = nn.relu(self.stem(images, train=train))
             x = max_pool(x, size=3, stride=2, padding=1)
             for i, stride in enumerate(STRIDES):

@@ -28,7 +28,7 @@ from halvit_jax.layers.initializers import Dtype, Initializer, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, VECTORS
-from halvit_jax.models.validation import check_choice
+from halvit_jax.models.validation import check_channels, check_choice
 
 KINDS = {"i": False, "s": True}  # kind of stage -> its blocks have attention
 zeros, ones = nn.initializers.zeros, nn.initializers.ones
@@ -49,6 +49,7 @@ class SHViT(nn.Module):
         num_classes: size of the head; 0 leaves it out and returns the pooled features.
         distilled: a second classifier, trained on the teacher's predictions; the logits are the mean of both.
         image_size: of the recipe's images; the network runs at any size.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         remat: recompute each block in the backward pass instead of keeping its activations.
         dtype: the type to compute in. Parameters, statistics, softmax, classifiers and logits are float32.
         folded: for inference only, with the variables of `fold`.
@@ -62,6 +63,7 @@ class SHViT(nn.Module):
     num_classes: int = 1000
     distilled: bool = False
     image_size: int = 224
+    in_channels: int = 3
     remat: bool = False
     dtype: Dtype = None
     folded: bool = False
@@ -125,6 +127,7 @@ class SHViT(nn.Module):
         """The outputs of the stages: {16: [b, h/16, w/16, c], 32: ..., 64: ...} with the usual stem."""
         stride, maps = math.prod(self.stem_strides), {}
         with norms_in_evaluation(frozen_norms):
+            check_channels(images, self.in_channels)
             x = self.stem(images, train=train)
             for i in range(len(self.stages)):
                 x = maps[stride * 2**i] = getattr(self, f"stage{i + 1}")(x, train=train)

@@ -28,7 +28,7 @@ from halvit_jax.layers.sow import sow
 from halvit_jax.layers.window import RelativePositionBias, Windows
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_divides, check_rate
 
 EPSILON = 1e-5  # of every LayerNorm
 
@@ -44,6 +44,7 @@ class SwinTransformer(nn.Module):
         num_classes: size of the head; 0 leaves it out.
         image_size: of the recipe's images. A stage with a map no larger than `window_size` has one window of the map's
             size, and so a smaller table of relative positions.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         patch_size: the stride of the first stage.
         width: of the first stage's tokens.
         depths: blocks in each stage; every second one of a stage is shifted.
@@ -62,6 +63,7 @@ class SwinTransformer(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     patch_size: int = 4
     width: int = 96
     depths: Sequence[int] = (2, 2, 6, 2)
@@ -108,6 +110,7 @@ class SwinTransformer(nn.Module):
 
     def features(self, images: jax.Array, *, train: bool, frozen_norms: bool = False) -> dict[int, jax.Array]:
         """The outputs of the stages, not normalised: {4: [b, h/4, w/4, d], 8: [b, h/8, w/8, 2 d], ...}."""
+        check_channels(images, self.in_channels)
         b, height, width, _ = images.shape
         p, maps = self.patch_size, {}
         with norms_in_evaluation(frozen_norms):

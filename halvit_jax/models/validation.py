@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+import jax
+
 from halvit_jax.layers.attention import HALLUCINATE
 
 
@@ -21,6 +23,12 @@ def check_rate(field: str, value: float) -> None:
     """Raise a ValueError unless `value` is a probability below 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"model.{field}={value} must lie in [0, 1)")
+
+
+def check_channels(images: jax.Array, channels: int) -> None:
+    """Raise a ValueError unless images [b, h, w, c] have so many channels."""
+    if images.shape[-1] != channels:
+        raise ValueError(f"images of {images.shape[-1]} channels for a model built for {channels}; set in_channels")
 
 
 def check_compact(real_heads: float, hallucinate: str, ffn_rank: float, ffn_branches: int) -> None:

@@ -28,7 +28,7 @@ from halvit_jax.layers.initializers import Dtype, normal_02
 from halvit_jax.layers.remat import run_block
 from halvit_jax.models.family import Family, Fields, Published
 from halvit_jax.models.partition import COLUMNS, FILTERS, ROWS, VECTORS
-from halvit_jax.models.validation import check_choice, check_compact, check_divides, check_rate
+from halvit_jax.models.validation import check_channels, check_choice, check_compact, check_divides, check_rate
 
 EPSILON = 1e-6  # of every LayerNorm; Flax's default, PyTorch's is 1e-5
 POOLS = ("token", "mean")
@@ -47,6 +47,7 @@ class VisionTransformer(nn.Module):
     Args:
         num_classes: size of the classifier; 0 leaves it out and returns the pooled features.
         image_size: height and width of the images to classify; a multiple of `patch_size`. `features` takes others.
+        in_channels: channels of the images: 3 of colour, 1 of grey ones.
         attention: "full" or "tied".
         ffn: "dense" or "tied".
         real_heads: fraction of the heads with their own queries and keys, rounded up; the other maps are hallucinated
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
 
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     patch_size: int = 16
     width: int = 384
     depth: int = 12
@@ -212,6 +214,7 @@ class VisionTransformer(nn.Module):
 
     def embed_tokens(self, images: jax.Array, *, before: bool = True) -> jax.Array:
         """The input [b, n, d] of the first block; `before` the tokens of the image those of class and distillation."""
+        check_channels(images, self.in_channels)
         x, grid = self.embed(images), self._grid(images)
         x = x.astype(jnp.float32) if self.residual_float32 else x
         if before and self._names_before:

@@ -33,7 +33,7 @@ class Classification:
 
     Args:
         model: `model.apply({"params": ...}, images, train=...)` -> logits [b, num_classes].
-        mean, std: of the three colours on the scale of 0 to 1; the model sees (colour - mean) / std.
+        mean, std: of each channel on the scale of 0 to 1; the model sees (channel - mean) / std.
         loss: a key of LOSSES, for training.
         bce_threshold: where above 0 and the loss is binary, targets above it count as 1 and all others as 0.
         class_weights: weight of each class: the loss of an image is multiplied by the mean over its target; () is 1.
@@ -88,6 +88,12 @@ class Classification:
                 f"classification.class_weights={tuple(class_weights)} must be one number >= 0 for each of "
                 f"model.num_classes={model.num_classes} classes"
             )
+        for name, values in {"mean": mean, "std": std}.items():
+            if len(values) != model.in_channels:
+                raise ValueError(
+                    f"task.{name}={tuple(values)} has {len(values)} values, but model.in_channels={model.in_channels}; "
+                    "give one for each channel"
+                )
         shares = {"label_smoothing": label_smoothing, "mixup_switch": mixup_switch, "erase": erase}
         for name, value in (shares | {"bce_threshold": bce_threshold}).items():
             if not 0.0 <= value <= 1.0:
@@ -110,12 +116,16 @@ class Classification:
 
     def batch_spec(self) -> dict[str, ArraySpec]:
         """A uint8 image, its label and its mask."""
-        shapes = {"image": ((*self._input_size, 3), "uint8"), "label": ((), "int32"), "mask": ((), "bool")}
+        shapes = {
+            "image": ((*self._input_size, self.model.in_channels), "uint8"),
+            "label": ((), "int32"),
+            "mask": ((), "bool"),
+        }
         return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """Initial (params, model_state); model_state holds BatchNorm's running statistics, if any."""
-        variables = self.model.init(key, jnp.zeros((1, *self._input_size, 3)), train=False)
+        variables = self.model.init(key, jnp.zeros((1, *self._input_size, self.model.in_channels)), train=False)
         return variables["params"], {k: v for k, v in variables.items() if k != "params"}
 
     def loss(self, params: PyTree, model_state: PyTree, constants: PyTree, batch: Batch, key: jax.Array) -> Loss:
@@ -160,10 +170,11 @@ class Classification:
         """The first 64 images of a batch, augmented."""
         images, _ = self._training_inputs(batch, jax.random.key(0))
         mean, std = self._colours
-        return {"train_images": jnp.clip(images[:64] * std + mean, 0.0, 1.0)}
+        seen = 3 if self.model.in_channels >= 3 else 1  # of more channels the first three are shown
+        return {"train_images": jnp.clip(images[:64] * std + mean, 0.0, 1.0)[..., :seen]}
 
     def normalise(self, images: jax.Array) -> jax.Array:
-        """Images of 0 to 255 [b, h, w, 3] as inputs of the model."""
+        """Images of 0 to 255 [b, h, w, c] as inputs of the model."""
         mean, std = self._colours
         return (images.astype(jnp.float32) / 255.0 - mean) / std
 
@@ -206,7 +217,7 @@ class Classification:
         def captured(variables: PyTree, images: jax.Array) -> dict[str, dict[str, jax.Array]]:
             return capture(model, variables, self.normalise(images))
 
-        return ServingModel(apply, variables, self._input_size, captured)
+        return ServingModel(apply, variables, self._input_size, captured, channels=self.model.in_channels)
 
     def decode(self, outputs: PyTree, info: DatasetInfo, *, top: int = TOP) -> list[dict[str, Any]]:
         """The most probable classes: [{"top5": [{"class", "probability"}, ...]}, ...]."""
@@ -219,7 +230,7 @@ class Classification:
 
     @property
     def _colours(self) -> tuple[np.ndarray, np.ndarray]:
-        """`mean` and `std`, [1, 1, 1, 3]."""
+        """`mean` and `std`, [1, 1, 1, c]."""
         return self.mean[None, None, None], self.std[None, None, None]
 
     @property

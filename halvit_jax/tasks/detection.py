@@ -75,6 +75,8 @@ class Detection:
         self.model = create_detector(detector, model, dtype=model.dtype, **fields)
         self.metric_backend = metric_backend
         self.detector, self.max_objects = detector, max_objects
+        if model.in_channels != 3:
+            raise ValueError(f"model.in_channels={model.in_channels} must be 3 for task.name='detection'")
         self.canvases = [(int(height), int(width)) for height, width in canvases]
         unit = math.lcm(SIDES, getattr(model, "patch_size", None) or 1)
         for height, width in self.canvases:

@@ -74,6 +74,11 @@ class Distillation(Classification):
                 f"the teacher has {teacher.model.num_classes} classes, the student model.num_classes="
                 f"{model.num_classes}; give a teacher of the student's classes with teacher.init_from"
             )
+        if teacher.model.in_channels != model.in_channels:
+            raise ValueError(
+                f"the teacher sees {teacher.model.in_channels} channels, the student model.in_channels="
+                f"{model.in_channels}; give a teacher of the student's channels with teacher.init_from"
+            )
         self._relations = {field: weight for field, weight in weights.items() if weight}
         self._layers = tuple(student_layers), tuple(teacher_layers)
         if self._relations:
@@ -169,7 +174,7 @@ def _check_layers(
             "have the same number of layers, at least one"
         )
     size = model.image_size
-    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, size, size, model.in_channels), jnp.float32)
     whole = {
         "student": _intermediates(model, variable_shapes(model), images),
         "teacher": _intermediates(teacher.model, teacher.variables, images),

@@ -7,7 +7,6 @@ import collections
 import contextlib
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from halvit_jax.protocols import Array, Collector, DataError, Loader, PyTree, Task
+from halvit_jax.storage import Path
 from halvit_jax.training.checkpoint.checkpointer import Checkpointer
 from halvit_jax.training.checkpoint.manifest import CorruptCheckpointError
 from halvit_jax.training.evaluate import Metrics, PreemptedError, evaluate
@@ -92,7 +92,7 @@ def train(
     report: Report,
     preemption: PreemptionHandler,
     watchdog: Watchdog,
-    debug_folder: pathlib.Path,
+    debug_folder: Path,
     seed: int,
     total_steps: int,
     log_every: int,

@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from halvit_jax.protocols import Array, PyTree
-from halvit_jax.trees import flatten, map_paths
+from halvit_jax.trees import count, flatten, map_paths
 
 SCALINGS: dict[str, Callable[[float], float]] = {"none": lambda _: 1.0, "linear": lambda r: r, "sqrt": math.sqrt}
 
@@ -226,6 +227,12 @@ def layer_numbers(paths: Sequence[str], layers: Sequence[str]) -> dict[str, int]
     places = {path: place(path) for path in paths}
     ordered = sorted(set(places.values()))
     return {path: ordered.index(found) for path, found in places.items()}
+
+
+def frozen_line(params: PyTree, frozen: Sequence[str]) -> str:
+    """How many of the parameters are trained."""
+    shares = jax.tree.map(lambda leaf, trained: leaf.size * trained, params, path_mask(params, frozen))
+    return f"{sum(jax.tree.leaves(shares)):,} of {count(params):,} parameters are trained; optim.frozen holds the rest"
 
 
 def _trained_or_frozen(frozen: Sequence[str], params: PyTree) -> PyTree:

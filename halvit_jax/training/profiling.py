@@ -1,11 +1,16 @@
 """Traces of a few training steps for TensorBoard's profile plugin."""
 
+import os
 import pathlib
+import tempfile
 from typing import NamedTuple
 
 import jax
 
+from halvit_jax import storage
+from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import PyTree
+from halvit_jax.storage import Path
 
 
 class ProfileRange(NamedTuple):
@@ -30,13 +35,16 @@ def parse_range(text: str) -> ProfileRange:
 class Profiler:
     """Writes one trace of the steps of `steps` into `folder`; without `steps` it does nothing."""
 
-    def __init__(self, folder: pathlib.Path, steps: ProfileRange | None = None) -> None:
+    def __init__(self, folder: Path, steps: ProfileRange | None = None) -> None:
         self._folder, self._steps, self._running = folder, steps, False
+        self._local: tempfile.TemporaryDirectory | None = None
 
     def before(self, step: int) -> None:
         """Start the trace if this step is in the range."""
         if self._steps and not self._running and self._steps.first <= step <= self._steps.last:
-            jax.profiler.start_trace(self._folder)
+            if isinstance(self._folder, BucketPath):  # JAX writes to disks alone
+                self._local = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._local.name if self._local else os.fspath(self._folder))
             self._running = True
 
     def after(self, step: int, outputs: PyTree) -> None:
@@ -50,3 +58,7 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if self._local:
+                with self._local as written:
+                    for name in storage.files_below(pathlib.Path(written)):
+                        (self._folder / name).write_bytes(pathlib.Path(written, name).read_bytes())

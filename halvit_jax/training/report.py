@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import shlex
 import shutil
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from clu import metric_writers, parameter_overview
 
 from halvit_jax.protocols import PyTree
+from halvit_jax.storage import Path
 from halvit_jax.text import one_line
 
 BAR = 20  # columns of the progress bar
@@ -30,7 +30,7 @@ class Report:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Path,
         *,
         total_steps: int,
         batch_size: int,
@@ -117,7 +117,7 @@ class Report:
         """The median training speed of this process, or None before the first report."""
         return float(np.median(self._speeds)) if self._speeds else None
 
-    def result(self, result: Mapping[str, Any], workdir: pathlib.Path) -> None:
+    def result(self, result: Mapping[str, Any], workdir: Path) -> None:
         """The result of a run as a short table, and the commands to use it."""
         scores = {name: value for name, value in result.items() if isinstance(value, Mapping)}
         rows = [(name, self._summary(score)) for name, score in scores.items()]

@@ -40,7 +40,7 @@ def test_a_wrong_topology_is_refused(text: str, message: str) -> None:
 def test_without_the_compiler_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tpu_topology.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    with pytest.raises(ValueError, match=r'pip install "jax\[tpu\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'"):
         tpu_topology.tpu_devices(tpu_topology.Topology("v5e", (2, 4)))
 
 

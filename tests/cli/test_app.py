@@ -1,8 +1,11 @@
 """What all commands share: checks of overrides, and one-line errors with their exit codes."""
 
+import logging
+
 import pytest
 from helpers.processes import run_command
 
+from halvit_jax.buckets import StorageError
 from halvit_jax.cli import app
 from halvit_jax.config import default_config
 from halvit_jax.protocols import DataError
@@ -27,7 +30,14 @@ def test_a_data_error_ends_the_program_with_one_line(capsys: Capsys) -> None:
     assert capsys.readouterr().err == "error: photo.jpg cannot be decoded; remove it\n"
 
 
-@pytest.mark.parametrize("error", [NotFiniteError("not finite at step 3: loss"), SaveError("the disk is full")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotFiniteError("not finite at step 3: loss"),
+        SaveError("the disk is full"),
+        StorageError("gs://bucket/run/result.json cannot be reached"),
+    ],
+)
 def test_a_nan_and_a_failed_checkpoint_end_the_program_with_exit_code_3(error: Exception, capsys: Capsys) -> None:
     with pytest.raises(SystemExit) as ended, app.report_fatal_run():
         raise error
@@ -85,3 +95,16 @@ def test_an_unset_field_is_none_in_the_config() -> None:
     flags = ("--config=configs/halvit_digits.py", "--config.model.image_size=None", "--config.model.patch_size=None")
     done = run_command("halvit_jax.check", *flags, "--no_compile", "--config.data.name=mnist", code=2)
     assert "images of 224x224" in done.stdout
+
+
+def test_warnings_of_the_package_are_lines_that_come_once(capsys: Capsys) -> None:
+    logger = logging.Logger("halvit_jax.data")
+    logger.addHandler(app.WarningLines())
+    for files in (3, 3, 4):
+        logger.warning("%d files passed over", files)
+    assert capsys.readouterr().out == "WARNING: 3 files passed over\nWARNING: 4 files passed over\n"
+
+
+def test_help_ends_with_0_and_says_where_the_fields_are() -> None:
+    printed = run_command("halvit_jax.main", "--help").stdout
+    assert "--config.some.field=value; docs/configuration.md lists the fields" in " ".join(printed.split())

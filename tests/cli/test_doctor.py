@@ -29,7 +29,7 @@ def test_a_missing_and_an_old_package_are_named_with_the_command_that_adds_them(
     assert [missing for missing, _ in lines] == [True, True, False, False]
     assert lines[0][1].endswith(f"jax is {importlib.metadata.version('jax')}: pip install 'jax>=999'")
     assert lines[1][1].endswith("not_a_package_at_all is not installed: pip install 'not_a_package_at_all>=2'")
-    assert lines[3][1].endswith("pip install 'halvit_jax[more]'")
+    assert lines[3][1].endswith("pip install not_a_package_at_all")
 
 
 def test_devices_and_prepared_data_sets_are_listed(tmp_path: pathlib.Path) -> None:

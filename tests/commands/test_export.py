@@ -5,7 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
-import types
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,8 +19,10 @@ from halvit_jax.convert import weights_file
 from halvit_jax.data import hide_accelerators
 from halvit_jax.experiment import build
 from halvit_jax.experiment.trained import load_trained
+from halvit_jax.protocols import ServingModel
 
 EXPORT = "halvit_jax.export"
+EMPTY = SimpleNamespace(node=[])
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ with zipfile.ZipFile("FILE") as archive:
 ONNX = """
 import sys, json, onnxruntime, numpy as np
 session = onnxruntime.InferenceSession("FILE", providers=["CPUExecutionProvider"])
-call = lambda images: session.run(None, {session.get_inputs()[0].name: images})[0]
+call = lambda images: session.run(["logits"], {"images": images})[0]
 info = json.loads(session.get_modelmeta().custom_metadata_map["info"])
 """
 REST = """
@@ -141,7 +143,7 @@ def test_a_file_of_another_kind_and_a_missing_package_are_refused(
     with pytest.raises(ValueError, match=r"--out=.*model.bin must end in .safetensors"):
         export.export(trained, "safetensors", tmp_path / "model.bin")
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
-    with pytest.raises(ValueError, match=r"pip install -e '.\[onnx\]'"):
+    with pytest.raises(ValueError, match=r"needs more packages .*: pip install 'jax2onnx>=.*' onnxruntime$"):
         export.export(trained, "onnx", tmp_path / "model.onnx")
 
 
@@ -152,7 +154,7 @@ def test_a_model_that_onnx_cannot_hold_is_one_line(
         raise NotImplementedError("no plugin for primitive 'while'\nmore")
 
     for name in ("jax2onnx", "onnx", "onnxruntime"):
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(to_onnx=refuse))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(to_onnx=refuse))
     message = (
         r"--format=onnx: jax2onnx cannot write halvit_tiny \(no plugin for primitive 'while'\); use --format=stable"
     )
@@ -172,3 +174,22 @@ def test_an_export_without_the_data_is_compared_on_random_images(
     assert "largest difference of the output: 0.0e+00" in lines
     assert "the same best answer for 16 of the 16 random images" in lines
     assert lines[-1] == "not compared on the evaluation set: data.eval_split='test': data.root='moved' is not a folder"
+
+
+def test_tensors_of_an_onnx_file_have_names() -> None:
+    def named(*names: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=name) for name in names]
+
+    def node(given: str, made: str, inner: object = EMPTY) -> SimpleNamespace:
+        return SimpleNamespace(input=[given], output=[made], attribute=[SimpleNamespace(g=inner)])
+
+    branch = SimpleNamespace(node=[node("in_0", "x")])
+    nodes = [node("in_0", "a", branch), node("a", "out_0")]
+    graph = SimpleNamespace(input=named("in_0"), output=named("out_0"), node=nodes)
+    model = ServingModel(lambda variables, images: images, {}, (8, 8))
+    export._rename(graph, *export._tensor_names("classification", model, jax.tree.structure(0)))
+    assert [each.name for each in (*graph.input, *graph.output)] == ["images", "logits"]
+    assert [(each.input, each.output) for each in graph.node] == [(["images"], ["a"]), (["a"], ["logits"])]
+    assert branch.node[0].input == ["images"]
+    several = jax.tree.structure({"boxes": 0, "scores": 0})
+    assert export._tensor_names("detection", model, several) == (["images"], ["boxes", "scores"])

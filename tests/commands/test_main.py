@@ -7,14 +7,17 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.processes import ONE_DEVICE, ROOT, run_command
 from helpers.runs import MAIN, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+import halvit_jax
+from halvit_jax import data, export, storage
 from halvit_jax.cli import app
-from halvit_jax.experiment import workdir as files
+from halvit_jax.experiment.trained import load_trained
 from halvit_jax.main import run_experiment
 from halvit_jax.training.profiling import ProfileRange
 
@@ -233,8 +236,8 @@ def test_further_evaluation_sets_have_lines_curves_and_results_of_their_own(
     ("flags", "message"),
     [
         (
-            ["--workdir=gs://bucket/run"],
-            "gs://bucket/run is a URL; give a folder, which may be a bucket that is mounted",
+            ["--workdir=s3://bucket/run"],
+            "--workdir=s3://bucket/run must be a local path or the address of a bucket, gs://BUCKET/FOLDER",
         ),
         (["--workdir=x", "--mode=eval", "--step=newest"], "--step=newest must be the step of a checkpoint, or best"),
     ],
@@ -242,9 +245,29 @@ def test_further_evaluation_sets_have_lines_curves_and_results_of_their_own(
 def test_a_workdir_and_a_step_are_refused_before_anything_is_made(flags: list[str], message: str) -> None:
     error = run_command(MAIN, "--config=configs/halvit_digits.py", *flags, code=2).stderr
     assert error.startswith(f"error: {message}")
-    assert not (ROOT / "gs:").exists()
+    assert not (ROOT / "s3:").exists()
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert str(files.workdir_path("~/runs/a")) == "/home/someone/runs/a"
+    assert str(storage.parse("~/runs/a")) == "/home/someone/runs/a"
+
+
+@pytest.mark.slow
+def test_a_run_on_grey_images_trains_resumes_and_predicts(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    grey = {"model.in_channels": 1, "task.mean": (0.5,), "task.std": (0.5,), "data.augment": "rand-m9-mstd0.5-inc1"}
+    workdir = tmp_path / "run"
+    result = run_experiment(tiny(digits_dir, **grey), workdir)
+    assert run_experiment(tiny(digits_dir, **grey), workdir)["params_sha256"] == result["params_sha256"]
+    predictor = halvit_jax.load_predictor(workdir)
+    assert predictor.variables["params"]["embed"]["kernel"].shape == (2, 2, 1, 32)
+    assert predictor.preprocess(np.zeros((9, 12, 3), np.uint8)).shape == (8, 8, 1)
+    assert len(predictor(np.zeros((9, 12), np.uint8))["top5"]) == 5
+    image = tmp_path / "a.png"
+    data.write_png(str(image), np.zeros((8, 8, 3), np.uint8))
+    flags = (f"--workdir={workdir}", f"--attention={tmp_path}/out.png", str(image))
+    assert len(json.loads(run_command(PREDICT, *flags).stdout)["top5"]) == 5
+    for kind, name in (("stablehlo", "model.zip"), ("safetensors", "model.safetensors")):
+        out = tmp_path / name
+        export.verify_export(trained := load_trained(workdir), export.export(trained, kind, out), out)
+    assert halvit_jax.load_predictor(tmp_path / "model.safetensors").preprocess(image).shape == (8, 8, 1)

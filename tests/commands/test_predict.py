@@ -1,5 +1,6 @@
 """The command that predicts images with a trained model, and draws its attention."""
 
+import csv
 import json
 import pathlib
 from typing import Any
@@ -86,9 +87,47 @@ def test_predict_takes_folders_a_step_and_the_number_of_classes_and_keeps_letter
     assert [json.loads(line)["image"] for line in lines] == [f"{tmp_path}/Blüte/a.png", f"{tmp_path}/b.png"]
     assert all(len(json.loads(line)["top3"]) == 3 for line in lines)
     assert "Blüte" in lines[0]
+    table = tmp_path / "out.csv"
+    flags = (f"--workdir={finished[0]}", "--top=2", "--image_size=12", f"--csv={table}")
+    larger = run_command(PREDICT, *flags, f"{tmp_path}/**/*.png").stdout.splitlines()
+    written = list(csv.DictReader(table.read_text().splitlines()))
+    assert list(written[0]) == ["image", "class1", "probability1", "class2", "probability2"]
+    for row, line in zip(written, map(json.loads, larger), strict=True):
+        best, second = line["top2"]
+        assert (row["image"], row["class1"], row["class2"]) == (line["image"], best["class"], second["class"])
+        assert float(row["probability1"]) == best["probability"]
     (tmp_path / "empty").mkdir()
-    for wrong, message in ((tmp_path / "empty", "empty holds no images"), ("--top=0", "--top=0 must be at least 1")):
+    for wrong, message in (
+        (tmp_path / "empty", "empty holds no images"),
+        ("--csv=no/such/folder/out.csv", "--csv=no/such/folder/out.csv is in a folder that does not exist"),
+        ("--image_size=0", "--image_size=0 must be at least 1"),
+        ("--top=0", "--top=0 must be at least 1"),
+    ):
         assert message in run_command(PREDICT, f"--workdir={finished[0]}", "a.png", str(wrong), code=2).stderr
+
+
+def test_flags_of_classification_are_refused_with_a_detector() -> None:
+    predict.refuse_flags({"top": None, "csv": None})
+    for flag, value in {"top": 3, "csv": "a.csv"}.items():
+        with pytest.raises(ValueError, match=rf"--{flag}={value} is for classification, and this run has task.name='d"):
+            predict.refuse_flags({flag: value})
+
+
+def test_a_pattern_stands_for_the_files_that_match(tmp_path: pathlib.Path) -> None:
+    for name in ("a/x.png", "a/b/y.png", "[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = predict._files([f"{tmp_path}/a/**/*.png", f"{tmp_path}/[1].png"])  # the last is a file of that name
+    assert found == [f"{tmp_path}/{name}" for name in ("a/b/y.png", "a/x.png", "[1].png")]
+    with pytest.raises(ValueError, match=r"\*.webp matches no file"):
+        predict._files([f"{tmp_path}/*.webp"])
+
+
+def test_a_row_of_a_table_has_the_classes_in_order_and_errors_last() -> None:
+    row = {"image": "a.png", "top2": [{"class": "x", "probability": 0.7}, {"class": "y", "probability": 0.3}]}
+    bad = {"image": "b.png", "error": "is not an image"}
+    columns = sorted({**predict._csv_row(row), **predict._csv_row(bad)}, key=predict._column)
+    assert columns == ["image", "class1", "probability1", "class2", "probability2", "error"]
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_a_run_is_resumed_with_changed_fields_which_are_logged_and_the_old_confi
     digits_dir: pathlib.Path, workdir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the message about values that are not finite advises: another learning rate and the guard."""
-    before = (workdir / "config.json").read_text()
+    before, result_before = (workdir / "config.json").read_text(), json.loads((workdir / "result.json").read_text())
     changes = {"total_steps": 9, "optim.learning_rate": 1e-3, "skip_updates.norm_factor": 20.0}
     config = tiny(digits_dir, **{"loop.eval_every": 8} | changes)
     result = run_experiment(config, workdir, resume_changed=True)
@@ -161,6 +161,7 @@ def test_a_run_is_resumed_with_changed_fields_which_are_logged_and_the_old_confi
         assert f"WARNING: resuming with {line}" in out
     assert "differ in grad_spikes, which starts anew" in out
     assert (workdir / "config.step_8.json").read_text() == before
+    assert json.loads((workdir / "result.step_8.json").read_text()) == result_before
     assert json.loads((workdir / "config.json").read_text())["total_steps"] == 9
     best = halvit_jax.load(workdir, step="best")[1]["params"]
     assert sha256(best) == sha256(

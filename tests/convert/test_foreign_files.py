@@ -153,7 +153,7 @@ def test_files_of_pytorch_need_pytorch(tmp_path: pathlib.Path, monkeypatch: pyte
     for name in ("x.pt", "x.pth", "x.pth.tar", "x.bin"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(
-            ValueError, match=r"can be read with PyTorch only: pip install torch, or save .* safetensors"
+            ValueError, match=r"can be read with PyTorch only; save the state as safetensors, or .*: pip install torch"
         ):
             readers.read(tmp_path / name)
 

@@ -184,7 +184,7 @@ def test_without_a_connection_and_a_cache_the_reason_is_given(
 
 def test_a_missing_extra_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match=r"hf://me/small: .*pip install 'halvit_jax\[hub\]'"):
+    with pytest.raises(ValueError, match=r"hf://me/small: .*pip install 'huggingface_hub>="):
         readers.read("hf://me/small")
 
 

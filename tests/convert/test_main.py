@@ -98,3 +98,17 @@ def test_the_models_of_file_and_flags_must_agree(resnet18: pathlib.Path, tmp_pat
         convert(str(resnet18), target, name="resnet_18", to="jax", fields={})
     with pytest.raises(ValueError, match=r"must end in .safetensors"):
         convert(str(source), str(tmp_path / "x.pth"), name=None, to="torch", fields={})
+
+
+def test_a_file_that_exists_is_not_overwritten(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "mine.safetensors").write_text("mine")
+    error = run(resnet18, tmp_path / "mine.safetensors", "--model=resnet18", "--num_classes=3", code=2).stderr
+    assert error == f"error: {tmp_path}/mine.safetensors exists; name another file, or remove it\n"
+    assert (tmp_path / "mine.safetensors").read_text() == "mine"
+
+
+def test_another_model_is_answered_in_a_line_that_can_be_read(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    for name in ("deit_tiny", "resnt18"):
+        with pytest.raises(ValueError, match=name) as error:
+            convert(str(resnet18), str(tmp_path / "x.safetensors"), name=name, to="jax", fields={})
+        assert len(str(error.value)) < 1200

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.gcs_server import Server
 from helpers.memory import peak
 
 from halvit_jax.convert import readers
@@ -58,6 +59,19 @@ def test_arrays_begin_where_their_type_may(tmp_path: pathlib.Path) -> None:
     assert "__metadata__" not in header
     assert {name: told["data_offsets"] for name, told in header.items()} == {"c": [0, 8], "b": [8, 16], "a": [16, 19]}
     assert len(text) == 8 + length + 19
+
+
+def test_a_weight_file_in_a_bucket_is_read_and_none_is_written_there(tmp_path: pathlib.Path, server: Server) -> None:
+    arrays = {"a": np.arange(6.0, dtype=np.float32)}
+    readers.write(tmp_path / "x.safetensors", arrays, {"kind": "test"})
+    server.bucket.put("weights/x.safetensors", (tmp_path / "x.safetensors").read_bytes())
+    found = readers.read(f"{server.url}/weights/x.safetensors")
+    np.testing.assert_array_equal(found.arrays["a"], arrays["a"])
+    assert found.metadata == {"kind": "test"}
+    with pytest.raises(ValueError, match=r"gs://bucket/weights/y.safetensors is not a file"):
+        readers.read(f"{server.url}/weights/y.safetensors")
+    with pytest.raises(ValueError, match=r"gs://bucket/weights/y.safetensors must be a local path"):
+        readers.write(f"{server.url}/weights/y.safetensors", arrays, {})
 
 
 def test_what_cannot_be_written_leaves_no_file(tmp_path: pathlib.Path) -> None:

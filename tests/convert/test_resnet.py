@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 from helpers.official import Shapes, check_values_keep_their_places, official_shapes, zeros
@@ -90,6 +91,21 @@ def test_every_model_of_a_family_with_a_table_is_tested() -> None:
 def test_values_keep_their_places(name: str) -> None:
     fields = SMALL | ({"groups": 4, "base_width": 16} if "resnext" in name else {})
     check_values_keep_their_places(name, **fields)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny"])
+def test_a_state_of_a_parallel_model_is_read(name: str) -> None:
+    swin = {"width": 8, "depths": (1, 1), "head_width": 4, "window_size": 4, "image_size": 32, "num_classes": 3}
+    small = SMALL if name == "resnet18" else swin
+    rng = np.random.default_rng(0)
+    state = {
+        key: rng.standard_normal(shape).astype(np.float32) if shape else np.zeros((), np.int64)
+        for key, shape in convert.torch_shapes(name, **small).items()
+    }
+    wrapped = {f"module.{key}": array for key, array in state.items()}
+    jax.tree.map(np.testing.assert_array_equal, from_torch(name, wrapped, **small), from_torch(name, state, **small))
+    with pytest.raises(ValueError, match=r"unexpected: module\.more"):  # of a state with both, all are named
+        from_torch(name, state | {"module.more": np.zeros(3, np.float32)}, **small)
 
 
 def test_the_number_of_updates_is_not_kept() -> None:

@@ -82,9 +82,15 @@ def test_a_replaced_image_is_logged_as_a_warning(caplog: pytest.LogCaptureFixtur
     list(tracker(0.01).batches(iter([batch("abc", "ca"), batch("de"), batch("fg", "f")]), 0))
     assert [(record.name, record.levelno) for record in caplog.records] == [("halvit_jax.data", logging.WARNING)] * 2
     assert [record.getMessage() for record in caplog.records] == [
-        "replaced images that cannot be decoded, 2 in this epoch so far: ['a', 'c']",
-        "replaced images that cannot be decoded, 3 in this epoch so far: ['f']",
+        "replaced images that cannot be decoded, 2 so far: a, c",
+        "replaced images that cannot be decoded, 3 so far: f",
     ]
+
+
+def test_an_image_that_is_replaced_in_every_epoch_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    epochs = [batch("ab", "a") if step % 1000 == 0 else batch("cd") for step in range(2000)]
+    list(tracker(0.01).batches(iter(epochs), 0))
+    assert [record.getMessage() for record in caplog.records] == ["replaced images that cannot be decoded, 1 so far: a"]
 
 
 def test_the_bad_image_budget_always_allows_one() -> None:

@@ -54,7 +54,7 @@ def test_without_pillow_the_format_is_named(kind: str, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(tf.errors.OpError) as error:
         file_formats.to_decodable(tf.constant(FOREIGN[kind]))
-    wanted = f"it is {kind} by its first bytes, which needs Pillow (pip install pillow); or convert it"
+    wanted = f"it is {kind} by its first bytes, which needs Pillow; convert it, or install that: pip install pillow"
     assert ops.reason(error.value) == wanted
 
 

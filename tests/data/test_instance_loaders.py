@@ -151,6 +151,11 @@ def test_loaders_describe_what_they_use_and_leave_out(root: pathlib.Path) -> Non
             {"name": "coco/2017"},
             "instances.name='coco/2017': the coco/2017 of TFDS has no segmentation, no category ids",
         ),
+        (
+            {"root": "s3://bucket/coco"},
+            "instances.root=s3://bucket/coco must be a local path or",
+        ),
+        ({"data_dir": "s3://bucket"}, "instances.data_dir=s3://bucket must be a local path or"),
         ({"root": ""}, "instances.name='coco' needs instances.root"),
         ({"short_side": -1}, "instances.short_side=-1 must not be negative"),
         ({"long_side": -2}, "instances.long_side=-2 must not be negative"),

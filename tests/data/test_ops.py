@@ -280,3 +280,10 @@ def test_a_reason_is_one_line_without_node_names() -> None:
         + ["file a, record 3 has the label 12"] * 2
     )
     assert ops.reason(ValueError("file b cannot be read\nTraceback")) == "file b cannot be read"
+
+
+def test_grey_is_pillows_brightness() -> None:
+    expected = np.asarray(Image.fromarray(PHOTO).convert("L"))[..., None]
+    np.testing.assert_array_equal(ops.to_grey(tf.constant(PHOTO)), expected)
+    grey = np.repeat(np.arange(256, dtype=np.uint8)[:, None, None], 3, -1)
+    np.testing.assert_array_equal(ops.to_grey(tf.constant(grey)), grey[..., :1])  # a grey file keeps its values

@@ -270,3 +270,22 @@ def test_evaluation_has_the_pixels_of_timms_transform_on_photographs(way: str, g
             difference = np.abs(image.astype(int) - expected[f"{way}/{name}"])
             assert difference.mean() < 0.3, name
             assert difference.max() <= 8, name
+
+
+@pytest.mark.parametrize("make", ["train", "eval"])
+def test_grey_images_are_the_brightness_of_what_else_is_seen(make: str) -> None:
+    def transform(channels: int) -> Transform:
+        if make == "eval":
+            return eval_transform((8, 8), fraction=1.0, method="bilinear", channels=channels)
+        how = {"crop": "random_resized", "min_area": 0.1, "flip": True, "shift": 1, "policy": "rand-m9-mstd0.5-inc1"}
+        colours = {"color_jitter": 0.3, "method": "bilinear", "antialias": False}
+        mean = (0.5,) if channels == 1 else (0.5, 0.5, 0.5)
+        return train_transform((8, 8), **how, **colours, channels=channels, mean=mean)
+
+    record = {"image": tf.io.encode_png(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)), "label": 3}
+    seed = tf.constant([1, 2], tf.int64)
+    colour, grey = (transform(channels)(record, seed)["image"] for channels in (3, 1))
+    assert grey.shape == (8, 8, 1)
+    np.testing.assert_array_equal(grey, ops.to_grey(colour))
+    with pytest.raises(ValueError, match=r"model.in_channels=5: image files are read with 3 channels, or 1 \(grey\)"):
+        transform(5)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.gcs_server import Server
 
 from halvit_jax.detection import coco_metric
 from halvit_jax.detection.coco_metric import encode_masks, evaluate, read_truth
@@ -83,6 +84,12 @@ def _file(path: pathlib.Path, *annotations: dict[str, Any]) -> str:
 BOX = {"id": 0, "image_id": 5, "category_id": 3, "bbox": [10, 10, 20, 20]}
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]
 FOUND = {"image_id": 5, "category_id": 3, "bbox": [10, 10, 20, 20], "score": 0.5}
+
+
+def test_the_ground_truth_in_a_bucket_is_that_on_a_disk(tmp_path: pathlib.Path, server: Server) -> None:
+    file = pathlib.Path(_file(tmp_path / "truth.json", BOX))
+    server.bucket.put("coco/truth.json", file.read_bytes())
+    assert read_truth(f"{server.url}/coco/truth.json") == read_truth(str(file))
 
 
 def test_an_annotation_of_number_zero_and_without_area_can_be_found(tmp_path: pathlib.Path) -> None:

@@ -199,3 +199,21 @@ def test_the_published_figure_stands_beside_every_result_and_is_compared_on_its_
     assert evaluation.published_lines(config, results)[0] == "eval  top1 50.00%, published 79.40% on imagenet2012"
     config.published_top1 = 0.0
     assert evaluation.published_lines(config, results) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_at_another_size_with_resampled_positions(
+    finished: Finished, digits_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(digits_dir, **{"init_from": str(finished[0]), "model.image_size": 12})
+    result = evaluate_weights(config)["eval"]
+    assert "adapted: params/position/embedding (17, 32) -> (37, 32)" in capsys.readouterr().out
+    source = open_source("digits", str(digits_dir), "test")
+    records = list(source.shard(0, 1).map(source.fetch).as_numpy_iterator())
+    predictor = halvit_jax.load_predictor(finished[0], image_size=12)
+    images = [tf.io.decode_png(record["image"]).numpy() for record in records]
+    right = [
+        row["top1"][0]["class"] == str(record["label"])
+        for row, record in zip(predictor(images, top=1), records, strict=True)
+    ]
+    assert np.mean(right) == pytest.approx(result["top1"])

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.runs import Finished
@@ -11,6 +12,7 @@ import halvit_jax
 from halvit_jax import export
 from halvit_jax.experiment.predictor import Predictor
 from halvit_jax.experiment.trained import load_trained
+from halvit_jax.layers.embed import resampled
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +77,19 @@ def test_an_array_that_is_no_image_is_refused(predictor: Predictor, shape: tuple
         predictor(np.zeros(shape, np.uint8))
     with pytest.raises(ValueError, match="not float32"):
         predictor(np.zeros((8, 8, 3), np.float32))
+
+
+def test_images_of_another_size_are_seen_with_resampled_positions(
+    finished: Finished, predictor: Predictor, photo: np.ndarray, tmp_path: pathlib.Path
+) -> None:
+    larger = halvit_jax.load_predictor(finished[0], image_size=12)
+    assert larger.preprocess(photo).shape == (12, 12, 3)
+    before, after = (each.variables["params"]["position"]["embedding"] for each in (predictor, larger))
+    np.testing.assert_allclose(after, resampled(before, (4, 4), (6, 6)), rtol=1e-5)
+    images = jnp.asarray(larger.preprocess(photo)[None], jnp.float32) / 255
+    expected = larger.model.apply(larger.variables, (images - 0.5) / 0.5, train=False)
+    np.testing.assert_allclose(larger.outputs(larger.preprocess(photo)[None]), expected, atol=1e-5)
+    export.export(load_trained(finished[0]), "safetensors", tmp_path / "model.safetensors")
+    assert halvit_jax.load_predictor(tmp_path / "model.safetensors", image_size=12)(photo) == larger(photo)
+    with pytest.raises(ValueError, match=r"model.patch_size=2 does not divide model.image_size=9"):
+        halvit_jax.load_predictor(finished[0], image_size=9)

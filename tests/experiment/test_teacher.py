@@ -287,6 +287,13 @@ def test_a_wrong_teacher_is_refused_by_field(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_other_channels_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    known = random_file(tmp_path / "known.safetensors", "regnety_002", {}, **REGNET)
+    grey = {"model.in_channels": 1, "task.mean": (0.5,), "task.std": (0.5,)}
+    with pytest.raises(ValueError, match=r"the teacher sees 3 channels, the student model.in_channels=1; give a"):
+        teacher.build_distillation(distill_config(digits_dir, known, **grey), make_mesh())
+
+
 def test_a_teacher_of_other_classes_is_refused(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     seven = {"num_classes": 7, "image_size": 8}
     known = random_file(tmp_path / "known.safetensors", "regnety_002", {}, **seven)

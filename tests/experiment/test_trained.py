@@ -12,7 +12,7 @@ from helpers.runs import Finished
 
 import halvit_jax
 from halvit_jax.convert import readers
-from halvit_jax.experiment.trained import load_trained, save_trained
+from halvit_jax.experiment.trained import at_size, load_trained, save_trained
 from halvit_jax.experiment.workdir import CONFIG_FILE
 from halvit_jax.trees import sha256
 
@@ -58,3 +58,10 @@ def test_a_workdir_without_a_checkpoint_is_refused(finished: Finished, tmp_path:
 def test_an_unknown_function_of_the_package_is_refused() -> None:
     with pytest.raises(AttributeError, match="module 'halvit_jax' has no attribute 'fit'"):
         _ = halvit_jax.fit
+
+
+def test_a_detector_has_canvases_and_not_one_size(done: pathlib.Path) -> None:
+    trained = load_trained(done)
+    trained.config.task.name = "detection"
+    with pytest.raises(ValueError, match=r"image_size=64: a detector takes images of any size, on instances.canvases"):
+        at_size(trained, 64)

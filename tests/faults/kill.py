@@ -277,13 +277,13 @@ def _at_unseal() -> None:
 
 
 def _in_delete() -> None:
-    from halvit_jax.training.checkpoint import checkpointer
+    from halvit_jax import storage
 
     def replaced(folder: pathlib.Path) -> None:
         next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()
         _die()
 
-    checkpointer.shutil.rmtree = replaced
+    storage.remove_folder = replaced
 
 
 POINTS: dict[str, Callable[[], None]] = {

@@ -11,7 +11,7 @@ from flax import linen as nn
 from helpers.shapes import random_variables
 
 from halvit_jax.layers import conv
-from halvit_jax.models import create_model, family_of, partition_rules
+from halvit_jax.models import create_model, family_of, partition_rules, transfer_rules
 from halvit_jax.models.intermediates import capture
 from halvit_jax.trees import count, first_match, flatten, variable_shapes
 
@@ -51,6 +51,18 @@ def check_variables_are_float32_in_any_compute_dtype(name: str) -> None:
     for dtype in ("float32", "bfloat16"):
         leaves = jax.tree.leaves(shapes_of(tiny_model(name, dtype=dtype)))
         assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+def check_images_of_other_channels_change_the_first_kernel_alone(name: str) -> None:
+    """Of five spectral bands."""
+    colour, found = (
+        {path: leaf.shape for path, leaf in flatten(shapes_of(tiny_model(name, dtype="float32", **changes))).items()}
+        for changes in ({}, {"in_channels": 5})
+    )
+    assert found.keys() == colour.keys()
+    (kernel,) = (path for path, shape in found.items() if shape != colour[path])
+    assert (colour[kernel][2], found[kernel][2], len(found[kernel])) == (3, 5, 4)
+    assert first_match(kernel.split("/", 1)[1], transfer_rules(tiny_model(name))) == "input_channels"
 
 
 def check_every_parameter_learns(name: str) -> None:

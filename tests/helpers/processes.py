@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from types import MappingProxyType
 
 ROOT = pathlib.Path(__file__).parents[2]
 ONE_DEVICE = "--xla_backend_optimization_level=0"  # what a user has, compiled quickly
@@ -33,8 +34,9 @@ class Started:
         stderr: pathlib.Path | None = None,
         program: str = "",
         xla_flags: str = ONE_DEVICE,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        environment = {"XLA_FLAGS": xla_flags}
+        environment = {"XLA_FLAGS": xla_flags, **environment}
         job = (module, arguments, program, environment, str(stdout), str(stderr or stdout))
         self._process = _FORKS.Process(target=_child, args=job, daemon=True)
         self._process.start()
@@ -54,6 +56,10 @@ class Started:
             raise subprocess.TimeoutExpired(self._process.name, seconds)
         return self._process.exitcode
 
+    def join(self, seconds: float) -> None:
+        """Wait until it has ended, at most so long."""
+        self._process.join(seconds)
+
     def send_signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self._process.pid
@@ -65,11 +71,13 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
 
-def run_command(module: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+def run_command(
+    module: str, *arguments: str, code: int = 0, environment: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess:
     """`python -m halvit_jax.main ...` for the module "halvit_jax.main"; its exit code is as expected."""
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = pathlib.Path(folder, "stdout"), pathlib.Path(folder, "stderr")
-        found = Started(module, *arguments, stdout=stdout, stderr=stderr).wait()
+        found = Started(module, *arguments, stdout=stdout, stderr=stderr, environment=environment).wait()
         done = subprocess.CompletedProcess(arguments, found, stdout.read_text(), stderr.read_text())
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -22,6 +22,11 @@ def test_variables_are_float32_in_any_compute_dtype(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SLOWER)
+def test_images_of_other_channels_change_the_first_kernel_alone(name: str) -> None:
+    contract.check_images_of_other_channels_change_the_first_kernel_alone(name)
+
+
+@pytest.mark.parametrize("name", SLOWER)
 def test_every_parameter_learns(name: str) -> None:
     contract.check_every_parameter_learns(name)
 

@@ -98,3 +98,7 @@ def test_a_resnet_has_blocks_and_no_attention() -> None:
         halvit_jax.capture(model, variables, images)
     with pytest.raises(ValueError, match="capture='logits' is not one of attention, blocks"):
         halvit_jax.capture(model, variables, images, ("logits",))
+
+
+def test_one_name_may_stand_alone() -> None:
+    assert list(_abstract("deit_tiny", "attention", **VIT)["attention"]) == ["block0", "block1", "block2"]

@@ -45,6 +45,7 @@ class PlainNet(nn.Module):
     depth: int = 4
     num_classes: int = 1000
     image_size: int = 224
+    in_channels: int = 3
     dtype: Any = None
     remat: bool = False
     folded: bool = False

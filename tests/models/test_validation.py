@@ -1,8 +1,9 @@
 import re
 
+import jax
 import pytest
 
-from halvit_jax.models import validation
+from halvit_jax.models import create_model, validation
 
 
 def test_a_choice_that_is_not_allowed_is_listed_with_those_that_are() -> None:
@@ -16,6 +17,16 @@ def test_what_does_not_divide_is_named_with_both_fields(value: int, whole: int) 
     validation.check_divides("num_heads", 3, "width", 12)
     with pytest.raises(ValueError, match=f"model.num_heads={value} does not divide model.width={whole}"):
         validation.check_divides("num_heads", value, "width", whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("pvt_tiny", "__call__"), ("pvt_v2_b0", "features"), ("resnet18", "__call__")]
+)
+def test_images_of_other_channels_are_refused_with_the_field(name: str, method: str) -> None:
+    model = create_model(name, in_channels=1)
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
+    with pytest.raises(ValueError, match="images of 3 channels for a model built for 1; set in_channels"):
+        jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False, method=method), images)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])

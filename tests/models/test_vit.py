@@ -372,6 +372,14 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
         ({"width": 18, "position": "sincos"}, "model.width=18 must be a multiple of 4 when model.position='sincos'"),
         ({"num_classes": -1}, "model.num_classes=-1 must not be negative"),
         ({"num_classes": 2.5}, "model.num_classes=2.5 must be a whole number"),
+        ({"num_classes": "10"}, "model.num_classes='10' must be a whole number"),
+        ({"width": "48"}, "model.width='48' must be a whole number"),
+        ({"image_size": (32, 64)}, "model.image_size=(32, 64) must be a whole number"),
+        ({"depth": True}, "model.depth=True must be a whole number"),
+        ({"drop_path": "a"}, "model.drop_path='a' must be a number"),
+        ({"remat": "yes"}, "model.remat='yes' must be True or False"),
+        ({"pool": 3}, "model.pool=3 must be a text"),
+        ({"dtype": "float64"}, "dtype='float64' is float32 to JAX unless jax_enable_x64 is set"),
         ({"drop_path": -0.1}, "model.drop_path=-0.1 must not be negative"),
         ({"drop_path": 1.0}, "model.drop_path=1.0 must lie in [0, 1)"),
         ({"real_heads": 0.0}, "model.real_heads=0.0 must lie in (0, 1]"),
@@ -384,7 +392,10 @@ def test_remat_of_a_compact_model_moves_the_statistics_once() -> None:
         ({"ffn_ratio": 0.0}, "model.ffn_ratio=0.0 leaves nothing of model.width=384"),
         ({"dtype": "floaty"}, "dtype='floaty' is not a floating-point type"),
         ({"dtype": "int32"}, "dtype='int32' is not a floating-point type"),
-        ({"groups": 32}, "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, patch_size,"),
+        (
+            {"groups": 32},
+            "model.groups=32: halvit_tiny has no such field; it has num_classes, image_size, in_channels,",
+        ),
     ],
 )
 def test_impossible_fields_are_refused_by_name(overrides: dict[str, Any], message: str) -> None:

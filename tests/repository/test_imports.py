@@ -13,24 +13,29 @@ ANYTHING = None
 # A package -> what it may import beside the standard library and itself. A name stands for all that lies below it.
 NUMERIC = {"jax", "flax.linen", "numpy", "halvit_jax.trees"}
 OURS = "halvit_jax"
+STORES = {"halvit_jax.storage", "halvit_jax.buckets"}
 PACKAGES: dict[str, set[str] | None] = {
     "protocols": {"numpy"},
     "text": set(),
     "config": {"ml_collections"},
+    "buckets": {"google", "halvit_jax.text"},
+    "storage": {"google", "halvit_jax.buckets"},
     "trees": {"jax", "numpy", "halvit_jax.protocols"},
-    "distributed": {"jax", "absl", "halvit_jax.protocols", "halvit_jax.text"},
+    "distributed": {"jax", "absl", "halvit_jax.protocols", "halvit_jax.text", *STORES},
     "recipes": {"ml_collections", "halvit_jax.config"},
     "layers": NUMERIC,
     "models": NUMERIC | {"halvit_jax.layers"},
     "detection": NUMERIC
-    | {f"{OURS}.{name}" for name in ("layers", "protocols", "text")}
+    | {f"{OURS}.{name}" for name in ("layers", "protocols", "storage", "text")}
     | {"pycocotools", "faster_coco_eval"},
     "tasks": NUMERIC
     | {"scipy", "halvit_jax.models", "halvit_jax.detection", "halvit_jax.protocols", "halvit_jax.text"},
     "data": {"tensorflow", "tensorflow_datasets", "numpy", "sklearn", "PIL", "pycocotools"}
-    | {f"{OURS}.{name}" for name in ("protocols", "text")},
+    | {f"{OURS}.{name}" for name in ("protocols", "text")}
+    | STORES,
     "training": {"jax", "numpy", "flax.struct", "optax", "orbax", "clu"}
-    | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")},
+    | {f"{OURS}.{name}" for name in ("protocols", "trees", "text")}
+    | STORES,
     # jax for shapes and bfloat16; torch, an optional extra, for files that nothing else can read.
     "convert": {
         "numpy",
@@ -41,11 +46,13 @@ PACKAGES: dict[str, set[str] | None] = {
         "halvit_jax.layers",
         "halvit_jax.trees",
         "halvit_jax.text",
+        "halvit_jax.storage",
     },
     "halving": NUMERIC | {"scipy", "optax", "halvit_jax.layers", "halvit_jax.models"},
     "experiment": {"jax", "numpy", "flax.linen", "ml_collections", "tensorboard"}
     | {f"{OURS}.{name}" for name in ("config", "protocols", "trees", "text", "models", "tasks", "data", "training")}
-    | {f"{OURS}.{name}" for name in ("convert", "distributed", "halving")},
+    | {f"{OURS}.{name}" for name in ("convert", "distributed", "halving")}
+    | STORES,
     # torch and torchvision, which the user installs, to be measured beside us.
     "analysis": {"jax", "flax.linen", "numpy", "ml_collections", "matplotlib", "torch", "torchvision"}
     | {f"{OURS}.{name}" for name in ("models", "experiment", "config", "recipes", "layers", "training", "convert")}

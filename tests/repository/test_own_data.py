@@ -53,15 +53,21 @@ def test_the_story_of_own_data_runs_as_it_is_written(tmp_path: pathlib.Path) -> 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     out = []
     for command, code in zip(COMMANDS, (2, 0, 0, 0, 0), strict=True):
-        words = [sys.executable, *shlex.split(command)[1:], *(shlex.split(SMALL) if "--config" in command else [])]
+        words = [
+            sys.executable,
+            *shlex.split(command)[1:],
+            *(shlex.split(SMALL) if "--config=configs" in command else []),
+        ]
         done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
         assert done.returncode == code, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
         out.append(done.stdout + done.stderr)
-    checked, _, evaluated, predicted, exported = out
+    checked, trained, evaluated, predicted, exported = out
     assert f"PHOTOS/sky/2021-0/{broken.name}: by its first bytes it is no JPEG, PNG, GIF or BMP" in checked
     assert "1 files passed over, 1 .db" in checked
     assert "1 of 61 images cannot be decoded" in checked
+    for printed in (trained, evaluated):  # by both splits, and once for both
+        assert printed.count("WARNING: PHOTOS: 1 files passed over, 1 .db") == 1
     assert "balanced accuracy, the mean over 2 classes" in evaluated
     assert len(list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))) == 12
     rows = [json.loads(line) for line in predicted.splitlines() if line.startswith("{")]

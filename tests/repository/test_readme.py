@@ -92,6 +92,11 @@ NEEDS = {
     "pip install -e '.[onnx,torch]'": NETWORK,
     "pip install -e '.[onnx]'": NETWORK,
     "pip install -e '.[hub]'": NETWORK,
+    "pip install -e '.[gcs]'": NETWORK,
+    "gcloud auth application-default login": "an account at Google",
+    f"{MAIN} --config=configs/halvit_digits.py --workdir=gs://BUCKET/runs/a --config.data.data_dir=gs://BUCKET/tfds": (
+        "a bucket; tests/faults/test_buckets.py runs it against a server of the same API"
+    ),
     "pip install -e '.[plot]'": NETWORK,
     "pip install -e '.[detection]'": NETWORK,
     f"{MAIN} --config=configs/coco_mask_rcnn.py:resnet50 --workdir=runs/mine --config.instances.root=DIR "
@@ -153,10 +158,13 @@ NEEDS = {
     f"{CHECK} --config=configs/halvit_folder.py --config.data.root=PHOTOS": OWN,
     f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/photos --config.data.root=PHOTOS "
     "--config.data.on_bad_image=replace": OWN,
-    f"{MAIN} --config=configs/halvit_folder.py --workdir=runs/photos --config.data.root=PHOTOS --mode=eval --step=best "
-    "--predictions=predictions.csv": OWN,
+    f"{MAIN} --config=runs/photos --workdir=runs/photos --mode=eval --step=best --predictions=predictions.csv": OWN,
     "python -m halvit_jax.predict --workdir=runs/photos --step=best NEW": OWN,
     "python -m halvit_jax.export --workdir=runs/photos --step=best --format=stablehlo --out=photos.zip": OWN,
+    f"{MAIN} --config=configs/halvit_digits.py --workdir=runs/seen --config.model.depth=2 --config.total_steps=120 "
+    "--config.loop.eval_every=60 --config.loop.log_every=20 --config.optim.warmup_epochs=0.0": (
+        "terminals of two widths, which tests/repository/test_terminal.py opens"
+    ),
     "bash launch/gpu_check.sh --out=gpu": "a GPU, PyTorch and timm",
     "bash launch/local_cluster.sh 4 -- --config=configs/halvit_digits.py --workdir=DIR": "4 processes, minutes",
 }
@@ -218,7 +226,7 @@ def test_every_command_has_flags_that_exist_and_a_config_that_is_valid(
     used = [word.removeprefix("--").split("=")[0] for word in shlex.split(command) if word.startswith("--")]
     launcher = {"nodes", "gpus-per-node", ""} if command.startswith("sbatch") else {""}  # "": --
     assert {name for name in used if not name.startswith("config.")} <= known | launcher
-    if "--config=" in command and "configs/NAME" not in command:
+    if "--config=configs/" in command and "configs/NAME" not in command:
         monkeypatch.chdir(ROOT)
         config_lib.validate(parsed(command))
 

@@ -264,3 +264,15 @@ def test_a_data_set_of_one_class_is_refused_and_an_unbalanced_one_warned_of() ->
     assert "data.balance=1 draws them equally often" in warning
     assert "classification.class_weights='(0.556,5)'" in warning
     assert task.check_records(records[80:], DatasetInfo(["ant", "bee"], 20))[1] == ""
+
+
+def test_images_of_other_channels_are_normalised_one_by_one_and_shown() -> None:
+    task = _task(fields=TINY | {"in_channels": 5}, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.5,) * 5)
+    assert task.batch_spec()["image"].shape == (SIZE, SIZE, 5)
+    batch = _batch() | {"image": jnp.full((B, SIZE, SIZE, 5), 255, jnp.uint8)}
+    np.testing.assert_allclose(task.normalise(batch["image"])[0, 0, 0], [1.8, 1.6, 1.4, 1.2, 1.0], rtol=1e-5)
+    assert task.summary_images(batch)["train_images"].shape == (B, SIZE, SIZE, 3)
+    with pytest.raises(ValueError, match=r"task.mean=\(0.5,\) has 1 values, but model.in_channels=3; give"):
+        _task(mean=(0.5,))
+    with pytest.raises(ValueError, match=r"task.std=\(0.5, 0.5, 0.5\) has 3 values, but model.in_channels=1; give one"):
+        _task(fields=TINY | {"in_channels": 1}, mean=(0.5,), std=(0.5, 0.5, 0.5))

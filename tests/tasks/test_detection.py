@@ -254,6 +254,7 @@ def test_names_of_detectors_begin_with_their_kind() -> None:
     ("changes", "message"),
     [
         ({"model.num_classes": 5}, r"model\.num_classes=5 must be 0 for task\.name='detection'"),
+        ({"model.in_channels": 1}, r"model\.in_channels=1 must be 3 for task\.name='detection'"),
         (
             {"instances.canvases": ((64, 64), (70, 96))},
             r"instances\.canvases=\(\(64, 64\), \(70, 96\)\): the strides of VisionTransformer do not divide 70 x 96; "

@@ -13,7 +13,7 @@ from helpers.tiers import tiered
 from halvit_jax.config import default_config
 from halvit_jax.models import FAMILIES
 from halvit_jax.recipes import imagenet, resnet
-from halvit_jax.training.optim import Optimizer, layer_numbers, make_optimizer, path_mask
+from halvit_jax.training.optim import Optimizer, frozen_line, layer_numbers, make_optimizer, path_mask
 from halvit_jax.trees import flatten, variable_shapes
 
 DEIT = imagenet.deit("halvit_tiny").optim.to_dict()
@@ -275,3 +275,9 @@ def test_by_default_matrices_and_convolutions_are_decayed_and_nothing_else(name:
 def test_impossible_fields_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         _optimizer(**changes)
+
+
+def test_the_number_of_trained_parameters_is_told() -> None:
+    params = {"block0": {"kernel": np.zeros((30, 40))}, "head": {"bias": np.zeros(10)}}
+    line = "10 of 1,210 parameters are trained; optim.frozen holds the rest"
+    assert frozen_line(params, ["^block0"]) == line

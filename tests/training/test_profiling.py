@@ -3,7 +3,9 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers.gcs_server import Server
 
+from halvit_jax import storage
 from halvit_jax.training.profiling import Profiler, ProfileRange, parse_range
 
 
@@ -33,6 +35,12 @@ def test_a_profile_is_where_tensorboard_looks_for_it(steps: int, tmp_path: pathl
     _run(Profiler(tmp_path, ProfileRange(2, 3)), steps)
     (trace,) = tmp_path.glob("plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 0
+
+
+def test_a_profile_of_a_run_in_a_bucket_is_copied_there(server: Server) -> None:
+    _run(Profiler(storage.parse(f"{server.url}/run/profile"), ProfileRange(0, 0)), 1)
+    (trace,) = [name for name in server.bucket.names("run/profile/plugins/profile/") if name.endswith(".xplane.pb")]
+    assert server.bucket.objects[trace].data
 
 
 def test_without_a_range_no_profile_is_written(tmp_path: pathlib.Path) -> None:

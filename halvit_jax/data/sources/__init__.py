@@ -2,6 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import tensorflow as tf
+
+from halvit_jax import storage
+from halvit_jax.data import ops
 from halvit_jax.data.evals import EvalSet, parse_evals
 from halvit_jax.data.sources.base import Source
 from halvit_jax.data.sources.image_folder import open_folder
@@ -19,9 +23,16 @@ def open_source(name: str, data_dir: str, split: str, *, root: str = "") -> Sour
     missing; nothing is ever downloaded.
 
     Raises:
-        ValueError: no such data set or split, not or only partly prepared, or without the features needed.
+        ValueError: no such data set or split, not or only partly prepared, without the features needed, or in
+            another store than a disk or a bucket of Google Cloud Storage.
     """
-    return SOURCES.get(name, open_tfds)(name, data_dir, split, root)
+    storage.check_scheme(data_dir, "data.data_dir=")
+    storage.check_scheme(root, "data.root=")
+    try:
+        return SOURCES.get(name, open_tfds)(name, data_dir, split, root)
+    except tf.errors.OpError as error:  # a bucket without access
+        field = f"data.root={root}" if root else f"data.data_dir={data_dir}"
+        raise ValueError(f"{field} cannot be read ({ops.reason(error)}); name another one") from error
 
 
 def open_sources(

@@ -1,6 +1,7 @@
 """Your own images as a source: class folders, with or without a folder for each split, or a CSV of labels."""
 
 import collections
+import contextlib
 import csv
 import hashlib
 import logging
@@ -11,11 +12,12 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from halvit_jax import storage
 from halvit_jax.data.file_formats import PILLOW_SUFFIXES, SUFFIXES, has_pillow
 from halvit_jax.data.ops import no_autograph
 from halvit_jax.data.sources.base import Entry, Record, Source, position_shard
 from halvit_jax.protocols import DatasetInfo
-from halvit_jax.text import first_few
+from halvit_jax.text import first_few, pip_install
 
 LOG = logging.getLogger("halvit_jax.data")
 NAME = "folder"
@@ -98,6 +100,9 @@ def _suffixes() -> tuple[str, ...]:
 
 def _read_folders(root: str, split: str) -> Labelled:
     """The images of root/split/<class>/; where no folder of a split is there, of a part of root/<class>/."""
+    if storage.is_bucket(root):
+        with contextlib.suppress(tf.errors.NotFoundError):
+            tf.io.gfile.stat(root)  # raises if there is no access, of which `isdir` makes a "no"
     if not tf.io.gfile.isdir(root):
         raise ValueError(f"data.root={root!r} is not a folder")
     folder, inside = os.path.join(root, split), _subfolders(root)
@@ -121,7 +126,7 @@ def _read_folders(root: str, split: str) -> Labelled:
     passed_over = [path for name in classes for path in files[name] if not path.lower().endswith(suffixes)]
     if passed_over:
         wanting = any(path.lower().endswith(PILLOW_SUFFIXES) for path in passed_over)
-        hint = "; WebP and TIFF need Pillow: pip install pillow" if wanting else ""
+        hint = f"; WebP and TIFF need Pillow: {pip_install('pillow')}" if wanting else ""
         LOG.warning("%s: %d files passed over, %s%s", folder, len(passed_over), _kinds(passed_over), hint)
     labelled = Labelled([(path, name) for name in classes for path in images[name]], classes)
     return _held_out(labelled, split) if automatic else labelled

@@ -1,16 +1,21 @@
 """Data sets prepared by TFDS: TFRecord, ArrayRecord, and small ones kept in memory."""
 
 import bisect
+import contextlib
+import io
 import itertools
 import json
+import logging
 import os
 import resource
 import shlex
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from halvit_jax import storage
 from halvit_jax.data import ops
 from halvit_jax.data.sources import digits  # registers the builder `digits` with TFDS
 from halvit_jax.data.sources.base import RECORD_HINT, Entry, Record, Source, position_shard, shard_bounds
@@ -20,6 +25,7 @@ from halvit_jax.text import first_few
 EMBEDDED = (digits.Digits.name,)  # prepared on first use, in seconds
 LABELS = ("label", "real_label")  # one class, or a sequence of all that are right (ImageNet-ReaL)
 MEMORY_BYTES = 256 * 2**20  # a data set up to this size is kept in memory
+INFO_FILE = "dataset_info.json"  # by which TFDS knows a prepared data set
 OPEN_FILES = 4  # TFRecord files a shard mixes while reading
 
 
@@ -165,7 +171,11 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     if root:
         raise ValueError(f"data.root={root!r} is for data.name='folder', and data.name={name!r}; set one or the other")
     try:
-        builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+        if name in EMBEDDED and storage.is_bucket(data_dir):
+            _prepare_in_bucket(name, data_dir)
+        with _quiet():
+            builder = tfds.builder(name, data_dir=os.path.expanduser(data_dir) or None, try_gcs=False)
+            prepared = builder.is_prepared()
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         raise ValueError(
             f"data.name={name!r} is not a data set that TFDS knows: {str(error).splitlines()[0]}"
@@ -173,15 +183,32 @@ def open_tfds(name: str, data_dir: str, split: str, root: str = "") -> Source:
     except (tf.errors.OpError, RuntimeError) as error:  # a bucket without access
         reason = str(error.__cause__ or error).splitlines()[0]
         raise ValueError(f"data.data_dir={data_dir} cannot be read ({reason}); name another one") from error
-    if not builder.is_prepared():
+    if not prepared:
         if builder.name not in EMBEDDED:
             raise ValueError(
                 f"data.name={name!r} is not prepared in data.data_dir={builder.data_dir}; prepare it with: "
                 f"{_command(builder)}"
             )
-        builder.download_and_prepare(file_format="tfrecord")
+        tfds.disable_progress_bar()
+        with _quiet():
+            builder.download_and_prepare(file_format="tfrecord")
     _validate(builder, split)
     return FORMATS[builder.info.file_format.value](builder, split)
+
+
+def _prepare_in_bucket(name: str, data_dir: str) -> None:
+    """Prepare a data set on the disk and copy it, the file that makes it a data set last.
+
+    TFDS renames a folder, which a process that is killed leaves half done in a bucket.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        builder = tfds.builder(name, data_dir=made, try_gcs=False)
+        target = os.path.join(data_dir, builder.info.full_name)
+        if tf.io.gfile.exists(os.path.join(target, INFO_FILE)):
+            return
+        builder.download_and_prepare(file_format="tfrecord")
+        for file in sorted(os.listdir(builder.data_dir), key=lambda file: (file == INFO_FILE, file)):
+            tf.io.gfile.copy(os.path.join(builder.data_dir, file), os.path.join(target, file), overwrite=True)
 
 
 def raise_open_file_limit(count: int) -> None:
@@ -190,6 +217,19 @@ def raise_open_file_limit(count: int) -> None:
     if soft != resource.RLIM_INFINITY:
         wanted = soft + count if hard == resource.RLIM_INFINITY else min(soft + count, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what TFDS prints and warns of itself: the messages of this file say what matters of it."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _tfrecord(builder: tfds.core.DatasetBuilder, split: str) -> Source:

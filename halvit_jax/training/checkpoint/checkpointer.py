@@ -3,12 +3,13 @@
 A checkpoint is the folder of its step. Orbax commits it, with a digest of every array in its metadata; then a manifest
 with a digest of every file seals it. A restored checkpoint has passed both. If the newest step does not pass, the error
 is logged and the step before it is restored. A folder that was committed but not sealed, because the run ended in
-between, passes by its arrays alone.
+between, passes by its arrays alone. In a bucket, the folder of a step may be one that Orbax has not committed; such a
+folder is no checkpoint, and the next run removes it.
 """
 
+import contextlib
 import logging
-import pathlib
-import shutil
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,7 +19,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from halvit_jax import storage
+from halvit_jax.buckets import StorageError
 from halvit_jax.protocols import PyTree
+from halvit_jax.storage import Path
 from halvit_jax.text import one_line
 from halvit_jax.training.checkpoint import manifest
 from halvit_jax.training.checkpoint.digests import digests
@@ -56,7 +60,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Path,
         *,
         keep: int = 2,
         keep_best: int = 1,
@@ -71,6 +75,7 @@ class Checkpointer:
         self._keep, self._attempts, self._timeout, self._log = keep, attempts, timeout, log
         self._read_only = read_only
         logging.getLogger("absl").addFilter(_not_of_orbax)
+        self._complete_copies()
         self._manager = self._new_manager()
         self._worker = ThreadPoolExecutor(1, "checkpoint")
         self._sealing: Future[None] | None = None
@@ -79,9 +84,8 @@ class Checkpointer:
         self._needed = 0  # bytes of a state
 
     def steps(self) -> list[int]:
-        """The steps that have a folder, in order; process 0 lists them for all."""
-        found = [int(path.name) for path in self._folder.glob("*") if path.name.isdigit()]
-        newest = sorted(found)[-MAX_STEPS:]
+        """The steps that have a committed folder, in order; process 0 lists them for all."""
+        newest = sorted(step for step, folder in self._folders().items() if storage.is_committed(folder))[-MAX_STEPS:]
         agreed = broadcast_from_process_0(np.array([-1] * (MAX_STEPS - len(newest)) + newest, np.int32))
         return [int(step) for step in agreed if step >= 0]
 
@@ -124,7 +128,8 @@ class Checkpointer:
             self._quarantine.mkdir(exist_ok=True)
             for step in steps:
                 taken = sum(path.name.split(".")[0] == str(step) for path in self._quarantine.iterdir())
-                (self._folder / str(step)).rename(self._quarantine / (f"{step}.{taken}" if taken else str(step)))
+                name = f"{step}.{taken}" if taken else str(step)
+                storage.move_folder(self._folder / str(step), self._quarantine / name)
         broadcast_from_process_0(np.zeros(()))  # no process continues before they are gone
         self._manager.reload()
 
@@ -155,7 +160,7 @@ class Checkpointer:
             return
         leaves = flatten(state)
         self._saved, self._needed = step, bytes_of(state)
-        if retry and broadcast_from_process_0(np.array((self._folder / str(step)).is_dir())):
+        if retry and broadcast_from_process_0(np.array(storage.is_committed(self._folder / str(step)))):
             # Orbax has committed this step, and saves none twice; only its seal failed.
             self._sealing = self._worker.submit(self._seal, step)
             return
@@ -205,6 +210,7 @@ class Checkpointer:
             signed = self._manager.metadata(step).custom_metadata
             metadata, expected = signed["metadata"], signed["sha256"]
         except Exception as error:  # a corrupt file may raise anything
+            self._raise_if_no_answer(step, error)
             raise CorruptCheckpointError(f"its metadata cannot be read ({type(error).__name__})") from error
         actual = manifest.sha256_of(metadata)
         if actual != expected:
@@ -243,6 +249,7 @@ class Checkpointer:
         except Exception as error:
             if sealed:  # its files are what was written, so this is another kind of error
                 raise
+            self._raise_if_no_answer(step, error)
             raise CorruptCheckpointError(f"it was not sealed and cannot be read ({type(error).__name__})") from error
         for path, actual in digests(arrays).items():
             expected = metadata["arrays"][path]["digest"]
@@ -273,13 +280,16 @@ class Checkpointer:
         if jax.process_index():
             return
         manifest.write(self._folder / str(step), step)
-        folders = {int(path.name): path for path in self._folder.glob("*") if path.name.isdigit()}
+        folders = self._folders()
         sealed = sorted(step for step, folder in folders.items() if manifest.is_sealed(folder))
         kept = {*sealed[-self._keep :], *self._ranked(sealed)[: self._keep_best]}
         for old in sorted(folders.keys() - kept):
             if old < step:
                 manifest.unseal(folders[old])
-                shutil.rmtree(folders[old])
+                storage.remove_folder(folders[old])
+
+    def _folders(self) -> dict[int, Path]:
+        return {int(path.name): path for path in self._folder.glob("*") if path.name.isdigit()}
 
     def _ranked(self, steps: list[int]) -> list[int]:
         """The steps that have a score, the best first, and of equals the latest."""
@@ -291,6 +301,28 @@ class Checkpointer:
                 continue
         scores = {step: score for step, score in scores.items() if score is not None}
         return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
+
+    def _complete_copies(self) -> None:
+        """Commit the sealed folders that were copied into a bucket from a disk, where a folder needs no mark of that.
+
+        Without it Orbax takes them for unfinished ones, and deletes them.
+        """
+        if storage.is_bucket(self._folder) and jax.process_index() == 0:
+            for folder in self._folders().values():
+                if manifest.is_sealed(folder) and not storage.is_committed(folder):
+                    storage.write_text(folder / storage.COMMITTED, "")
+
+    def _raise_if_no_answer(self, step: int, error: BaseException) -> None:
+        """Tell a bucket that says nothing about a checkpoint from one whose checkpoint is corrupt.
+
+        Raises:
+            StorageError: the error says so, or an object of the step cannot be read now either.
+        """
+        if storage.is_bucket(self._folder):
+            if storage.no_answer(error):
+                raise StorageError(f"{self._folder} cannot be reached: {one_line(error)}") from error
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / str(step) / storage.COMMITTED).read_bytes()
 
     def _finish(self) -> None:
         """Wait for the save in flight, if there is one."""
@@ -307,11 +339,12 @@ class Checkpointer:
         step, self._saved = self._saved, None
         self._failures += 1
         reason = one_line(error)
-        free = shutil.disk_usage(self._folder if self._folder.is_dir() else self._folder.parent).free
         message = (
             f"the checkpoint of step {step} could not be written to {self._folder} ({type(error).__name__}: {reason}); "
-            f"it needs {self._needed:,} bytes, {free:,} are free"
+            f"it needs {self._needed:,} bytes"
         )
+        free = storage.free_bytes(self._folder)
+        message += "" if free is None else f", {free:,} are free"
         if self._failures >= self._attempts:
             raise SaveError(f"{message}; given up after {self._failures} of save.attempts={self._attempts}") from error
         self._log(f"WARNING: {message}; attempt {self._failures} of {self._attempts}")
@@ -325,7 +358,8 @@ class Checkpointer:
             lightweight_initialize=True,  # reads no metadata: those of a corrupt step would raise
             async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
-        return ocp.CheckpointManager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
+        handler = ocp.StandardCheckpointHandler()
+        return ocp.CheckpointManager(os.fspath(self._folder), options=options, item_handlers=handler)
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:

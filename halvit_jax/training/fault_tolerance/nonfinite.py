@@ -4,8 +4,8 @@ Every step flags its loss, gradients and statistics; the whole state is flagged 
 loop reads one scalar of the previous step, so nothing waits.
 """
 
+import io
 import json
-import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from halvit_jax.protocols import Array, PyTree
+from halvit_jax.storage import Path
 from halvit_jax.text import first_few
 from halvit_jax.trees import flatten
 
@@ -57,13 +58,15 @@ def not_finite(finite: Mapping[str, Array]) -> list[str]:
 
 
 def write_bundle(
-    folder: pathlib.Path, step: int, finite: Mapping[str, Array], batches: Mapping[int, Mapping[str, Array]]
+    folder: Path, step: int, finite: Mapping[str, Array], batches: Mapping[int, Mapping[str, Array]]
 ) -> None:
     """Write all paths that are not finite and this host's last batches, to debug from."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, batch in batches.items():
         rows = {name: np.concatenate([shard.data for shard in x.addressable_shards]) for name, x in batch.items()}
-        np.savez(folder / f"batch_{number}_{jax.process_index()}.npz", **rows)
+        content = io.BytesIO()
+        np.savez(content, **rows)
+        (folder / f"batch_{number}_{jax.process_index()}.npz").write_bytes(content.getvalue())
     if jax.process_index() == 0:
         facts = {"step": step, "not_finite": not_finite(finite), "batches": sorted(batches)}
         (folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n")

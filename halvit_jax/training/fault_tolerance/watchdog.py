@@ -6,13 +6,14 @@ than its timeout, the stacks of all threads are written and the process ends, so
 
 import faulthandler
 import os
-import pathlib
 import sys
 import threading
 import time
 from collections.abc import Callable
 
+from halvit_jax.buckets import BucketPath
 from halvit_jax.protocols import ExitCode
+from halvit_jax.storage import Path
 
 COMPILING, TRAINING = "compiling", "training"
 
@@ -25,7 +26,7 @@ class Watchdog:
 
     def __init__(
         self,
-        folder: pathlib.Path,
+        folder: Path,
         *,
         timeout: float,
         compile_timeout: float,
@@ -69,14 +70,19 @@ class Watchdog:
         line = f"{self._name}{line}"
         print(f"error: {line}; the stacks of all threads follow", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"stacks_{os.getpid()}.txt").open("w") as file:
-            print(line, file=file, flush=True)
-            faulthandler.dump_traceback(file, all_threads=True)
+        self._write_stacks(line)
         asking = threading.Thread(target=self._ask, args=(line,), daemon=True)
         asking.start()
         asking.join(10.0)
         os._exit(ExitCode.STALLED)
+
+    def _write_stacks(self, line: str) -> None:
+        if isinstance(self._folder, BucketPath):
+            return  # which is perhaps what the run waits for; they are in the log
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"stacks_{os.getpid()}.txt").open("w") as file:
+            print(line, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _ask(self, line: str) -> None:
         _, step, waiting = self.status()

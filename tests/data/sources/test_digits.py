@@ -2,6 +2,7 @@ import pathlib
 from collections import Counter
 
 import numpy as np
+import pytest
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 
@@ -31,3 +32,11 @@ def test_the_test_split_is_a_fifth_of_every_class(digits_dir: pathlib.Path) -> N
     test = Counter(label for _, label in _examples(digits_dir, "test"))
     for label in range(10):
         assert abs(test[label] - (train[label] + test[label]) / 5) < 1
+
+
+def test_making_the_digits_prints_nothing(
+    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert open_source("digits", str(tmp_path), "test").info.num_examples == 364
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records

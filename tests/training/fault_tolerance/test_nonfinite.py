@@ -1,7 +1,17 @@
-import jax.numpy as jnp
-import pytest
+import json
 
-from halvit_jax.training.fault_tolerance.nonfinite import NotFiniteError, finite_flags, raise_if_not_finite
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.gcs_server import Server
+
+from halvit_jax import storage
+from halvit_jax.training.fault_tolerance.nonfinite import (
+    NotFiniteError,
+    finite_flags,
+    raise_if_not_finite,
+    write_bundle,
+)
 
 
 def _parts(**changed: float) -> dict:
@@ -12,6 +22,16 @@ def _parts(**changed: float) -> dict:
         "model_state": {"mean": jnp.array([values["mean"]], jnp.bfloat16), "count": jnp.array([1])},
         "opt_state": (jnp.array([values["moment"]]),),
     }
+
+
+def test_the_last_batches_of_a_run_in_a_bucket_are_written_there(server: Server) -> None:
+    folder = storage.parse(f"{server.url}/run/debug/step_3")
+    finite = finite_flags(_parts(loss=float("nan")))
+    write_bundle(folder, 3, finite, {3: {"image": jnp.arange(4.0)}})
+    report = json.loads((folder / "report.json").read_text())
+    assert report == {"step": 3, "not_finite": ["loss"], "batches": [3]}
+    with storage.local_copy(folder / "batch_3_0.npz") as copy:
+        np.testing.assert_array_equal(np.load(copy)["image"], np.arange(4.0))
 
 
 def test_nan_flags_cover_every_floating_array_and_pass_where_all_are_finite() -> None:
