@@ -209,6 +209,21 @@ def test_eight_devices_draw_the_same_samples_as_one(kind: type) -> None:
 
 
 @pytest.mark.slow
+def test_eight_devices_leave_out_the_masks_that_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, truth = _batch(8)
+    alone, gradients = _training(MaskRCNN)(_variables(MaskRCNN), images, truth, jax.random.key(3))
+    monkeypatch.setattr(mask_rcnn, "LEAST_CUT", 2)
+    rows = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+    given = _variables(MaskRCNN), *jax.device_put((images, truth), rows), jax.random.key(3)
+    cut = _training.__wrapped__(MaskRCNN)
+    assert "cond" in str(jax.make_jaxpr(cut)(*given))
+    shared, theirs = cut(*given)
+    np.testing.assert_allclose(shared.losses["mask"], alone.losses["mask"], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
 @both
 def test_two_canvases_share_their_parameters(kind: type) -> None:
     for canvas in (CANVAS, CANVAS[::-1]):

@@ -130,7 +130,9 @@ def test_scores_are_detections_on_the_canvas_and_served_alike(kind: str) -> None
 def test_bfloat16_is_close_and_losses_and_parameters_stay_float32() -> None:
     _, params, run, _ = _trainable("mask_rcnn")
     task = build_task(_config(compute_dtype="bfloat16"))
-    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))} == {jnp.float32}
+    assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0)))} == {
+        jnp.dtype("float32")
+    }
     gradient, exact = run(params, _batch(task), jax.random.key(0))
 
     def loss(params: Any) -> Any:
