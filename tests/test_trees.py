@@ -58,13 +58,14 @@ def test_natural_key_sorts_numbers_by_value() -> None:
 def test_variable_shapes_are_those_of_the_models_own_images() -> None:
     class Model(nn.Module):
         image_size: int = 4
+        in_channels: int = 2
 
         @nn.compact
         def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
             return nn.Dense(2, name="head")(images.reshape(len(images), -1))
 
     shapes = {path: leaf.shape for path, leaf in flatten(variable_shapes(Model())).items()}
-    assert shapes == {"params/head/bias": (2,), "params/head/kernel": (4 * 4 * 3, 2)}
+    assert shapes == {"params/head/bias": (2,), "params/head/kernel": (4 * 4 * 2, 2)}
 
 
 def test_the_first_rule_that_fits_wins() -> None:
