@@ -180,10 +180,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_field_and_left_alone(
     changes: dict[str, Any],
     field: str,
     finished: tuple[pathlib.Path, dict[str, Any]],
+    workdir: pathlib.Path,
     digits_dir: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    workdir, result = finished
     before = (workdir / "config.json").read_text()
     refusals = {
         "was trained to step 8 with": {},
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_field_and_left_alone(
         (error,) = capsys.readouterr().err.strip().splitlines()
         assert f"{words} {field}; give the old values" in error
     assert (workdir / "config.json").read_text() == before
-    assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == result["eval"]
+    assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == finished[1]["eval"]
 
 
 def test_profile_traces_steps_into_the_workdir(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -88,7 +88,9 @@ def test_a_halvit_is_written_as_a_deit(tmp_path: pathlib.Path) -> None:
 def test_the_models_of_file_and_flags_must_agree(resnet18: pathlib.Path, tmp_path: pathlib.Path) -> None:
     source, target = tmp_path / "vit.safetensors", str(tmp_path / "x.safetensors")
     weights_file.save(source, "deit_tiny", variables_of("deit_tiny", **TINY), **TINY)
-    with pytest.raises(ValueError, match=r"resnet18.safetensors does not name its model; give it \(--model=NAME\)"):
+    with pytest.raises(
+        ValueError, match=r"resnet18.safetensors does not name its model; give its name \(--model=NAME\)"
+    ):
         convert(str(resnet18), target, name=None, to="jax", fields={})
     with pytest.raises(ValueError, match=r"vit.safetensors is of deit_tiny, not of deit_small"):
         convert(str(source), target, name="deit_small", to="torch", fields={})

@@ -212,7 +212,7 @@ def test_a_source_that_is_not_there_is_named_with_its_whole_path(
 ) -> None:
     for source, message in {
         "runs/nothere": rf"init_from=runs/nothere: {pathlib.Path.cwd()}/runs/nothere does not exist; train it first",
-        "gs://bucket/run": "init_from=gs://bucket/run: gs://bucket/run is a URL; give a folder",
+        "s3://bucket/run": "init_from=s3://bucket/run: s3://bucket/run must be a local path or the address of a bucket, gs://BUCKET/FOLDER",
     }.items():
         config = tiny(digits_dir, init_from=source)
         with pytest.raises(ValueError, match=message):
