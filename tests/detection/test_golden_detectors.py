@@ -125,6 +125,7 @@ def test_golden_detections_of_mask_rcnn(case: Any, reference_weights: Any) -> No
         assert np.mean(drawn == bits) >= 0.999
 
 
+@pytest.mark.slow
 def test_golden_losses_and_gradients_of_mask_rcnn(case: Any, reference_weights: Any) -> None:
     info, arrays = case("mask_rcnn_training")
     images = _images(reference_weights, 2, info["canvas"])

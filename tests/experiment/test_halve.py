@@ -60,6 +60,7 @@ def whole(
     return out, make(config_of(digits_dir), source, out, lines.append), lines
 
 
+@pytest.mark.slow
 def test_the_file_serves_as_a_run_does(
     whole: tuple[pathlib.Path, dict[str, Any], list[str]], teacher: Teacher, digits_dir: pathlib.Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_the_file_serves_as_a_run_does(
     assert errors["ffn"]["after"] < errors["ffn"]["before"]
 
 
+@pytest.mark.slow
 def test_a_halving_stopped_by_sigterm_goes_on_to_the_same_file(
     whole: tuple[pathlib.Path, dict[str, Any], list[str]], digits_dir: pathlib.Path, source: str, tmp_path: pathlib.Path
 ) -> None:

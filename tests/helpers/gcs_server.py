@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
+import google_crc32c
 from helpers.gcs_bucket import Bucket
 
 HOSTS = ("www.googleapis.com", "storage.googleapis.com", "oauth2.googleapis.com")
@@ -277,6 +278,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             "size": str(len(stored.data)),
             "updated": stored.updated,
             "timeCreated": stored.updated,
+            "crc32c": base64.b64encode(google_crc32c.value(stored.data).to_bytes(4, "big")).decode(),
             "md5Hash": base64.b64encode(hashlib.md5(stored.data).digest()).decode(),
             "contentType": "application/octet-stream",
             "etag": str(stored.generation),

@@ -55,6 +55,7 @@ def _batch_ids(root: pathlib.Path) -> list[int]:
     return batch["image_id"].tolist()
 
 
+@pytest.mark.slow
 def test_prepare_coco_unpacks_the_archives_and_describes_them(own: pathlib.Path, tmp_path: pathlib.Path) -> None:
     archives, data = _archives(tmp_path / "archives", own), tmp_path / "data"
     output = prepare(archives, data)

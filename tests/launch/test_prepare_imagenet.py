@@ -62,6 +62,7 @@ def _loaders(data_dir: pathlib.Path, **changes: Any) -> Loaders:
     return make_loaders(**fields, batch_size=8, size=(64, 64), seed=0)
 
 
+@pytest.mark.slow
 def test_prepare_imagenet_reports_what_is_already_prepared(prepared: dict[str, pathlib.Path]) -> None:
     output = prepare(prepared["tfrecord"], prepared["array_record"])  # needs no archives any more
     assert "already prepared as array_record: 24 training and 20 validation images" in output

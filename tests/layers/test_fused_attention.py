@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.tiers import tiered
 
 from halvit_jax.layers import attention as attention_module
 from halvit_jax.layers.attention import ATTENTION, attention_weights, weighted_values
@@ -73,9 +74,10 @@ def test_every_platform_names_an_implementation_that_there_is() -> None:
     assert set(FUSED_ON.values()) <= ATTENTION_IMPLS.keys()
 
 
-@pytest.mark.parametrize(("n", "m"), [(197, 197), (49, 49), (50, 7), (1, 1)])
-def test_fused_attention_equals_plain_attention_forwards_and_backwards(n: int, m: int) -> None:
+@pytest.mark.parametrize("tokens", tiered([(197, 197), (49, 49), (50, 7), (1, 1)], [(50, 7)]), ids=str)
+def test_fused_attention_equals_plain_attention_forwards_and_backwards(tokens: tuple[int, int]) -> None:
     """In the layout of `jax.nn.dot_product_attention`, which cuDNN's shares."""
+    n, m = tokens
     rng = np.random.default_rng(n)
     query = jnp.asarray(rng.standard_normal((2, n, 24)), F32)
     key, value = (jnp.asarray(rng.standard_normal((2, m, 24)), F32) for _ in range(2))

@@ -57,7 +57,7 @@ def test_an_impossible_fused_layer_is_refused_by_field(change: dict[str, Any], s
         choose_ffn("fused", **GIVEN | change)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("dense", "bfloat16"), ("tied", BF16)])
+@pytest.mark.parametrize(("kind", "dtype"), [pytest.param("dense", "bfloat16", marks=pytest.mark.slow), ("tied", BF16)])
 def test_a_layer_is_fused_where_it_can_be(kind: str, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 

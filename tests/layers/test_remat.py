@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import linen as nn
 from helpers.blocks import block_input, small_block
 from helpers.jaxprs import count_remats
@@ -21,6 +22,7 @@ class _Net(nn.Module):
         return run_block(self.block, x, remat=self.remat, train=train)
 
 
+@pytest.mark.slow
 def test_remat_changes_neither_paths_nor_outputs_nor_gradients() -> None:
     x = block_input()
     variables = _Net(False).init(jax.random.key(0), x, train=False)

@@ -32,7 +32,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("shape", tiered(SHAPES, SHAPES[:2]), ids=str)
+@pytest.mark.parametrize("shape", tiered(SHAPES, SHAPES[1:2]), ids=str)
 def test_the_kernel_equals_plain_attention_forwards_and_backwards(shape: tuple[int, ...]) -> None:
     b, n, m, h, k = shape
 

@@ -37,7 +37,7 @@ def arrays_of(b: int, n: int, d: int, f: int, tied: bool) -> list[jax.Array]:
     return [x, *weights[: 1 if tied else 2], *normal(f, (f,), (d,), scale=0.1)]
 
 
-@pytest.mark.parametrize("shape", tiered(SHAPES, SHAPES[:2]), ids=str)
+@pytest.mark.parametrize("shape", tiered(SHAPES, SHAPES[1:2]), ids=str)
 def test_the_kernel_equals_the_plain_layer_forwards_and_backwards(shape: tuple[int, int, int, int, bool]) -> None:
     tied = shape[-1]
 

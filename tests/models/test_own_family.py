@@ -135,6 +135,7 @@ def test_its_weights_are_saved_and_loaded(tmp_path: pathlib.Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
 
 
+@pytest.mark.slow
 def test_a_run_trains_it_and_export_takes_it_out(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = tiny(digits_dir)
     config.model.update(dict.fromkeys(config.model) | {"name": "plain_net", "width": 8, "depth": 1, "num_classes": 10})

@@ -65,6 +65,7 @@ def test_paths_are_the_ones_checkpoints_know() -> None:
     assert all(len(specs[0]) in (0, a.ndim) for specs, a in zip(rules, params.values(), strict=True))
 
 
+@pytest.mark.slow
 def test_weights_start_as_in_the_released_networks() -> None:
     model = _small("halvit_resnet50", depths=(1, 1, 1, 1))
     key = jax.random.key(0, impl="unsafe_rbg")  # compiles in a fraction of the default's time

@@ -59,6 +59,7 @@ RUN = {
     "python -m halvit_jax.predict --workdir=runs/halvit_digits --attention=out.png a.png": "",
     "python -m halvit_jax.export --workdir=runs/halvit_digits --format=stablehlo --out=digits.zip": "",
     f"{MAIN} {SCENES_RUN}": SHORT_SCENES,
+    "python -m halvit_jax.bench --what=detect --config=configs/scenes_mask_rcnn.py --batch=2": "--repeats=1",
     f"{MAIN} {SCENES_RUN} --mode=eval --detections=found.json": SHORT_SCENES,
     "python -m halvit_jax.predict --workdir=runs/scenes_mask_rcnn --draw=out a.png": "",
     "python -m halvit_jax.export --workdir=runs/scenes_mask_rcnn --format=stablehlo --out=detector.zip": "",
@@ -98,6 +99,9 @@ NEEDS = {
         "a bucket; tests/faults/test_buckets.py runs it against a server of the same API"
     ),
     "pip install -e '.[plot]'": NETWORK,
+    "python -m halvit_jax.plan --config=configs/coco_mask_rcnn.py --topology=v5e:4x4 --config.batch_size=64": (
+        "the TPU compiler, half an hour"
+    ),
     "pip install -e '.[detection]'": NETWORK,
     f"{MAIN} --config=configs/coco_mask_rcnn.py:resnet50 --workdir=runs/mine --config.instances.root=DIR "
     "--config.instances.train_annotations=annotations/train.json "

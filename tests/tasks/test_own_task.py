@@ -186,6 +186,7 @@ def test_an_own_task_is_checked_before_and_after_its_run(
     assert f"step 8  good, score {trained[1]['ema_eval']['rank_correlation']:.6g}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_own_task_is_benchmarked_and_planned(digits_dir: pathlib.Path) -> None:
     (row,) = bench.measure({NAME: own_config(digits_dir)}, repeats=1)
     assert row["infer_images_per_s"] > 0

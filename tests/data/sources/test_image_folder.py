@@ -130,6 +130,7 @@ def test_every_pair_of_classes_is_mixed_within_an_epoch(tmp_path: pathlib.Path) 
     assert np.bincount(rows.ravel()).tolist() == [100] * 10
 
 
+@pytest.mark.slow
 def test_no_class_of_a_thousand_has_few_partners(tmp_path: pathlib.Path) -> None:
     """What shares no batch row's shard and mirror with a class is never mixed with it, in any epoch."""
     source, shards = _empty_files(tmp_path, 1000, 20), 64
@@ -363,6 +364,7 @@ def _small(root: pathlib.Path, **changes: Any) -> ConfigDict:
     return config
 
 
+@pytest.mark.slow
 def test_the_folder_config_trains_given_only_its_root(root: pathlib.Path, tmp_path: pathlib.Path) -> None:
     result = run_experiment(_small(root), tmp_path / "run")
     assert result["step"] == 2  # two epochs of 240 images in batches of 128
