@@ -21,6 +21,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return path
 
 
+@pytest.mark.slow
 def test_halve_stopped_by_sigterm_exits_with_75_and_resumes(
     teacher: pathlib.Path, digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

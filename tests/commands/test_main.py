@@ -200,6 +200,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_field_and_left_alone(
     assert run_experiment(tiny(digits_dir), workdir, mode="eval")["eval"] == finished[1]["eval"]
 
 
+@pytest.mark.slow
 def test_profile_traces_steps_into_the_workdir(digits_dir: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = tiny(digits_dir, **{"total_steps": 3, "model.depth": 1})
     run_experiment(config, tmp_path, profile=ProfileRange(1, 2))

@@ -72,7 +72,7 @@ PUBLISHED_STATES = {
 @pytest.mark.parametrize(
     ("repository", "name"),
     [
-        pytest.param(repository, name, marks=[] if name in ("shvit_s1", "pvt_v2_b0") else pytest.mark.slow)
+        pytest.param(repository, name, marks=[] if name == "shvit_s1" else pytest.mark.slow)
         for repository, name in PUBLISHED_STATES.items()
     ],
 )

@@ -199,6 +199,7 @@ def spoilt(root: pathlib.Path) -> pathlib.Path:
 FULL = {"bad_image_budget": 0.5, "shift": 1, "repeated_aug": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hosts", tiered([2, 4], {2}))
 def test_replaced_images_resume_and_are_elastic_over_hosts(hosts: int, spoilt: pathlib.Path) -> None:
     reference = train_batches(loaders(spoilt, **FULL), 3 * STEPS)

@@ -27,6 +27,7 @@ def test_in_memory_images_are_a_source_of_any_length() -> None:
     assert all(batch["image"].shape == (2, 16, 16, 3) for batch in batches)
 
 
+@pytest.mark.slow
 def test_every_way_is_measured_and_reported(capsys: pytest.CaptureFixture[str]) -> None:
     rows = benchmark.measure_input(batch=2, rounds=1, batches=1, image_size=32)
     bare = ["bare tf.data", "bare tf.data, accurate DCT"]

@@ -79,6 +79,7 @@ def _trainable(kind: str) -> tuple[Detection, Any, Any, Any]:
     return task, params, jax.jit(jax.grad(loss, has_aux=True)), jax.jit(task.score)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_the_loss_is_the_sum_of_losses_that_are_reported_apart(kind: str) -> None:
     task, params, run, _ = _trainable(kind)

@@ -155,6 +155,7 @@ def test_an_own_task_trains_and_evaluates_with_metrics_of_its_own(
     assert evaluated == {name: result[name] for name in ("eval", "ema_eval")}
 
 
+@pytest.mark.slow
 def test_an_own_task_resumes_bit_for_bit(
     trained: tuple[pathlib.Path, dict[str, Any]], digits_dir: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:

@@ -251,6 +251,7 @@ def test_an_unprepared_set_is_an_error_with_the_command_that_prepares_it(tmp_pat
         open_source("imagenet2012", str(tmp_path), "train")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["patches/large", pytest.param("patches", marks=pytest.mark.slow)])
 def test_the_printed_command_prepares_what_the_run_then_finds(
     name: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
