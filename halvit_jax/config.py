@@ -399,6 +399,17 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def flat_fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """All fields by their full names, such as "model.width", as JSON has them."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            found |= flat_fields(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = json.loads(json.dumps(value))
+    return found
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as JSON text, with its format number."""
     return json.dumps({"format": FORMAT, **config.to_dict()}, indent=2, sort_keys=True)

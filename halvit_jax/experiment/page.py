@@ -6,6 +6,7 @@ more pass over some images of the evaluation set, for a classification with one 
 
 import base64
 import html
+import itertools
 import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 
 from halvit_jax import config as config_lib
 from halvit_jax import storage
+from halvit_jax.experiment.predictions import predictions
 from halvit_jax.experiment.trained import load_trained
 from halvit_jax.experiment.workdir import PAGE_FILE
 from halvit_jax.protocols import DatasetInfo, PyTree
@@ -86,20 +88,13 @@ def find_mistakes(
 
     `variables` are {"params": ..., **model_state} of the task's model, `names` those of its classes.
     """
-    serving = task.serving(variables)
-    apply = jax.jit(serving.apply)
     confusion, found = np.zeros((len(names), len(names)), int), []
-    for batch in batches:
-        probabilities = np.asarray(jax.nn.softmax(apply(serving.variables, batch["image"])))
-        for row in np.flatnonzero(batch["mask"])[: images - confusion.sum()]:
-            label, prediction = int(batch["label"][row]), int(probabilities[row].argmax())
-            confusion[label, prediction] += 1
-            if label != prediction:
-                shown = (batch["name"][row].decode(), names[label], names[prediction])
-                found.append(Mistake(batch["image"][row], *shown, float(probabilities[row, prediction])))
-        found = sorted(found, key=lambda mistake: -mistake.probability)[:TILES]
-        if confusion.sum() >= images:
-            break
+    for image, name, label, probabilities in itertools.islice(predictions(task, variables, batches), images):
+        prediction = int(probabilities.argmax())
+        confusion[label, prediction] += 1
+        if label != prediction:
+            shown = (name, names[label], names[prediction], float(probabilities[prediction]))
+            found = sorted([*found, Mistake(image, *shown)], key=lambda mistake: -mistake.probability)[:TILES]
     return Mistakes(confusion, found, int(confusion.sum()))
 
 
@@ -167,15 +162,9 @@ def _facts(result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _changed_fields(config: ConfigDict) -> dict[str, Any]:
-    own, default = (_flat(json.loads(config_lib.to_json(each))) for each in (config, config_lib.default_config()))
-    return {name: value for name, value in sorted(own.items()) if value != default.get(name)}
-
-
-def _flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
-    return found
+    default = config_lib.flat_fields(config_lib.default_config())
+    own = sorted(config_lib.flat_fields(config).items())
+    return {name: value for name, value in own if value != default.get(name)}
 
 
 def _charts(curves: Mapping[str, Curve]) -> list[str]:

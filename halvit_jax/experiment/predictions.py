@@ -3,7 +3,7 @@
 import csv
 import pathlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,20 +27,16 @@ def write_predictions(file: pathlib.Path, task: Any, variables: PyTree, loader: 
     """
     if jax.process_count() > 1:
         raise ValueError(f"--predictions={file} is for one process")
-    serving, names = task.serving(variables), info.class_names
-    apply = jax.jit(serving.apply)
+    names = info.class_names
     confusion = np.zeros((len(names), len(names)), int)
     rows: list[Sequence[Any]] = []
-    for batch in loader.batches(names=True):
-        probabilities = np.asarray(jax.nn.softmax(apply(serving.variables, batch["image"])))
-        if probabilities.shape[1:] != (len(names),) or batch["label"].ndim != 1:
+    for _, name, label, own in predictions(task, variables, loader.batches(names=True)):
+        if own.shape != (len(names),) or np.ndim(label):
             raise ValueError(f"--predictions={file} is for classification with one label an image")
-        for row in np.flatnonzero(batch["mask"]):
-            label, own = int(batch["label"][row]), probabilities[row]
-            found = int(own.argmax())
-            confusion[label, found] += 1
-            shown = (names[label], names[found], round(float(own[found]), 6), round(float(own[label]), 6))
-            rows.append((batch["name"][row].decode(), *shown))
+        found = int(own.argmax())
+        confusion[label, found] += 1
+        shown = (names[label], names[found], round(float(own[found]), 6), round(float(own[label]), 6))
+        rows.append((name, *shown))
     try:
         _write(file, [COLUMNS, *rows])
         _write(
@@ -50,6 +46,21 @@ def write_predictions(file: pathlib.Path, task: Any, variables: PyTree, loader: 
     except OSError as error:
         raise ValueError(f"--predictions={file} cannot be written: {error.strerror}") from error
     return [f"{len(rows)} predictions in {file}, the confusion matrix in {matrix}", *summary(confusion, names)]
+
+
+def predictions(
+    task: Any, variables: PyTree, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[np.ndarray, str, Any, np.ndarray]]:
+    """The image, its name, its label and the probabilities of all classes, for every row of some batches.
+
+    `variables` are {"params": ..., **model_state} of the task's model. Batches have "image", "label", "name", "mask".
+    """
+    serving = task.serving(variables)
+    apply = jax.jit(serving.apply)
+    for batch in batches:
+        probabilities = np.asarray(jax.nn.softmax(apply(serving.variables, batch["image"])))
+        for row in np.flatnonzero(batch["mask"]):
+            yield batch["image"][row], batch["name"][row].decode(), batch["label"][row], probabilities[row]
 
 
 def summary(confusion: np.ndarray, names: Sequence[str]) -> list[str]:

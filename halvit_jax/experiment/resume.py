@@ -1,10 +1,10 @@
 """Differences between the config of a run and that of its resumption."""
 
-import json
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from halvit_jax import config as config_lib
 from halvit_jax.experiment.workdir import CONFIG_FILE, read_config, saved_steps
 from halvit_jax.storage import Path
 
@@ -24,7 +24,7 @@ def changed_fields(workdir: Path, config: ConfigDict) -> dict[str, tuple[Any, An
     """
     if not saved_steps(workdir) or not (workdir / CONFIG_FILE).is_file():
         return {}
-    before, now = (_fields(each) for each in (read_config(workdir), config))
+    before, now = (config_lib.flat_fields(each) for each in (read_config(workdir), config))
     pairs = {name: (before.get(name), now.get(name)) for name in before | now}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -54,14 +54,3 @@ def that_change_the_run(changed: dict[str, tuple[Any, Any]]) -> dict[str, tuple[
 def describe(changed: dict[str, tuple[Any, Any]]) -> str:
     """The changed fields in one line."""
     return ", ".join(f"{name}={before!r} (now {now!r})" for name, (before, now) in changed.items())
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """All fields by their full names, as JSON has them."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict):
-            found |= _fields(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = json.loads(json.dumps(value))
-    return found

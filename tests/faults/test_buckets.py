@@ -179,11 +179,11 @@ def test_a_run_in_a_bucket_killed_at_ten_random_moments_ends_as_the_one_on_a_dis
     trial.server.bucket.page = 5
     for kill in range(KILLS):
         process = trial.start()
-        if (
-            kill % 3
-        ):  # while it trains, saves or evaluates; else while it starts, the first time while it prepares the data
+        # Two of three while it trains, saves or evaluates; else while it starts, at first while it prepares the data.
+        started = kill % 3 > 0
+        if started:
             trial.wait_for_start(process)
-        process.join(moments.uniform(1.0, 6.0 if kill % 3 else 8.0))
+        process.join(moments.uniform(1.0, 6.0 if started else 8.0))
         process.kill()
         assert process.wait() in (-signal.SIGKILL, 0)
     trial.finish()
